@@ -1,0 +1,118 @@
+//! The type that may leave a domain.
+//!
+//! A [`Private`] is the output of a mechanism of this crate, or bytes the ledger has a committed entry for. There is
+//! no public constructor: code that sends data can ask for a `Private` and know that noise was added. Reading one is
+//! free (it is differentially private already); making one is not.
+
+use ring::digest::{SHA256, digest};
+use std::fmt;
+
+/// SHA-256 of bytes as stored.
+pub type Digest = [u8; 32];
+
+/// A value that a mechanism of this crate has made differentially private.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Private<T> {
+    value: T,
+}
+
+impl<T> Private<T> {
+    /// Wraps mechanism output, or stored bytes a committed ledger entry names.
+    pub(crate) fn new(value: T) -> Self {
+        Self { value }
+    }
+
+    /// The value itself.
+    #[must_use]
+    pub fn into_inner(self) -> T {
+        self.value
+    }
+}
+
+impl Private<Vec<i64>> {
+    /// The noised vector.
+    #[must_use]
+    pub fn as_slice(&self) -> &[i64] {
+        &self.value
+    }
+
+    /// Number of coordinates.
+    #[must_use]
+    pub fn dimension(&self) -> usize {
+        self.value.len()
+    }
+
+    /// Fixed-width little-endian bytes, eight per coordinate: the size depends on the dimension alone, never on
+    /// values (a varint would tell magnitudes apart by length).
+    #[must_use]
+    pub fn encode(&self) -> Private<Vec<u8>> {
+        Private::new(self.value.iter().flat_map(|v| v.to_le_bytes()).collect())
+    }
+}
+
+impl Private<Vec<u8>> {
+    /// The bytes to store and to send.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.value
+    }
+
+    /// SHA-256 of the bytes; the ledger's commit entry names it.
+    #[must_use]
+    pub fn payload_digest(&self) -> Digest {
+        sha256(&self.value)
+    }
+}
+
+impl<T> fmt::Debug for Private<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Private(..)")
+    }
+}
+
+/// Reads a vector written by [`Private::<Vec<i64>>::encode`]; nothing unless the length is a multiple of eight.
+///
+/// For receivers: the result is plain data and can't be turned back into a [`Private`].
+#[must_use]
+pub fn decode_vector(bytes: &[u8]) -> Option<Vec<i64>> {
+    let (chunks, rest) = bytes.as_chunks::<8>();
+    rest.is_empty().then(|| chunks.iter().map(|chunk| i64::from_le_bytes(*chunk)).collect())
+}
+
+/// SHA-256 of some bytes.
+#[must_use]
+pub fn sha256(bytes: &[u8]) -> Digest {
+    let mut out = [0; 32];
+    out.copy_from_slice(digest(&SHA256, bytes).as_ref());
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn encoding_has_a_size_that_values_cannot_move() {
+        let small = Private::new(vec![0i64, 0, 1]).encode();
+        let large = Private::new(vec![i64::MIN, i64::MAX, -1]).encode();
+        assert_eq!(small.as_bytes().len(), 24);
+        assert_eq!(large.as_bytes().len(), 24);
+        assert_eq!(decode_vector(large.as_bytes()), Some(vec![i64::MIN, i64::MAX, -1]));
+        assert_eq!(decode_vector(&large.as_bytes()[1..]), None);
+    }
+
+    #[test]
+    fn digest_is_sha256_of_the_bytes() {
+        // FIPS 180-4 test vector: SHA-256 of the empty string.
+        let empty = Private::new(Vec::<u8>::new());
+        assert_eq!(
+            hex::encode(empty.payload_digest()),
+            "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+        );
+    }
+
+    #[test]
+    fn debug_output_shows_no_values() {
+        assert_eq!(format!("{:?}", Private::new(vec![42i64])), "Private(..)");
+    }
+}
