@@ -1,1 +1,54 @@
-//! Placeholder while the workspace is laid out.
+//! Synthetic tables from differentially private marginal counts.
+//!
+//! The coordinator holds sums of noisy counts, one vector per release stage, and no row. This crate turns them into a
+//! corpus of synthetic rows to pre-train on and to serve as shared context. Everything here is post-processing of what
+//! was released: it costs no privacy and may be repeated, changed and published. It never asks for more data; it
+//! only says which marginals are worth measuring next.
+//!
+//! # The recipe
+//!
+//! 1. **One-way.** A first stage releases a fine histogram of every attribute; bins and merges are cut from its noisy
+//!    counts (in `tabmesh-privacy`), and [`marginal::recut`] brings the histogram to the new cells.
+//! 2. **Structure.** A second stage releases coarse 2-way counts of all pairs of features. [`tree::pair_scores`]
+//!    takes the L1 distance of each from the product of the released 1-way marginals, less what noise alone adds,
+//!    and [`TreeStructure::spanning`] builds the maximum spanning tree.
+//! 3. **Tree.** A third stage releases the counts that [`three_way_specs`] names: (feature, parent, label) for each
+//!    feature, (feature, label) for a root.
+//! 4. **Fit.** [`fit()`] reconciles all tables by generalised least squares ([`marginal::reconcile`]), then estimates
+//!    P(label) · Π P(feature | parent, label) with shrinkage and back-off scaled to the noise.
+//! 5. **Rows.** [`draw`] samples cells, [`decode`] turns them into numbers and level codes.
+//! 6. **Quality.** [`measure`] gives total variation distances from the noisy tables beside the noise floor.
+//!
+//! # Where it comes from
+//!
+//! - Select, measure, generate with a tree of 2-way marginals: McKenna, Miklau & Sheldon, *Winning the NIST Contest: A
+//!   scalable and general approach to differentially private synthetic data* (MST), 2021, arXiv 2108.04978. MST
+//!   selects by the exponential mechanism on exact counts, which no party of a federation holds; here the scores come
+//!   from noisy counts, which are linear and so sum over domains.
+//! - The noise is discrete Gaussian and accounted in zero-concentrated DP: Canonne, Kamath & Steinke, *The
+//!   discrete Gaussian for differential privacy* (CKS20), arXiv 2004.00010. This crate only uses its variance.
+//! - The model, a tree over the features with the label as parent of all: Friedman, Geiger & Goldszmidt, *Bayesian
+//!   network classifiers* (TAN), Machine Learning 29, 1997; spanning trees as structure: Chow & Liu, 1968.
+//! - Consistency of overlapping marginals: Hay et al. 2010; Qardaji, Yang & Li, *PriView*, 2014.
+//!
+//! # Promises
+//!
+//! Pure and synchronous; randomness is an argument; equal inputs give equal outputs, byte for byte. Whatever the noise,
+//! every distribution is non-negative and sums to 1. What the tree can't carry (interactions of features that are not
+//! neighbours, beyond what the label explains) is lost; [`Quality`] doesn't show that, since only released
+//! marginals can be compared.
+
+#![forbid(unsafe_code)]
+
+mod error;
+pub mod fit;
+pub mod marginal;
+pub mod quality;
+pub mod sample;
+pub mod tree;
+
+pub use error::SynthesisError;
+pub use fit::{TreeModel, fit};
+pub use quality::{Quality, measure};
+pub use sample::{CellRows, SynthColumn, SyntheticTable, decode, draw, draw_for_labels};
+pub use tree::{PairScore, TreeStructure, pair_scores, three_way_specs};
