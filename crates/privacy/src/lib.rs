@@ -11,9 +11,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod accountant;
 pub mod budget;
 pub mod clip;
+pub mod ledger;
 pub mod mechanism;
 pub mod noise;
 pub mod private;
 pub mod release;
+pub mod signature;
