@@ -19,4 +19,5 @@ pub mod mechanism;
 pub mod noise;
 pub mod private;
 pub mod release;
+pub mod report;
 pub mod signature;

@@ -213,9 +213,8 @@ impl State {
     }
 }
 
-/// The account a grant is for.
-#[must_use]
-pub fn key_of(grant: &Grant) -> AccountKey {
+// The account a grant is for.
+fn key_of(grant: &Grant) -> AccountKey {
     AccountKey { entity_namespace: grant.entity_namespace.clone(), lineage: grant.lineage.clone() }
 }
 

@@ -1,0 +1,346 @@
+//! Budget reports: what each product's ledger adds up to, for people and for offline verification.
+//!
+//! A [`Report`] holds the ledgers' entries byte for byte and everything derived from them. It is signed as one JSON
+//! text and rendered as one self-contained HTML page that embeds the signed text; [`verify`](verify::verify) checks
+//! the signature, every hash chain, the ledgers' own rules, every derived figure and the page. Nothing in a report
+//! depends on rows beyond what was already released.
+//!
+//! What it can't show: entries cut off the end of a ledger whose head nobody signed, and ledgers left out.
+
+mod build;
+mod html;
+mod picture;
+mod section;
+mod verify;
+
+pub use build::build;
+pub use html::render_html;
+pub use section::{ByStep, EventKind, EventLine, Granted, Headline, Odds, ProductSection, RefusalLine, Spending};
+pub use verify::{MAX_REPORT_BYTES, Verified, VerifyError, verify};
+
+use crate::ledger::{ChainedEntry, LedgerError, RefusalRule};
+use crate::private::{Digest, hex_digest};
+use crate::signature::{Context, Signature, SigningKey, VerifyingKey};
+use serde::{Deserialize, Serialize};
+
+/// Format of a report's JSON.
+pub const FORMAT: &str = "tabmesh-report/1";
+
+/// Where the noise is added.
+pub const DEPLOYMENT_MODEL: &str = "local noise: every agent adds the full noise before anything leaves its domain";
+
+/// What every report says, whatever the figures are.
+pub const STATEMENTS: [&str; 6] = [
+    "Local noise hides rows, not domains: the coordinator sees each domain's noised totals, such as its label rate \
+     and marginal counts.",
+    "Composition: zero-concentrated differential privacy, rho added up in exact integers; epsilon by the conversion \
+     of Canonne, Kamath and Steinke (2020) at the budget's one fixed delta. The filter holds for plans chosen \
+     adaptively (Whitehouse, Ramdas, Rogers and Wu, 2023).",
+    "The figure for continuous Gaussian noise is printed second and is not the claim: the noise is discrete.",
+    "Figures by step are each step alone. They don't add up to the total, and epsilons are never subtracted.",
+    "Noise is the exact discrete Gaussian, drawn with integer arithmetic from a ChaCha20 generator seeded by the \
+     operating system. Its running time depends on the noise drawn, not on rows; sends follow the schedule.",
+    "Serving inside a domain uses the domain's own rows as context. It stays in the domain and is outside this claim.",
+];
+
+/// The months, weeks or days a report is about; the lifetime figures ignore it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Period {
+    /// First millisecond since 1970, UTC.
+    pub from_ms: i64,
+    /// First millisecond after the period.
+    pub until_ms: i64,
+}
+
+impl Period {
+    /// Whether a time lies within.
+    #[must_use]
+    pub fn contains(&self, time_ms: i64) -> bool {
+        (self.from_ms..self.until_ms).contains(&time_ms)
+    }
+}
+
+/// A fact that leaves a domain without noise: the whole list there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UnprotectedFact {
+    /// What the owner declares in the contract, and that a validation passed or failed at admission.
+    ContractFacts,
+    /// That an agent is connected.
+    Liveness,
+    /// That a domain takes part in a release or a round.
+    Participation,
+    /// When messages are sent; by schedule.
+    Timing,
+    /// Codes of refusals, from a closed list without values.
+    RefusalCodes,
+}
+
+impl UnprotectedFact {
+    /// Every such fact.
+    pub const ALL: [Self; 5] =
+        [Self::ContractFacts, Self::Liveness, Self::Participation, Self::Timing, Self::RefusalCodes];
+
+    /// The fact in words.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::ContractFacts => "contract facts: what the owner declares, and pass or fail at admission",
+            Self::Liveness => "liveness: that an agent is connected",
+            Self::Participation => "participation: that a domain takes part in a release or a round",
+            Self::Timing => "timing: when messages are sent, by schedule",
+            Self::RefusalCodes => "refusal codes: from a closed list, without values",
+        }
+    }
+}
+
+/// A refusal that no agent's ledger holds, such as one of the coordinator.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RefusedRequest {
+    /// Time in milliseconds since 1970, UTC.
+    pub time_ms: i64,
+    /// Digest of the plan.
+    pub plan_digest: String,
+    /// Why.
+    pub rule: RefusalRule,
+}
+
+/// A signature over a ledger's last entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SignedHead {
+    /// The agent's signature.
+    pub signature: Signature,
+    /// The agent's public key.
+    pub public_key: VerifyingKey,
+}
+
+impl SignedHead {
+    /// Signs the last entry of an agent's ledger.
+    #[must_use]
+    pub fn sign(key: &SigningKey, agent: &str, head: &ChainedEntry) -> Self {
+        let signature = key.sign(Context::LedgerHead, &head_statement(agent, head.seq, &head.hash));
+        Self { signature, public_key: key.verifying_key() }
+    }
+}
+
+/// One product of one agent's ledger.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ProductLedger {
+    /// SPIFFE id of the agent.
+    pub agent: String,
+    /// The product to report on.
+    pub product: String,
+    /// Every entry of the agent's ledger, from the first.
+    pub entries: Vec<ChainedEntry>,
+    /// The agent's signature over the last entry.
+    pub head: Option<SignedHead>,
+}
+
+/// What a report is built from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ReportInput {
+    /// Name of the deployment.
+    pub deployment: String,
+    /// What the window figures are about.
+    pub period: Period,
+    /// Time in milliseconds since 1970, UTC.
+    pub generated_at_ms: i64,
+    /// Program, version and build that made the report.
+    pub generator: String,
+    /// Who is trusted for what, in sentences.
+    pub trust_model: Vec<String>,
+    /// Products with their ledgers.
+    pub products: Vec<ProductLedger>,
+    /// Refusals outside the ledgers.
+    pub refused: Vec<RefusedRequest>,
+    /// Facts that leave without noise.
+    pub unprotected_facts: Vec<UnprotectedFact>,
+}
+
+/// A ledger entry inside a report; the payload is the stored text, byte for byte.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordedEntry {
+    /// Position in the chain.
+    pub seq: u64,
+    /// Hash of the entry before.
+    #[serde(with = "hex_digest")]
+    pub prev: Digest,
+    /// Hash of the entry.
+    #[serde(with = "hex_digest")]
+    pub hash: Digest,
+    /// The stored JSON text.
+    pub payload: String,
+}
+
+/// One agent's ledger inside a report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LedgerRecord {
+    /// SPIFFE id of the agent.
+    pub agent: String,
+    /// Every entry from the first.
+    pub entries: Vec<RecordedEntry>,
+    /// The agent's signature over the last entry.
+    pub head: Option<SignedHead>,
+}
+
+impl LedgerRecord {
+    /// The entries as the ledger knows them.
+    #[must_use]
+    pub fn chained(&self) -> Vec<ChainedEntry> {
+        let chained = |e: &RecordedEntry| ChainedEntry {
+            seq: e.seq,
+            prev: e.prev,
+            hash: e.hash,
+            payload: e.payload.clone().into_bytes(),
+        };
+        self.entries.iter().map(chained).collect()
+    }
+}
+
+/// A budget report.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Report {
+    /// [`FORMAT`].
+    pub format: String,
+    /// Name of the deployment.
+    pub deployment: String,
+    /// What the window figures are about.
+    pub period: Period,
+    /// Time in milliseconds since 1970, UTC.
+    pub generated_at_ms: i64,
+    /// Program, version and build that made the report.
+    pub generator: String,
+    /// [`DEPLOYMENT_MODEL`].
+    pub deployment_model: String,
+    /// Who is trusted for what.
+    pub trust_model: Vec<String>,
+    /// [`STATEMENTS`].
+    pub statements: Vec<String>,
+    /// Whether anything here was made under noise that could be drawn again: reproducible, not private.
+    pub reproducible: bool,
+    /// One total per entity namespace, over all products and agents.
+    pub headlines: Vec<Headline>,
+    /// Products, in order of agent and name.
+    pub products: Vec<ProductSection>,
+    /// Refusals outside the ledgers.
+    pub refused: Vec<RefusedRequest>,
+    /// Facts that leave without noise.
+    pub unprotected_facts: Vec<UnprotectedFact>,
+    /// The ledgers, in order of agent.
+    pub ledgers: Vec<LedgerRecord>,
+}
+
+impl Report {
+    /// The report as JSON text.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        // Unwrap safety: strings, finite numbers and lists always serialise, and map keys are field names.
+        serde_json::to_string(self).expect("a report has a JSON form")
+    }
+
+    /// What the report was built from.
+    #[must_use]
+    pub fn input(&self) -> ReportInput {
+        let ledger = |agent: &str| self.ledgers.iter().find(|ledger| ledger.agent == agent);
+        let products = self
+            .products
+            .iter()
+            .map(|section| ProductLedger {
+                agent: section.agent.clone(),
+                product: section.product.clone(),
+                entries: ledger(&section.agent).map(LedgerRecord::chained).unwrap_or_default(),
+                head: ledger(&section.agent).and_then(|ledger| ledger.head),
+            })
+            .collect();
+        ReportInput {
+            deployment: self.deployment.clone(),
+            period: self.period,
+            generated_at_ms: self.generated_at_ms,
+            generator: self.generator.clone(),
+            trust_model: self.trust_model.clone(),
+            products,
+            refused: self.refused.clone(),
+            unprotected_facts: self.unprotected_facts.clone(),
+        }
+    }
+
+    /// Signs the report.
+    #[must_use]
+    pub fn sign(&self, key: &SigningKey) -> SignedReport {
+        let payload = self.to_json();
+        let signature = key.sign(Context::Report, payload.as_bytes());
+        SignedReport { payload, signature, public_key: key.verifying_key() }
+    }
+}
+
+/// A report with its signature: the JSON file that is kept and passed on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SignedReport {
+    /// The report's JSON text, exactly as signed.
+    pub payload: String,
+    /// Signature over the payload.
+    pub signature: Signature,
+    /// Key of the signer.
+    pub public_key: VerifyingKey,
+}
+
+impl SignedReport {
+    /// The file's text.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        // Unwrap safety: three strings always serialise.
+        serde_json::to_string(self).expect("a signed report has a JSON form")
+    }
+}
+
+/// Why a report can't be built.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum ReportError {
+    /// An agent's ledger doesn't verify.
+    #[error("ledger of {agent}: {source}")]
+    Ledger {
+        /// SPIFFE id of the agent.
+        agent: String,
+        /// What is wrong.
+        source: LedgerError,
+    },
+    /// The product has no grant in the ledger.
+    #[error("product {product:?} has no grant in the ledger of {agent}")]
+    UnknownProduct {
+        /// SPIFFE id of the agent.
+        agent: String,
+        /// The product.
+        product: String,
+    },
+    /// Two different ledgers were given for one agent.
+    #[error("two different ledgers were given for {agent}")]
+    TwoLedgers {
+        /// SPIFFE id of the agent.
+        agent: String,
+    },
+    /// The page can't be drawn.
+    #[error("page: {reason}")]
+    Page {
+        /// The renderer's words.
+        reason: String,
+    },
+}
+
+// Agent, position and hash: a head of one agent can't be shown as another's.
+fn head_statement(agent: &str, seq: u64, hash: &Digest) -> Vec<u8> {
+    let mut bytes = agent.as_bytes().to_vec();
+    bytes.push(0);
+    bytes.extend_from_slice(&seq.to_le_bytes());
+    bytes.extend_from_slice(hash);
+    bytes
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,258 @@
+//! From ledgers to figures: every number of a report is computed here, from entries that were verified first.
+//!
+//! Building is deterministic; verification builds again and compares.
+
+use super::section::{ByStep, EventKind, EventLine, Granted, Headline, Odds, ProductSection, RefusalLine, Spending};
+use super::{
+    DEPLOYMENT_MODEL, FORMAT, LedgerRecord, Period, ProductLedger, RecordedEntry, Report, ReportError, ReportInput,
+    STATEMENTS, SignedHead,
+};
+use crate::budget::{Delta, Rho};
+use crate::ledger::{Account, AccountKey, ChainedEntry, Entry, LedgerError, Purpose, State, epsilon_of, verify_chain};
+use std::collections::BTreeMap;
+
+/// Builds a report.
+///
+/// # Errors
+/// [`ReportError`] when a ledger doesn't verify, a product has no grant in it, or one agent has two ledgers.
+pub fn build(input: ReportInput) -> Result<Report, ReportError> {
+    let histories = histories(&input.products)?;
+    let mut products: Vec<ProductSection> = Vec::with_capacity(input.products.len());
+    for wanted in &input.products {
+        let unknown = || ReportError::UnknownProduct { agent: wanted.agent.clone(), product: wanted.product.clone() };
+        let history = histories.get(&wanted.agent).ok_or_else(unknown)?;
+        products.push(history.section(wanted, input.period).ok_or_else(unknown)?);
+    }
+    products.sort_by(|a, b| (&a.agent, &a.product).cmp(&(&b.agent, &b.product)));
+    products.dedup_by(|a, b| a.agent == b.agent && a.product == b.product);
+    Ok(Report {
+        format: FORMAT.to_owned(),
+        deployment: input.deployment,
+        period: input.period,
+        generated_at_ms: input.generated_at_ms,
+        generator: input.generator,
+        deployment_model: DEPLOYMENT_MODEL.to_owned(),
+        trust_model: input.trust_model,
+        statements: STATEMENTS.map(str::to_owned).to_vec(),
+        reproducible: histories.values().any(|history| history.state.reproducible),
+        headlines: headlines(&histories),
+        products,
+        refused: input.refused,
+        unprotected_facts: input.unprotected_facts,
+        ledgers: histories.into_values().map(|history| history.record).collect(),
+    })
+}
+
+/// One agent's ledger, replayed.
+struct History {
+    record: LedgerRecord,
+    state: State,
+    lines: Vec<(AccountKey, EventLine)>,
+    refusals: Vec<(String, RefusalLine)>,
+}
+
+impl History {
+    fn replay(agent: &str, entries: &[ChainedEntry], head: Option<SignedHead>) -> Result<Self, LedgerError> {
+        verify_chain(entries)?;
+        let record = LedgerRecord { agent: agent.to_owned(), entries: Vec::with_capacity(entries.len()), head };
+        let mut history = Self { record, state: State::default(), lines: Vec::new(), refusals: Vec::new() };
+        for chained in entries {
+            history.follow(chained)?;
+        }
+        Ok(history)
+    }
+
+    fn follow(&mut self, chained: &ChainedEntry) -> Result<(), LedgerError> {
+        let entry = Entry::from_json(&chained.payload)?;
+        let payload = String::from_utf8(chained.payload.clone())
+            .map_err(|error| LedgerError::Malformed { reason: error.to_string() })?;
+        // A refund closes its reservation, so its plan is looked up before the entry is applied.
+        let reservation = match &entry {
+            Entry::Commit(commit) => self.state.reservations.get(&commit.reservation).cloned(),
+            Entry::Refund(refund) => self.state.reservations.get(&refund.reservation).cloned(),
+            _ => None,
+        };
+        self.state
+            .apply(chained.seq, chained.hash, &entry)
+            .map_err(|error| LedgerError::Unlawful { seq: chained.seq, rule: error.to_string() })?;
+        self.record.entries.push(RecordedEntry {
+            seq: chained.seq,
+            prev: chained.prev,
+            hash: chained.hash,
+            payload,
+        });
+
+        let line = EventLine {
+            seq: chained.seq,
+            time_ms: entry.time_ms(),
+            kind: EventKind::Grant,
+            product: String::new(),
+            purpose: None,
+            step: None,
+            plan_digest: None,
+            mechanism: None,
+            rho: Rho::ZERO,
+            epsilon_alone: None,
+            approvals: Vec::new(),
+            reproducible: entry.reproducible(),
+        };
+        let line = match entry {
+            Entry::Grant(grant) => EventLine {
+                product: grant.product,
+                rho: grant.rho,
+                approvals: vec![grant.signer],
+                ..line
+            },
+            Entry::Reserve(reserve) => EventLine {
+                kind: EventKind::Reserve,
+                product: reserve.product,
+                purpose: Some(reserve.purpose),
+                plan_digest: Some(reserve.plan_digest),
+                rho: reserve.rho,
+                approvals: reserve.approvals,
+                ..line
+            },
+            Entry::Commit(commit) => EventLine {
+                kind: EventKind::Commit,
+                purpose: Some(commit.purpose),
+                step: Some(commit.step),
+                rho: commit.event.rho,
+                mechanism: Some(commit.event),
+                ..line
+            },
+            Entry::Refund(refund) => EventLine { kind: EventKind::Refund, rho: refund.rho, ..line },
+            Entry::Refuse(refuse) => {
+                let refusal = RefusalLine {
+                    seq: chained.seq,
+                    time_ms: refuse.time_ms,
+                    plan_digest: refuse.plan_digest,
+                    rule: refuse.rule,
+                    rho: refuse.rho,
+                };
+                self.refusals.push((refuse.product, refusal));
+                return Ok(());
+            }
+        };
+        let (account, line) = match reservation {
+            Some(open) => {
+                let line = EventLine {
+                    product: open.entry.product,
+                    purpose: Some(open.entry.purpose),
+                    plan_digest: Some(open.entry.plan_digest),
+                    approvals: open.entry.approvals,
+                    ..line
+                };
+                (Some(open.account), line)
+            }
+            None => (self.state.products.get(&line.product).cloned(), line),
+        };
+        // Every admitted entry other than a refusal belongs to an account.
+        if let Some(account) = account {
+            self.lines.push((account, line));
+        }
+        Ok(())
+    }
+
+    fn section(&self, wanted: &ProductLedger, period: Period) -> Option<ProductSection> {
+        let (key, account) = self.state.account_of(&wanted.product)?;
+        let grant = account.grants.get(&wanted.product)?;
+        let delta = grant.delta;
+        let events: Vec<EventLine> = self
+            .lines
+            .iter()
+            .filter(|(owner, _)| owner == key)
+            .map(|(_, line)| match line.kind {
+                EventKind::Commit => EventLine { epsilon_alone: epsilon_of(line.rho, grant), ..line.clone() },
+                _ => line.clone(),
+            })
+            .collect();
+        let in_period = events
+            .iter()
+            .filter(|line| line.kind == EventKind::Commit && period.contains(line.time_ms))
+            .fold(Rho::ZERO, |sum, line| add(sum, line.rho));
+        let spent = Spending::of(account.spent, delta);
+        let step = |purpose| Spending::of(account.spent_by.get(&purpose).copied().unwrap_or_default(), delta);
+        let refusals = self.refusals.iter().filter(|(product, _)| *product == wanted.product);
+        Some(ProductSection {
+            agent: wanted.agent.clone(),
+            product: wanted.product.clone(),
+            entity_namespace: key.entity_namespace.clone(),
+            lineage: key.lineage.clone(),
+            unit: grant.unit.clone(),
+            adjacency: grant.adjacency.clone(),
+            granted: Granted {
+                epsilon: grant.epsilon,
+                delta,
+                rho: account.granted(),
+                signer: grant.signer.clone(),
+            },
+            spent,
+            spent_in_period: Spending::of(in_period, delta),
+            charged: Spending::of(charged(account), delta),
+            left: Spending::of(account.left(), delta),
+            by_step: ByStep { release: step(Purpose::Release), rounds: step(Purpose::Round) },
+            odds_spent: Odds::of(spent.epsilon, delta),
+            odds_granted: Odds::of(Some(grant.epsilon), delta),
+            reproducible: events.iter().any(|line| line.reproducible),
+            events,
+            refusals: refusals.map(|(_, line)| line.clone()).collect(),
+        })
+    }
+}
+
+fn histories(products: &[ProductLedger]) -> Result<BTreeMap<String, History>, ReportError> {
+    let mut histories: BTreeMap<String, History> = BTreeMap::new();
+    for ledger in products {
+        if let Some(known) = histories.get(&ledger.agent) {
+            if known.record.chained() != ledger.entries || known.record.head != ledger.head {
+                return Err(ReportError::TwoLedgers { agent: ledger.agent.clone() });
+            }
+            continue;
+        }
+        let history = History::replay(&ledger.agent, &ledger.entries, ledger.head)
+            .map_err(|source| ReportError::Ledger { agent: ledger.agent.clone(), source })?;
+        histories.insert(ledger.agent.clone(), history);
+    }
+    Ok(histories)
+}
+
+// Unknown overlap means sum: an entity may be in every account of its namespace.
+fn headlines(histories: &BTreeMap<String, History>) -> Vec<Headline> {
+    #[derive(Default)]
+    struct Total {
+        accounts: usize,
+        delta: Option<Delta>,
+        spent: Rho,
+        charged: Rho,
+    }
+    let mut totals: BTreeMap<&str, Total> = BTreeMap::new();
+    for (key, account) in histories.values().flat_map(|history| &history.state.accounts) {
+        let total = totals.entry(&key.entity_namespace).or_default();
+        total.accounts += 1;
+        total.spent = add(total.spent, account.spent);
+        total.charged = add(total.charged, charged(account));
+        for grant in account.grants.values() {
+            total.delta = Some(total.delta.map_or(grant.delta, |d| if grant.delta < d { grant.delta } else { d }));
+        }
+    }
+    let headline = |(namespace, total): (&str, Total)| {
+        let delta = total.delta?;
+        Some(Headline {
+            entity_namespace: namespace.to_owned(),
+            accounts: total.accounts,
+            delta,
+            spent: Spending::of(total.spent, delta),
+            charged: Spending::of(total.charged, delta),
+        })
+    };
+    totals.into_iter().filter_map(headline).collect()
+}
+
+fn charged(account: &Account) -> Rho {
+    add(account.spent, account.reserved)
+}
+
+// Saturating: sums over many ledgers could leave 64 bits only with grants nobody would give.
+fn add(a: Rho, b: Rho) -> Rho {
+    a.checked_add(b).unwrap_or(Rho::from_units(u64::MAX))
+}

@@ -1,0 +1,261 @@
+//! Tests of reports: the figures, the page, and one test for each way of tampering.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use super::*;
+use crate::accountant::zcdp;
+use crate::budget::{Delta, Epsilon, Rho};
+use crate::ledger::{CommitRequest, GrantRequest, Ledger, MemoryJournal, PlanRequest, Purpose};
+use crate::mechanism::{DiscreteGaussian, EventShape, Noise};
+use crate::signature::tests::fresh_key;
+use rand::SeedableRng;
+use rand_chacha::ChaCha20Rng;
+
+const AGENT: &str = "spiffe://mesh/tabmesh/agent/retail/a";
+
+fn grant(product: &str, namespace: &str) -> GrantRequest {
+    GrantRequest {
+        product: product.to_owned(),
+        entity_namespace: namespace.to_owned(),
+        lineage: format!("db.{product}"),
+        unit: "customer".to_owned(),
+        epsilon: Epsilon::new(3.0).unwrap(),
+        delta: Delta::new(1e-5).unwrap(),
+        signer: "spiffe://mesh/tabmesh/operator/retail/owner".to_owned(),
+    }
+}
+
+fn run_plan(ledger: &mut Ledger<MemoryJournal>, product: &str, purpose: Purpose, rho: Rho, time_ms: i64) {
+    let plan = PlanRequest {
+        plan_digest: format!("{product}-{}", purpose.label()),
+        product: product.to_owned(),
+        purpose,
+        rho,
+        approvals: vec!["<operator & co>".to_owned()],
+        planned: vec![],
+    };
+    let reservation = ledger.reserve(plan, time_ms).unwrap();
+    for step in 1..=2 {
+        let mechanism = DiscreteGaussian::from_rho(1 << 20, rho.share(1, 3)).unwrap();
+        let bytes = mechanism.privatize(&[1, 2, 3], &mut ChaCha20Rng::seed_from_u64(step)).encode();
+        let event = mechanism.event(EventShape { rows_per_unit: 1, marginals: 3, dimension: 3 });
+        let request = CommitRequest { event, step, query_digest: [step as u8; 32] };
+        ledger.commit(&reservation, request, &bytes, time_ms + step as i64 * 1_000).unwrap();
+    }
+    ledger.close(&reservation, time_ms + 5_000).unwrap();
+}
+
+fn filled(mut ledger: Ledger<MemoryJournal>) -> Ledger<MemoryJournal> {
+    ledger.grant(grant("orders", "customers"), 1_000).unwrap();
+    ledger.grant(grant("visits", "customers"), 1_500).unwrap();
+    let half = ledger.balance("orders").unwrap().granted.share(1, 2);
+    run_plan(&mut ledger, "orders", Purpose::Release, half, 2_000);
+    run_plan(&mut ledger, "orders", Purpose::Round, half, 20_000);
+    run_plan(&mut ledger, "visits", Purpose::Release, half, 40_000);
+    let greedy = PlanRequest {
+        plan_digest: "greedy".to_owned(),
+        product: "orders".to_owned(),
+        purpose: Purpose::Round,
+        rho: half,
+        approvals: vec![],
+        planned: vec![],
+    };
+    ledger.reserve(greedy, 50_000).unwrap_err();
+    ledger
+}
+
+fn input(ledger: &Ledger<MemoryJournal>, head: Option<SignedHead>) -> ReportInput {
+    let product = |product: &str| ProductLedger {
+        agent: AGENT.to_owned(),
+        product: product.to_owned(),
+        entries: ledger.entries().to_vec(),
+        head,
+    };
+    ReportInput {
+        deployment: "demo </script><b>".to_owned(),
+        period: Period { from_ms: 0, until_ms: 10_000 },
+        generated_at_ms: 60_000,
+        generator: "tabmesh 0.1.0".to_owned(),
+        trust_model: vec!["the coordinator is trusted with noised totals".to_owned()],
+        products: vec![product("visits"), product("orders")],
+        refused: vec![RefusedRequest {
+            time_ms: 10,
+            plan_digest: "early".to_owned(),
+            rule: RefusalRule::CohortTooSmall,
+        }],
+        unprotected_facts: UnprotectedFact::ALL.to_vec(),
+    }
+}
+
+fn report() -> Report {
+    let ledger = filled(Ledger::open(MemoryJournal::default()).unwrap());
+    build(input(&ledger, None)).unwrap()
+}
+
+#[test]
+fn figures_are_what_the_ledger_says() {
+    let ledger = filled(Ledger::open(MemoryJournal::default()).unwrap());
+    let report = build(input(&ledger, None)).unwrap();
+    let delta = Delta::new(1e-5).unwrap();
+    let [orders, visits] = report.products.as_slice() else { panic!("two products, by name") };
+    for section in [orders, visits] {
+        let balance = ledger.balance(&section.product).unwrap();
+        assert_eq!(section.spent.rho, balance.spent);
+        assert_eq!(section.left.rho, balance.left);
+        assert_eq!(section.spent.epsilon, Some(zcdp::epsilon(balance.spent, delta)));
+        assert!(section.spent.epsilon_gaussian < section.spent.epsilon);
+    }
+    let steps = orders.by_step;
+    assert_eq!(steps.release.rho.checked_add(steps.rounds.rho), Some(orders.spent.rho));
+    let alone = steps.release.epsilon.unwrap().get() + steps.rounds.epsilon.unwrap().get();
+    assert!(alone > orders.spent.epsilon.unwrap().get() * 1.2, "steps alone don't add up");
+    assert_eq!(orders.spent_in_period.rho, steps.release.rho, "only the release lies in the period");
+    assert_eq!(visits.by_step.rounds, Spending::of(Rho::ZERO, delta));
+    assert_eq!((orders.events.len(), orders.refusals.len(), visits.refusals.len()), (9, 1, 0));
+    assert!(!report.reproducible);
+
+    let [headline] = report.headlines.as_slice() else { panic!("one namespace") };
+    assert_eq!(headline.accounts, 2);
+    assert_eq!(Some(headline.spent.rho), orders.spent.rho.checked_add(visits.spent.rho));
+}
+
+#[test]
+fn odds_follow_from_epsilon_and_delta() {
+    let delta = Delta::new(1e-5).unwrap();
+    let odds = Odds::of(Some(Epsilon::new(3.0).unwrap()), delta);
+    assert!((odds.factor - 20.085_536_923).abs() < 1e-8);
+    assert!((odds.found_at_one_percent - 0.200_865_369).abs() < 1e-8);
+    assert!(odds.sentence().contains("20.09") && odds.sentence().contains("20.09 %"));
+    let none = Odds::of(None, delta);
+    assert!((none.factor - 1.0).abs() < 1e-15 && (none.found_at_one_percent - 0.01).abs() < 1e-15);
+    let huge = Odds::of(Some(Epsilon::new(1e6).unwrap()), delta);
+    assert!(huge.factor.is_finite() && (huge.found_at_one_percent - 1.0).abs() < 1e-15);
+}
+
+#[test]
+fn a_signed_report_verifies_as_json_and_as_a_page() {
+    let key = fresh_key();
+    let ledger = filled(Ledger::open(MemoryJournal::default()).unwrap());
+    let head = SignedHead::sign(&key, AGENT, ledger.head().unwrap());
+    let report = build(input(&ledger, Some(head))).unwrap();
+    let signed = report.sign(&key);
+    let page = render_html(&report, &signed).unwrap();
+    for file in [signed.to_json(), page.clone()] {
+        let verified = verify(file.as_bytes(), Some(&key.verifying_key())).unwrap();
+        assert_eq!((&verified.report, verified.key_pinned, verified.signed_heads), (&report, true, 1));
+        assert!(!verify(file.as_bytes(), None).unwrap().key_pinned);
+        let other = fresh_key().verifying_key();
+        assert!(matches!(verify(file.as_bytes(), Some(&other)), Err(VerifyError::Key { .. })));
+    }
+    assert!(page.contains("<svg") && page.contains("&#60;operator &#38; co&#62;"));
+    let links = page.replace("http://www.w3.org/2000/svg", "");
+    assert!(!links.contains("http:") && !links.contains("https:") && !links.contains("src="), "nothing is loaded");
+    assert_eq!(page.matches("</script>").count(), 1, "texts can't end the embedded report");
+    assert!(!page.contains("class=\"banner\""));
+    if let Some(path) = option_env!("REPORT_OUT") { std::fs::write(path, &page).unwrap(); }
+}
+
+#[test]
+fn a_page_that_shows_something_else_is_refused() {
+    let key = fresh_key();
+    let report = report();
+    let signed = report.sign(&key);
+    let page = render_html(&report, &signed).unwrap();
+    let figure = format!("<b>ε = {}</b>", report.products[0].granted.epsilon);
+    let forged = page.replacen(&figure, "<b>ε = 1</b>", 1);
+    assert_ne!(forged, page);
+    assert_eq!(verify(forged.as_bytes(), None), Err(VerifyError::Page));
+    assert!(matches!(verify(b"<html></html>", None), Err(VerifyError::Form { .. })));
+    assert!(matches!(verify(&vec![b' '; MAX_REPORT_BYTES + 1], None), Err(VerifyError::TooLarge { .. })));
+}
+
+#[test]
+fn a_changed_byte_breaks_the_signature() {
+    let signed = report().sign(&fresh_key());
+    let changed = SignedReport { payload: signed.payload.replacen("demo", "dem0", 1), ..signed };
+    assert!(matches!(verify(changed.to_json().as_bytes(), None), Err(VerifyError::Signature(_))));
+}
+
+/// What a dishonest signer could do: change the report, then sign it properly.
+fn resigned(change: impl FnOnce(&mut Report)) -> VerifyError {
+    let key = fresh_key();
+    let mut report = report();
+    change(&mut report);
+    verify(report.sign(&key).to_json().as_bytes(), Some(&key.verifying_key())).unwrap_err()
+}
+
+fn chain_broken(error: &VerifyError) -> Option<u64> {
+    match error {
+        VerifyError::Ledger { source: LedgerError::Chain { seq }, .. } => Some(*seq),
+        _ => None,
+    }
+}
+
+#[test]
+fn a_changed_entry_is_found_behind_a_good_signature() {
+    let error = resigned(|report| {
+        let payload = &mut report.ledgers[0].entries[3].payload;
+        *payload = payload.replacen("\"step\":1", "\"step\":7", 1);
+    });
+    assert_eq!(chain_broken(&error), Some(3));
+}
+
+#[test]
+fn a_dropped_entry_is_found() {
+    let error = resigned(|report| drop(report.ledgers[0].entries.remove(4)));
+    assert_eq!(chain_broken(&error), Some(4));
+}
+
+#[test]
+fn reordered_entries_are_found() {
+    let error = resigned(|report| report.ledgers[0].entries.swap(3, 4));
+    assert_eq!(chain_broken(&error), Some(3));
+}
+
+#[test]
+fn a_changed_total_is_found_and_named() {
+    let error = resigned(|report| report.products[0].spent.rho = Rho::from_units(1));
+    assert!(matches!(error, VerifyError::Figure { place, .. } if place == "report.products[0].spent.rho"));
+    let error = resigned(|report| report.headlines[0].charged.epsilon = Some(Epsilon::new(0.5).unwrap()));
+    assert!(matches!(error, VerifyError::Figure { place, .. } if place == "report.headlines[0].charged.epsilon"));
+    let error = resigned(|report| report.statements.truncate(1));
+    assert!(matches!(error, VerifyError::Figure { place, .. } if place == "report.statements"));
+    let error = resigned(|report| report.products[0].refusals.clear());
+    assert!(matches!(error, VerifyError::Figure { place, .. } if place == "report.products[0].refusals"));
+}
+
+#[test]
+fn an_entry_cut_off_the_end_is_found_by_the_signed_head() {
+    let key = fresh_key();
+    let ledger = filled(Ledger::open(MemoryJournal::default()).unwrap());
+    let head = SignedHead::sign(&key, AGENT, ledger.head().unwrap());
+    let mut cut = input(&ledger, Some(head));
+    for product in &mut cut.products {
+        product.entries.pop();
+    }
+    let file = build(cut).unwrap().sign(&key).to_json();
+    assert_eq!(verify(file.as_bytes(), None), Err(VerifyError::Head { agent: AGENT.to_owned() }));
+}
+
+#[test]
+fn reproducible_noise_puts_a_banner_on_the_page() {
+    let ledger = filled(Ledger::open_reproducible(MemoryJournal::default()).unwrap());
+    let report = build(input(&ledger, None)).unwrap();
+    assert!(report.reproducible && report.products.iter().all(|p| p.reproducible));
+    let page = render_html(&report, &report.sign(&fresh_key())).unwrap();
+    assert_eq!(page.matches("class=\"banner\"").count(), 3);
+}
+
+#[test]
+fn what_cannot_be_reported_is_refused() {
+    let ledger = filled(Ledger::open(MemoryJournal::default()).unwrap());
+    let mut unknown = input(&ledger, None);
+    unknown.products[0].product = "nothing".to_owned();
+    assert!(matches!(build(unknown), Err(ReportError::UnknownProduct { .. })));
+    let mut two = input(&ledger, None);
+    two.products[0].entries.pop();
+    assert_eq!(build(two), Err(ReportError::TwoLedgers { agent: AGENT.to_owned() }));
+    let mut broken = input(&ledger, None);
+    broken.products.truncate(1);
+    broken.products[0].entries.remove(0);
+    assert!(matches!(build(broken), Err(ReportError::Ledger { source: LedgerError::Chain { seq: 0 }, .. })));
+}
