@@ -296,7 +296,10 @@ fn check_kind(feature: &Feature) -> Result<(), SchemaError> {
 fn check_levels(id: &FeatureId, levels: &[String]) -> Result<(), SchemaError> {
     let distinct: std::collections::BTreeSet<_> = levels.iter().collect();
     if levels.is_empty() || levels.len() > MAX_LEVELS {
-        return Err(SchemaError::BadLevels { feature: id.to_string(), got: format!("{} levels", levels.len()) });
+        return Err(SchemaError::BadLevels {
+            feature: id.to_string(),
+            got: format!("{} levels", levels.len()),
+        });
     }
     if distinct.len() != levels.len() {
         return Err(SchemaError::BadLevels { feature: id.to_string(), got: "a level declared twice".into() });
