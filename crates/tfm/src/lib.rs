@@ -1,1 +1,20 @@
-//! Placeholder while the workspace is laid out.
+//! The tabular foundation model: in-context model, synthetic prior, pre-training, encoding, adapters, gradients.
+//!
+//! The only crate that sees candle. Everything is synchronous, on the CPU, in f32; clocks and generators are
+//! arguments. Matrix products use candle's thread pool, whose size the environment variable `RAYON_NUM_THREADS`
+//! sets; training parallelises over tables instead and wants that variable at 1.
+
+#![forbid(unsafe_code)]
+
+pub mod checkpoint;
+pub mod error;
+pub mod features;
+pub mod metrics;
+pub mod model;
+pub(crate) mod ops;
+pub mod pretrain;
+pub mod prior;
+pub mod table;
+
+pub use error::TfmError;
+pub use model::{Model, config::ModelConfig};

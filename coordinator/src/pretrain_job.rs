@@ -1,0 +1,364 @@
+//! `pretrain`: trains a base on the synthetic prior, resumably, with its model card beside it.
+//!
+//! Owns the files of a run: checkpoint, metrics lines, the exported weights at every checkpoint and the card with
+//! the figures that were measured. It reads no table of any domain.
+
+use std::{
+    fs::OpenOptions,
+    io::{IsTerminal, Write},
+    path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
+    time::Duration,
+};
+
+use clap::Args as ClapArgs;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::{Deserialize, Serialize};
+use tabmesh_tfm::{
+    ModelConfig, TfmError,
+    checkpoint::BaseInfo,
+    pretrain::{self, PretrainConfig, Progress, Start, Validation},
+};
+use thiserror::Error;
+
+/// Pre-trains a base model on synthetic tables.
+#[derive(Debug, Clone, ClapArgs)]
+pub struct Args {
+    /// Model sizes: `nano`, or a JSON file with the fields of a model configuration.
+    #[arg(long, default_value = "nano")]
+    pub config: String,
+    /// Optimiser steps.
+    #[arg(long, default_value_t = 6500)]
+    pub steps: u64,
+    /// Synthetic tables per step; an even number.
+    #[arg(long, default_value_t = 8)]
+    pub tables_per_step: usize,
+    /// Seed of weights and tables; equal seeds give equal weights on equal machines and builds.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Worker threads; the result doesn't depend on it. Run with RAYON_NUM_THREADS=1.
+    #[arg(long, default_value_t = 1)]
+    pub threads: usize,
+    /// Where the weights go; the card goes to the same name with extension json.
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Directory of the training checkpoint; an existing one is resumed.
+    #[arg(long)]
+    pub checkpoint: PathBuf,
+    /// File that gets one JSON line every 25 steps.
+    #[arg(long)]
+    pub metrics: Option<PathBuf>,
+}
+
+/// Why a pre-training run ended early.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PretrainJobError {
+    /// The model or its training refused.
+    #[error(transparent)]
+    Tfm(#[from] TfmError),
+    /// A file can't be read or written.
+    #[error("{action} {path} failed: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The model configuration file isn't valid.
+    #[error("model configuration {path} is not valid: {reason}")]
+    BadConfig {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Tables are trained in pairs of equal shape.
+    #[error("tables per step must be even and at least 2, got {got}")]
+    OddTables {
+        /// The number given.
+        got: usize,
+    },
+}
+
+/// What a run left behind, and the fields of the card.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Card {
+    /// Name of the base.
+    pub name: String,
+    /// Trainable parameters.
+    pub parameters: usize,
+    /// Optimiser steps done.
+    pub steps: u64,
+    /// Optimiser steps planned; equal to `steps` for a finished run.
+    pub planned_steps: u64,
+    /// Synthetic tables seen.
+    pub tables: u64,
+    /// Processor seconds over all sittings, where the platform tells.
+    pub cpu_s: Option<f64>,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Moving average of the training loss.
+    pub loss_ema: f64,
+    /// Newest figures on the fixed synthetic validation tables.
+    pub validation: Option<Validation>,
+    /// Model sizes.
+    pub config: ModelConfig,
+    /// Training settings.
+    pub training: PretrainConfig,
+    /// Command that repeats the run.
+    pub command: String,
+    /// What the weights were trained on.
+    pub data: String,
+    /// Licence of the weights.
+    pub licence: String,
+}
+
+/// One line of the metrics file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Line {
+    step: u64,
+    loss_ema: f64,
+    tables_per_s: f64,
+    cpu_s: Option<f64>,
+    validation: Option<Validation>,
+}
+
+/// Runs or resumes pre-training; `now` is a monotonic clock, `stop` ends the run after the current step.
+///
+/// # Errors
+/// [`PretrainJobError`] for bad arguments, refused files, a diverged or a stopped run.
+pub fn run(args: &Args, now: &dyn Fn() -> Duration, stop: &AtomicBool) -> Result<Card, PretrainJobError> {
+    let config = training_config(args)?;
+    for dir in [Some(args.checkpoint.as_path()), args.out.parent()].into_iter().flatten() {
+        std::fs::create_dir_all(dir).map_err(io("creating directory", dir))?;
+    }
+    let state = args.checkpoint.join("training.safetensors");
+    let done = pretrain::checkpoint_step(&state)?.unwrap_or(0);
+    let cpu_before = match &args.metrics {
+        Some(path) => keep_metrics(path, done)?,
+        None => 0.0,
+    };
+    let cpu_at_start = cpu_seconds();
+    let cpu = || Some(cpu_before + cpu_seconds()? - cpu_at_start?);
+    let bar = progress_bar(config.steps);
+    let mut newest = None;
+    let mut report = |p: &Progress<'_>| -> Result<(), TfmError> {
+        bar.set_position(p.step);
+        let shown =
+            p.validation.map_or_else(String::new, |v| format!(", validation {:.4} AUC {:.4}", v.loss, v.auc));
+        bar.set_message(format!(
+            "loss {:.4}{shown}, {:.1} tables/s, {:.0} min left",
+            p.loss_ema,
+            p.tables_per_s,
+            p.eta_s / 60.0
+        ));
+        if let Some(path) = args.metrics.as_ref().filter(|_| p.validated || p.step % LINE_EVERY == 0) {
+            let line = Line {
+                step: p.step,
+                loss_ema: p.loss_ema,
+                tables_per_s: p.tables_per_s,
+                cpu_s: cpu(),
+                validation: p.validation.filter(|_| p.validated),
+            };
+            append(path, &line)?;
+        }
+        if let Some(model) = p.checkpoint {
+            let card = card(args, &config, p, model.parameters(), cpu());
+            let info = BaseInfo {
+                name: card.name.clone(),
+                licence: LICENCE.to_owned(),
+                parent: None,
+                steps: p.step,
+                seed: args.seed,
+            };
+            replace(&args.out, &model.to_safetensors(&info)?)?;
+            let text = serde_json::to_vec_pretty(&card)
+                .map_err(|e| TfmError::Format { what: "model card", reason: e.to_string() })?;
+            replace(&args.out.with_extension("json"), &text)?;
+            newest = Some(card);
+        }
+        Ok(())
+    };
+    let ended = pretrain::run(&config, &Start::Scratch, Some(&state), now, &mut report, stop);
+    bar.finish_and_clear();
+    ended?;
+    match newest {
+        Some(card) => Ok(card),
+        // The checkpoint was already at its last step: the card on disk is that of the finished run.
+        None => read_card(&args.out.with_extension("json")),
+    }
+}
+
+fn training_config(args: &Args) -> Result<PretrainConfig, PretrainJobError> {
+    if args.tables_per_step < 2 || !args.tables_per_step.is_multiple_of(2) {
+        return Err(PretrainJobError::OddTables { got: args.tables_per_step });
+    }
+    let model = if args.config == "nano" {
+        ModelConfig::nano()
+    } else {
+        let path = PathBuf::from(&args.config);
+        let text = std::fs::read_to_string(&path).map_err(io("reading", &path))?;
+        serde_json::from_str(&text)
+            .map_err(|e| PretrainJobError::BadConfig { path, reason: e.to_string() })?
+    };
+    let config = PretrainConfig {
+        slices_per_step: args.tables_per_step / 2,
+        tables_per_slice: 2,
+        threads: args.threads,
+        ..PretrainConfig::scratch(model, args.steps, args.seed)
+    };
+    config.check()?;
+    Ok(config)
+}
+
+fn card(
+    args: &Args,
+    config: &PretrainConfig,
+    p: &Progress<'_>,
+    parameters: usize,
+    cpu_s: Option<f64>,
+) -> Card {
+    let name =
+        Path::new(&args.config).file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned());
+    Card {
+        name,
+        parameters,
+        steps: p.step,
+        planned_steps: p.total,
+        tables: p.step * args.tables_per_step as u64,
+        cpu_s,
+        seed: args.seed,
+        loss_ema: p.loss_ema,
+        validation: p.validation,
+        config: config.model.clone(),
+        training: config.clone(),
+        command: format!(
+            "tabmesh-coordinator pretrain --config {} --steps {} --tables-per-step {} --seed {} --out {} --checkpoint {}",
+            args.config,
+            args.steps,
+            args.tables_per_step,
+            args.seed,
+            file_name(&args.out),
+            file_name(&args.checkpoint),
+        ),
+        data: "synthetic tables drawn from random structural models; no real data".to_owned(),
+        licence: LICENCE.to_owned(),
+    }
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned())
+}
+
+fn progress_bar(steps: u64) -> ProgressBar {
+    let target = if std::io::stderr().is_terminal() {
+        ProgressDrawTarget::stderr()
+    } else {
+        ProgressDrawTarget::hidden()
+    };
+    let bar = ProgressBar::with_draw_target(Some(steps), target);
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} steps, {msg}") {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// Drops metrics lines beyond the resumed step and returns the processor seconds used up to it.
+fn keep_metrics(path: &Path, done: u64) -> Result<f64, PretrainJobError> {
+    let text = match std::fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(0.0),
+        Err(e) => return Err(io("reading", path)(e)),
+    };
+    let kept: Vec<(&str, Line)> = text
+        .lines()
+        .filter_map(|l| serde_json::from_str(l).ok().map(|line: Line| (l, line)))
+        .filter(|(_, line)| line.step <= done)
+        .collect();
+    let rest: String = kept.iter().map(|(l, _)| format!("{l}\n")).collect();
+    std::fs::write(path, rest).map_err(io("writing", path))?;
+    Ok(kept.last().and_then(|(_, line)| line.cpu_s).unwrap_or(0.0))
+}
+
+fn append(path: &Path, line: &Line) -> Result<(), TfmError> {
+    let failed = |source| TfmError::Io { action: "writing", path: path.display().to_string(), source };
+    let text = serde_json::to_string(line)
+        .map_err(|e| TfmError::Format { what: "metrics line", reason: e.to_string() })?;
+    let mut file = OpenOptions::new().create(true).append(true).open(path).map_err(failed)?;
+    writeln!(file, "{text}").map_err(failed)
+}
+
+/// Replaces a file so that a crash leaves either the old or the new content.
+fn replace(path: &Path, bytes: &[u8]) -> Result<(), TfmError> {
+    let failed = |source| TfmError::Io { action: "writing", path: path.display().to_string(), source };
+    let mut staged = path.as_os_str().to_owned();
+    staged.push(".tmp");
+    let mut file = std::fs::File::create(&staged).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)?;
+    file.sync_all().map_err(failed)?;
+    std::fs::rename(&staged, path).map_err(failed)
+}
+
+fn read_card(path: &Path) -> Result<Card, PretrainJobError> {
+    let text = std::fs::read_to_string(path).map_err(io("reading", path))?;
+    serde_json::from_str(&text)
+        .map_err(|e| PretrainJobError::BadConfig { path: path.to_owned(), reason: e.to_string() })
+}
+
+fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> PretrainJobError + 'a {
+    move |source| PretrainJobError::Io { action, path: path.to_owned(), source }
+}
+
+/// Processor seconds of this process, from Linux's `/proc`; `None` elsewhere.
+fn cpu_seconds() -> Option<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The command name may hold spaces, so fields are counted after its closing bracket.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let user: f64 = fields.next()?.parse().ok()?;
+    let system: f64 = fields.next()?.parse().ok()?;
+    Some((user + system) / TICKS_PER_S)
+}
+
+const TICKS_PER_S: f64 = 100.0;
+const LINE_EVERY: u64 = 25;
+const LICENCE: &str = "Apache-2.0";
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use std::{sync::atomic::AtomicBool, time::Duration};
+
+    use super::{Args, PretrainJobError, run};
+    use tabmesh_tfm::{Model, ModelConfig};
+
+    #[test]
+    fn run_leaves_weights_card_and_metrics_and_a_finished_run_stays_finished() {
+        let dir = tempfile::tempdir().unwrap();
+        let sizes = dir.path().join("tiny.json");
+        std::fs::write(&sizes, serde_json::to_string(&ModelConfig::tiny()).unwrap()).unwrap();
+        let args = Args {
+            config: sizes.display().to_string(),
+            steps: 3,
+            tables_per_step: 2,
+            seed: 4,
+            threads: 1,
+            out: dir.path().join("base.safetensors"),
+            checkpoint: dir.path().join("state"),
+            metrics: Some(dir.path().join("metrics.jsonl")),
+        };
+        let stop = AtomicBool::new(false);
+        let card = run(&args, &|| Duration::ZERO, &stop).unwrap();
+        assert_eq!((card.steps, card.planned_steps, card.tables), (3, 3, 6));
+        assert!(card.validation.is_some());
+        let (model, info) = Model::from_safetensors(&std::fs::read(&args.out).unwrap()).unwrap();
+        assert_eq!((model.parameters(), info.steps), (card.parameters, 3));
+        let lines = std::fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
+        assert_eq!(lines.lines().count(), 1);
+        assert_eq!(run(&args, &|| Duration::ZERO, &stop).unwrap(), card);
+        let odd = Args { tables_per_step: 3, ..args };
+        assert!(matches!(run(&odd, &|| Duration::ZERO, &stop), Err(PretrainJobError::OddTables { got: 3 })));
+    }
+}

@@ -1,0 +1,76 @@
+//! In-context stage: all rows attend to the labelled context rows, never to queries.
+
+use candle_core::Tensor;
+
+use super::{
+    attention::{Block, BlockSizes},
+    config::ModelConfig,
+    params::{Source, affine},
+};
+use crate::{error::TfmError, ops::linear::linear};
+
+/// The in-context stage.
+pub(crate) struct IclStage {
+    label: (Tensor, Tensor),
+    blocks: Vec<Block>,
+}
+
+impl IclStage {
+    pub(crate) fn new(source: &mut dyn Source, config: &ModelConfig) -> Result<Self, TfmError> {
+        let width = config.row_width();
+        let sizes = BlockSizes {
+            width,
+            heads: config.icl_nhead,
+            ff_factor: config.ff_factor,
+            ssmax_hidden: Some(config.ssmax_hidden),
+        };
+        let blocks = (0..config.icl_num_blocks)
+            .map(|i| Block::new(source, &format!("icl_predictor.tf_icl.blocks.{i}"), sizes))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { label: affine(source, "icl_predictor.y_encoder", width, config.max_classes)?, blocks })
+    }
+
+    /// Label embeddings `(tables, context, D)` from one-hot labels `(tables, context, classes)`.
+    pub(crate) fn labels(&self, one_hot: &Tensor) -> Result<Tensor, TfmError> {
+        Ok(linear(one_hot, &self.label.0, &self.label.1)?)
+    }
+
+    /// Query rows `(tables, queries, D)` after reading the context, from all rows `(tables, rows, D)`.
+    pub(crate) fn queries(&self, mut rows: Tensor, context: usize) -> Result<Tensor, TfmError> {
+        let total = rows.dim(1)?;
+        for (i, block) in self.blocks.iter().enumerate() {
+            let normed = block.normed(&rows)?;
+            let kv = block.keys_values(&normed.narrow(1, 0, context)?)?;
+            rows = if i + 1 == self.blocks.len() {
+                let x = rows.narrow(1, context, total - context)?;
+                block.attend(&x, &normed.narrow(1, context, total - context)?, &kv, None, context)?
+            } else {
+                block.attend(&rows, &normed, &kv, None, context)?
+            };
+        }
+        Ok(rows)
+    }
+
+    /// Keys and values of every block, each `(1, context, 2 D)`, of labelled context rows `(1, context, D)`.
+    pub(crate) fn context(&self, mut rows: Tensor) -> Result<Vec<Tensor>, TfmError> {
+        let context = rows.dim(1)?;
+        let mut cache = Vec::with_capacity(self.blocks.len());
+        for (i, block) in self.blocks.iter().enumerate() {
+            let normed = block.normed(&rows)?;
+            let kv = block.keys_values(&normed)?;
+            if i + 1 < self.blocks.len() {
+                rows = block.attend(&rows, &normed, &kv, None, context)?;
+            }
+            cache.push(kv);
+        }
+        Ok(cache)
+    }
+
+    /// Query rows `(1, queries, D)` after reading a cached context.
+    pub(crate) fn cached(&self, mut rows: Tensor, cache: &[Tensor]) -> Result<Tensor, TfmError> {
+        for (block, kv) in self.blocks.iter().zip(cache) {
+            rows = block.attend(&rows, &block.normed(&rows)?, kv, None, kv.dim(1)?)?;
+        }
+        Ok(rows)
+    }
+}

@@ -1,0 +1,487 @@
+//! Multi-head attention core `softmax(Q K^T / sqrt(head_dim)) V` on interleaved heads, without transposed copies.
+//!
+//! Probabilities are recomputed in the backward pass, so nothing of size `queries x keys` is kept. Short sequences
+//! (cells of a row, inducing points) run in register loops; long ones (rows of a table) in blocked products.
+
+use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, backend::BackendStorage, bail};
+
+use super::{
+    math::{dot, softmax},
+    values, wanted, with_values,
+};
+
+/// Attends from `q (batch or 1, queries, d)` to `kv (batch, keys, 2 d)` (keys, then values, side by side).
+///
+/// A `q` of batch 1 is shared by all batches. Returns `(batch, queries, d)`.
+pub(crate) fn attention(q: &Tensor, kv: &Tensor, heads: usize) -> Result<Tensor> {
+    q.contiguous()?.apply_op2(&kv.contiguous()?, Attention { heads })
+}
+
+struct Attention {
+    heads: usize,
+}
+
+/// Sizes of one call.
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    shared_query: bool,
+    queries: usize,
+    keys: usize,
+    width: usize,
+    heads: usize,
+}
+
+impl Sizes {
+    fn of(q: &[usize], kv: &[usize], heads: usize) -> Result<Self> {
+        let (&[query_batch, queries, width], &[batch, keys, double]) = (q, kv) else {
+            bail!("attention needs rank-3 operands, got {q:?} and {kv:?}")
+        };
+        if double != 2 * width || width % heads != 0 || (query_batch != batch && query_batch != 1) {
+            bail!("attention operands don't fit: q {q:?}, kv {kv:?}, {heads} heads")
+        }
+        Ok(Self { batch, shared_query: query_batch != batch, queries, keys, width, heads })
+    }
+
+    fn head_dim(self) -> usize {
+        self.width / self.heads
+    }
+
+    fn scale(self) -> f32 {
+        1.0 / (self.head_dim() as f32).sqrt()
+    }
+
+    fn query_start(self, batch: usize) -> usize {
+        if self.shared_query { 0 } else { batch * self.queries * self.width }
+    }
+
+    fn blocked(self) -> bool {
+        (self.queries >= BLOCKED_FROM && self.keys >= BLOCKED_FROM)
+            || !matches!(self.head_dim(), 4 | 8 | 16 | 32)
+    }
+}
+
+impl CustomOp2 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        q: &CpuStorage,
+        lq: &Layout,
+        kv: &CpuStorage,
+        lkv: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let sizes = Sizes::of(lq.dims(), lkv.dims(), self.heads)?;
+        let mut out = vec![0f32; sizes.batch * sizes.queries * sizes.width];
+        if sizes.blocked() {
+            blocked::forward(sizes, (q, lq.start_offset()), (kv, lkv.start_offset()), &mut out)?;
+        } else {
+            let (q, kv) = (values(q, lq)?, values(kv, lkv)?);
+            match sizes.head_dim() {
+                4 => small_forward::<4>(sizes, q, kv, &mut out),
+                8 => small_forward::<8>(sizes, q, kv, &mut out),
+                16 => small_forward::<16>(sizes, q, kv, &mut out),
+                _ => small_forward::<32>(sizes, q, kv, &mut out),
+            }
+        }
+        Ok((CpuStorage::F32(out), (sizes.batch, sizes.queries, sizes.width).into()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        kv: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let sizes = Sizes::of(q.dims(), kv.dims(), self.heads)?;
+        let grad = grad.contiguous()?;
+        let want_kv = wanted(kv);
+        let mut dq = vec![0f32; q.elem_count()];
+        let mut dkv = vec![0f32; if want_kv { kv.elem_count() } else { 0 }];
+        if sizes.blocked() {
+            blocked::backward(sizes, q, kv, &grad, &mut dq, want_kv.then_some(&mut dkv))?;
+        } else {
+            with_values(q, |q| {
+                with_values(kv, |kv| {
+                    with_values(&grad, |g| {
+                        let dkv = want_kv.then_some(dkv.as_mut_slice());
+                        match sizes.head_dim() {
+                            4 => small_backward::<4>(sizes, q, kv, g, &mut dq, dkv),
+                            8 => small_backward::<8>(sizes, q, kv, g, &mut dq, dkv),
+                            16 => small_backward::<16>(sizes, q, kv, g, &mut dq, dkv),
+                            _ => small_backward::<32>(sizes, q, kv, g, &mut dq, dkv),
+                        }
+                        Ok(())
+                    })
+                })
+            })?;
+        }
+        let dq = if wanted(q) { Some(Tensor::from_vec(dq, q.shape(), q.device())?) } else { None };
+        let dkv = if want_kv { Some(Tensor::from_vec(dkv, kv.shape(), kv.device())?) } else { None };
+        Ok((dq, dkv))
+    }
+}
+
+/// `HD` consecutive values as an array.
+#[inline(always)]
+fn lane<const HD: usize>(values: &[f32], at: usize) -> [f32; HD] {
+    let mut lane = [0f32; HD];
+    lane.copy_from_slice(&values[at..at + HD]);
+    lane
+}
+
+/// Copies `keys` vectors of one head, `stride` apart, into `(HD, keys)` order.
+#[inline]
+fn transpose<const HD: usize>(source: &[f32], start: usize, stride: usize, keys: usize, into: &mut [f32]) {
+    for j in 0..keys {
+        let vector = lane::<HD>(source, start + j * stride);
+        for (d, v) in vector.iter().enumerate() {
+            into[d * keys + j] = *v;
+        }
+    }
+}
+
+/// `out[j] = sum_d vector[d] * transposed[d][j]`.
+#[inline]
+fn project<const HD: usize>(vector: &[f32; HD], transposed: &[f32], out: &mut [f32]) {
+    out.fill(0.0);
+    for (v, row) in vector.iter().zip(transposed.chunks_exact(out.len())) {
+        for (o, k) in out.iter_mut().zip(row) {
+            *o += v * k;
+        }
+    }
+}
+
+fn small_forward<const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mut [f32]) {
+    let (scale, stride) = (s.scale(), 2 * s.width);
+    let mut keys = vec![0f32; HD * s.keys];
+    let mut scores = vec![0f32; s.keys];
+    for b in 0..s.batch {
+        let kv = &kv[b * s.keys * stride..][..s.keys * stride];
+        let q = &q[s.query_start(b)..][..s.queries * s.width];
+        let out = &mut out[b * s.queries * s.width..][..s.queries * s.width];
+        for h in 0..s.heads {
+            transpose::<HD>(kv, h * HD, stride, s.keys, &mut keys);
+            for i in 0..s.queries {
+                let at = i * s.width + h * HD;
+                project::<HD>(&lane(q, at), &keys, &mut scores);
+                softmax(&mut scores, scale);
+                let mut sum = [0f32; HD];
+                for (p, row) in scores.iter().zip(kv.chunks_exact(stride)) {
+                    let v = lane::<HD>(row, s.width + h * HD);
+                    for (a, v) in sum.iter_mut().zip(&v) {
+                        *a += p * v;
+                    }
+                }
+                out[at..at + HD].copy_from_slice(&sum);
+            }
+        }
+    }
+}
+
+fn small_backward<const HD: usize>(
+    s: Sizes,
+    q: &[f32],
+    kv: &[f32],
+    grad: &[f32],
+    dq: &mut [f32],
+    mut dkv: Option<&mut [f32]>,
+) {
+    let (scale, stride) = (s.scale(), 2 * s.width);
+    let (mut keys, mut vals) = (vec![0f32; HD * s.keys], vec![0f32; HD * s.keys]);
+    let (mut p, mut ds) = (vec![0f32; s.keys], vec![0f32; s.keys]);
+    for b in 0..s.batch {
+        let kv = &kv[b * s.keys * stride..][..s.keys * stride];
+        let q_start = s.query_start(b);
+        let g_start = b * s.queries * s.width;
+        for h in 0..s.heads {
+            transpose::<HD>(kv, h * HD, stride, s.keys, &mut keys);
+            transpose::<HD>(kv, s.width + h * HD, stride, s.keys, &mut vals);
+            for i in 0..s.queries {
+                let at = i * s.width + h * HD;
+                let query = lane::<HD>(q, q_start + at);
+                let out_grad = lane::<HD>(grad, g_start + at);
+                project::<HD>(&query, &keys, &mut p);
+                softmax(&mut p, scale);
+                project::<HD>(&out_grad, &vals, &mut ds);
+                let mean = dot(&p, &ds);
+                for (d, p) in ds.iter_mut().zip(&p) {
+                    *d = p * (*d - mean) * scale;
+                }
+                let mut dquery = [0f32; HD];
+                for (d, row) in ds.iter().zip(kv.chunks_exact(stride)) {
+                    let k = lane::<HD>(row, h * HD);
+                    for (a, k) in dquery.iter_mut().zip(&k) {
+                        *a += d * k;
+                    }
+                }
+                for (a, d) in dq[q_start + at..][..HD].iter_mut().zip(&dquery) {
+                    *a += d;
+                }
+                if let Some(dkv) = dkv.as_deref_mut() {
+                    let rows = dkv[b * s.keys * stride..][..s.keys * stride].chunks_exact_mut(stride);
+                    for ((row, d), p) in rows.zip(&ds).zip(&p) {
+                        let (dk, dv) = row.split_at_mut(s.width);
+                        for ((a, c), (q, g)) in dk[h * HD..][..HD]
+                            .iter_mut()
+                            .zip(&mut dv[h * HD..][..HD])
+                            .zip(query.iter().zip(&out_grad))
+                        {
+                            *a += d * q;
+                            *c += p * g;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Attention over long sequences by matrix products, one batch and one block of queries at a time.
+mod blocked {
+    use super::{
+        super::{math::dot, math::softmax, with_values},
+        BackendStorage, CpuStorage, Layout, Result, Sizes, Tensor, bail,
+    };
+
+    /// `(heads, rows, head_dim)` view of interleaved heads.
+    fn rows_view(s: Sizes, rows: usize, row_stride: usize, start: usize) -> Layout {
+        let hd = s.head_dim();
+        Layout::new((s.heads, rows, hd).into(), vec![hd, row_stride, 1], start)
+    }
+
+    /// `(heads, head_dim, rows)` view of interleaved heads.
+    fn transposed_view(s: Sizes, rows: usize, row_stride: usize, start: usize) -> Layout {
+        let hd = s.head_dim();
+        Layout::new((s.heads, hd, rows).into(), vec![hd, 1, row_stride], start)
+    }
+
+    fn floats(storage: &mut CpuStorage) -> Result<&mut Vec<f32>> {
+        match storage {
+            CpuStorage::F32(v) => Ok(v),
+            _ => bail!("product is not f32"),
+        }
+    }
+
+    /// Adds or writes `(heads, rows, head_dim)` values into interleaved rows.
+    fn scatter(s: Sizes, source: &[f32], rows: usize, row_stride: usize, into: &mut [f32]) {
+        let hd = s.head_dim();
+        for (h, head) in source.chunks_exact(rows * hd).enumerate() {
+            for (i, vector) in head.chunks_exact(hd).enumerate() {
+                for (o, v) in into[i * row_stride + h * hd..][..hd].iter_mut().zip(vector) {
+                    *o += v;
+                }
+            }
+        }
+    }
+
+    fn blocks(s: Sizes) -> impl Iterator<Item = (usize, usize)> {
+        (0..s.queries).step_by(QUERY_BLOCK).map(move |i| (i, QUERY_BLOCK.min(s.queries - i)))
+    }
+
+    fn probabilities(
+        s: Sizes,
+        q: (&CpuStorage, usize),
+        kv: (&CpuStorage, usize),
+        rows: usize,
+    ) -> Result<CpuStorage> {
+        let (hd, stride) = (s.head_dim(), 2 * s.width);
+        let mut p = q.0.matmul(
+            kv.0,
+            (s.heads, rows, s.keys, hd),
+            &rows_view(s, rows, s.width, q.1),
+            &transposed_view(s, s.keys, stride, kv.1),
+        )?;
+        for row in floats(&mut p)?.chunks_exact_mut(s.keys) {
+            softmax(row, s.scale());
+        }
+        Ok(p)
+    }
+
+    pub(super) fn forward(
+        s: Sizes,
+        q: (&CpuStorage, usize),
+        kv: (&CpuStorage, usize),
+        out: &mut [f32],
+    ) -> Result<()> {
+        let (hd, stride) = (s.head_dim(), 2 * s.width);
+        for b in 0..s.batch {
+            let kv_start = kv.1 + b * s.keys * stride;
+            for (first, rows) in blocks(s) {
+                let q_start = q.1 + s.query_start(b) + first * s.width;
+                let p = probabilities(s, (q.0, q_start), (kv.0, kv_start), rows)?;
+                let mut o = p.matmul(
+                    kv.0,
+                    (s.heads, rows, hd, s.keys),
+                    &Layout::contiguous((s.heads, rows, s.keys)),
+                    &rows_view(s, s.keys, stride, kv_start + s.width),
+                )?;
+                let to = &mut out[(b * s.queries + first) * s.width..];
+                scatter(s, floats(&mut o)?, rows, s.width, to);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn backward(
+        s: Sizes,
+        q: &Tensor,
+        kv: &Tensor,
+        grad: &Tensor,
+        dq: &mut [f32],
+        mut dkv: Option<&mut Vec<f32>>,
+    ) -> Result<()> {
+        let (hd, stride) = (s.head_dim(), 2 * s.width);
+        // Plain copies give storages that the products below can take slices of.
+        let q = with_values(q, |v| Ok(CpuStorage::F32(v.to_vec())))?;
+        let kv = with_values(kv, |v| Ok(CpuStorage::F32(v.to_vec())))?;
+        let grad = with_values(grad, |v| Ok(CpuStorage::F32(v.to_vec())))?;
+        for b in 0..s.batch {
+            let kv_start = b * s.keys * stride;
+            for (first, rows) in blocks(s) {
+                let q_start = s.query_start(b) + first * s.width;
+                let g_start = (b * s.queries + first) * s.width;
+                let mut p = probabilities(s, (&q, q_start), (&kv, kv_start), rows)?;
+                let mut ds = grad.matmul(
+                    &kv,
+                    (s.heads, rows, s.keys, hd),
+                    &rows_view(s, rows, s.width, g_start),
+                    &transposed_view(s, s.keys, stride, kv_start + s.width),
+                )?;
+                let scale = s.scale();
+                for (d, p) in
+                    floats(&mut ds)?.chunks_exact_mut(s.keys).zip(floats(&mut p)?.chunks_exact(s.keys))
+                {
+                    let mean = dot(d, p);
+                    for (d, p) in d.iter_mut().zip(p) {
+                        *d = p * (*d - mean) * scale;
+                    }
+                }
+                let mut block = ds.matmul(
+                    &kv,
+                    (s.heads, rows, hd, s.keys),
+                    &Layout::contiguous((s.heads, rows, s.keys)),
+                    &rows_view(s, s.keys, stride, kv_start),
+                )?;
+                scatter(s, floats(&mut block)?, rows, s.width, &mut dq[q_start..]);
+                if let Some(dkv) = dkv.as_deref_mut() {
+                    let turned =
+                        Layout::new((s.heads, s.keys, rows).into(), vec![rows * s.keys, 1, s.keys], 0);
+                    let size = (s.heads, s.keys, hd, rows);
+                    let mut dk = ds.matmul(&q, size, &turned, &rows_view(s, rows, s.width, q_start))?;
+                    let mut dv = p.matmul(&grad, size, &turned, &rows_view(s, rows, s.width, g_start))?;
+                    scatter(s, floats(&mut dk)?, s.keys, stride, &mut dkv[kv_start..]);
+                    scatter(s, floats(&mut dv)?, s.keys, stride, &mut dkv[kv_start + s.width..]);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    const QUERY_BLOCK: usize = 128;
+}
+
+const BLOCKED_FROM: usize = 24;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use candle_core::{Device, Tensor, Var};
+
+    use super::attention;
+    use crate::ops::{activation, linear::linear, norm::layer_norm, rope};
+
+    /// Values of a fixed linear congruential sequence in `[-1, 1)`.
+    fn noise(seed: u64, dims: &[usize]) -> Tensor {
+        let mut state = seed;
+        let count = dims.iter().product();
+        let values: Vec<f32> = (0..count)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                ((state >> 40) as f32) / 8_388_608.0 - 1.0
+            })
+            .collect();
+        Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
+    }
+
+    /// Compares the analytic gradient of `sum(f(inputs) * weights)` with central differences.
+    fn check(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Tensor) {
+        let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
+        let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+        let out = f(&tensors);
+        let weights = noise(99, out.dims());
+        let grads = (&out * &weights).unwrap().sum_all().unwrap().backward().unwrap();
+        let objective = |inputs: &[Tensor]| -> f64 {
+            let products: Vec<f32> =
+                (f(inputs) * &weights).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            products.iter().map(|v| f64::from(*v)).sum()
+        };
+        for (k, var) in vars.iter().enumerate() {
+            let analytic: Vec<f32> = grads.get(var).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            let base: Vec<f32> = inputs[k].flatten_all().unwrap().to_vec1().unwrap();
+            for at in (0..base.len()).step_by(1 + base.len() / 13) {
+                let shifted = |by: f32| {
+                    let mut v = base.clone();
+                    v[at] += by;
+                    let mut all: Vec<Tensor> = inputs.to_vec();
+                    all[k] = Tensor::from_vec(v, inputs[k].dims(), &Device::Cpu).unwrap();
+                    objective(&all)
+                };
+                let numeric = (shifted(0.01) - shifted(-0.01)) / 0.02;
+                let error = (numeric - f64::from(analytic[at])).abs();
+                assert!(
+                    error < 2e-3 * (1.0 + numeric.abs()),
+                    "input {k} at {at}: {numeric} {}",
+                    analytic[at]
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_match_central_differences() {
+        check(&[noise(1, &[3, 5, 16]), noise(2, &[3, 7, 32])], |t| attention(&t[0], &t[1], 2).unwrap());
+        check(&[noise(3, &[1, 5, 16]), noise(4, &[3, 7, 32])], |t| attention(&t[0], &t[1], 4).unwrap());
+        check(&[noise(5, &[2, 140, 24]), noise(6, &[2, 30, 48])], |t| attention(&t[0], &t[1], 2).unwrap());
+        check(&[noise(7, &[6, 5]), noise(8, &[4, 5]), noise(9, &[4])], |t| {
+            linear(&t[0], &t[1], &t[2]).unwrap()
+        });
+        check(&[noise(10, &[6, 12]), noise(11, &[12]), noise(12, &[12])], |t| {
+            layer_norm(&t[0], &t[1], &t[2]).unwrap()
+        });
+        check(&[noise(13, &[6, 12]), noise(14, &[6, 12]), noise(15, &[12])], |t| {
+            activation::gate(&t[0], &t[1], &t[2]).unwrap()
+        });
+        check(&[(noise(16, &[40]) * 3.0).unwrap()], |t| activation::gelu(&t[0]).unwrap());
+        check(&[noise(17, &[2, 5, 12])], |t| rope::rotate(&t[0], 2, &[1.0, 0.1]).unwrap());
+    }
+
+    /// Both kernels against the textbook formula built from basic operations.
+    #[test]
+    fn both_kernels_match_basic_operations() {
+        for (queries, keys) in [(5, 7), (40, 33)] {
+            let (q, kv) = (noise(20, &[2, queries, 16]), noise(21, &[2, keys, 32]));
+            let fused = attention(&q, &kv, 2).unwrap();
+            let split = |t: &Tensor, rows: usize| {
+                t.contiguous()
+                    .unwrap()
+                    .reshape((2, rows, 2, 8))
+                    .unwrap()
+                    .transpose(1, 2)
+                    .unwrap()
+                    .contiguous()
+            };
+            let k = split(&kv.narrow(2, 0, 16).unwrap(), keys).unwrap();
+            let v = split(&kv.narrow(2, 16, 16).unwrap(), keys).unwrap();
+            let q = split(&q, queries).unwrap();
+            let scores = (q.matmul(&k.t().unwrap()).unwrap() / 8f64.sqrt()).unwrap();
+            let plain = candle_nn::ops::softmax(&scores, 3).unwrap().matmul(&v).unwrap();
+            let plain = plain.transpose(1, 2).unwrap().reshape((2, queries, 16)).unwrap();
+            let gap = (fused - plain).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(gap < 1e-5, "{gap}");
+        }
+    }
+}

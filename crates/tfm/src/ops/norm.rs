@@ -1,0 +1,113 @@
+//! Layer normalisation over the last dimension with gain and bias, `eps = 1e-5`.
+
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+
+use super::{
+    math::{dot, sum},
+    rows_and_width, values, wanted, with_values,
+};
+
+/// `(x - mean) / sqrt(var + eps) * gain + bias` over the last dimension of `x`.
+pub(crate) fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op3(gain, bias, LayerNorm)
+}
+
+struct LayerNorm;
+
+/// Mean and inverse deviation of one row.
+#[inline]
+fn moments(row: &[f32]) -> (f32, f32) {
+    let width = row.len() as f32;
+    let mean = sum(row) / width;
+    let mut lanes = [0f32; 8];
+    let (chunks, rest) = row.as_chunks::<8>();
+    for chunk in chunks {
+        for (lane, v) in lanes.iter_mut().zip(chunk) {
+            *lane += (v - mean) * (v - mean);
+        }
+    }
+    let tail: f32 = rest.iter().map(|v| (v - mean) * (v - mean)).sum();
+    let var = (lanes.iter().sum::<f32>() + tail) / width;
+    (mean, 1.0 / (var + EPS).sqrt())
+}
+
+impl CustomOp3 for LayerNorm {
+    fn name(&self) -> &'static str {
+        "layer_norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        g: &CpuStorage,
+        lg: &Layout,
+        b: &CpuStorage,
+        lb: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (_, width) = rows_and_width(lx)?;
+        let (x, gain, bias) = (values(x, lx)?, values(g, lg)?, values(b, lb)?);
+        let mut out = vec![0f32; x.len()];
+        for (row, to) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+            let (mean, inverse) = moments(row);
+            for (((o, v), g), b) in to.iter_mut().zip(row).zip(gain).zip(bias) {
+                *o = (v - mean) * inverse * g + b;
+            }
+        }
+        Ok((CpuStorage::F32(out), lx.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        gain: &Tensor,
+        bias: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let width = gain.dim(0)?;
+        let grad = grad.contiguous()?;
+        let (want_x, want_affine) = (wanted(x), wanted(gain) || wanted(bias));
+        let mut dx = vec![0f32; if want_x { x.elem_count() } else { 0 }];
+        let (mut dgain, mut dbias) = (vec![0f32; width], vec![0f32; width]);
+        with_values(x, |xs| {
+            with_values(&grad, |gs| {
+                with_values(gain, |gain| {
+                    let (mut hat, mut scaled) = (vec![0f32; width], vec![0f32; width]);
+                    for (i, (row, gr)) in xs.chunks_exact(width).zip(gs.chunks_exact(width)).enumerate() {
+                        let (mean, inverse) = moments(row);
+                        for (((h, s), (v, g)), w) in
+                            hat.iter_mut().zip(scaled.iter_mut()).zip(row.iter().zip(gr)).zip(gain)
+                        {
+                            *h = (v - mean) * inverse;
+                            *s = g * w;
+                        }
+                        if want_affine {
+                            for (((dg, db), g), h) in dgain.iter_mut().zip(dbias.iter_mut()).zip(gr).zip(&hat)
+                            {
+                                *dg += g * h;
+                                *db += g;
+                            }
+                        }
+                        if want_x {
+                            let n = width as f32;
+                            let (a, c) = (sum(&scaled) / n, dot(&scaled, &hat) / n);
+                            let to = &mut dx[i * width..(i + 1) * width];
+                            for ((o, s), h) in to.iter_mut().zip(&scaled).zip(&hat) {
+                                *o = (s - a - h * c) * inverse;
+                            }
+                        }
+                    }
+                    Ok(())
+                })
+            })
+        })?;
+        let device = x.device();
+        let dx = if want_x { Some(Tensor::from_vec(dx, x.shape(), device)?) } else { None };
+        let dg = if wanted(gain) { Some(Tensor::from_vec(dgain, width, device)?) } else { None };
+        let db = if wanted(bias) { Some(Tensor::from_vec(dbias, width, device)?) } else { None };
+        Ok((dx, dg, db))
+    }
+}
+
+const EPS: f32 = 1e-5;
