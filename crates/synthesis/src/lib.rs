@@ -16,7 +16,8 @@
 //!    feature, (feature, label) for a root.
 //! 4. **Fit.** [`fit()`] reconciles all tables by generalised least squares ([`marginal::reconcile`]), then estimates
 //!    P(label) · Π P(feature | parent, label) with shrinkage and back-off scaled to the noise.
-//! 5. **Rows.** [`draw`] samples cells, [`decode`] turns them into numbers and level codes.
+//! 5. **Rows.** [`draw`] samples cells, [`decode`] turns them into numbers and level codes, using the fine
+//!    histograms within merged levels and bins.
 //! 6. **Quality.** [`measure`] gives total variation distances from the noisy tables beside the noise floor.
 //!
 //! # Where it comes from
@@ -50,5 +51,5 @@ pub mod tree;
 pub use error::SynthesisError;
 pub use fit::{TreeModel, fit};
 pub use quality::{Quality, measure};
-pub use sample::{CellRows, SynthColumn, SyntheticTable, decode, draw, draw_for_labels};
+pub use sample::{CellRows, FineHistograms, SynthColumn, SyntheticTable, decode, draw, draw_for_labels};
 pub use tree::{PairScore, TreeStructure, pair_scores, three_way_specs};

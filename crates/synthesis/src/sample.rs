@@ -115,20 +115,34 @@ pub struct SyntheticTable {
     pub rows: usize,
 }
 
-/// Turns cells into values: numbers uniform within their bin on the attribute's scale, codes for levels.
+/// The fine 1-way histograms released first, in the terms they were counted by; empty by default.
 ///
-/// A merged cell is split among its fine cells in proportion to the released fine histogram: the least noisy 1-way table
-/// in `fine` over that attribute's fine cells, numbered as in `attributes`. Without such a table, or where it
-/// holds nothing above noise, fine cells are equally likely.
+/// Attributes are numbered as in the layout that is decoded, and may be binned otherwise.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct FineHistograms<'a> {
+    /// Attributes of that release, unmerged.
+    pub attributes: &'a [Attribute],
+    /// Its 1-way tables; others are ignored, and of several for one attribute the least noisy is used.
+    pub tables: &'a [MarginalTable],
+}
+
+/// Turns cells into values: numbers within their bin on the attribute's scale, codes for levels.
+///
+/// Within a cell, merged levels are drawn in proportion to the fine histogram, and numbers are uniform within a fine
+/// bin drawn in the same way. A fine bin that towers over its neighbours is taken for one repeated value (a spike at
+/// zero, an integer) and gives a single number: a declared bound if it touches one, else its middle; otherwise
+/// a model could learn from differences inside the bin that real rows don't have. Without a histogram,
+/// or where it holds nothing, levels or bins of a cell are equally likely and numbers uniform within them.
 ///
 /// # Errors
-/// [`SynthesisError::LayoutMismatch`] if rows and attributes differ in number or there is not exactly one label;
-/// [`SynthesisError::DimensionMismatch`] if an attribute's cells or a fine histogram's don't fit;
-/// [`SynthesisError::BadGroups`] for a merge that leaves a cell without members; as [`marginal::check`].
+/// [`SynthesisError::LayoutMismatch`] if rows and attributes differ in number, there is not exactly one label, or
+/// a histogram is of another kind or merged; [`SynthesisError::DimensionMismatch`] if an attribute's or
+/// histogram's cells don't fit; [`SynthesisError::BadGroups`] for a merge that leaves a cell without
+/// members; as [`marginal::check`].
 pub fn decode<R: Rng + ?Sized>(
     rows: &CellRows,
     attributes: &[Attribute],
-    fine: &[MarginalTable],
+    fine: FineHistograms<'_>,
     rng: &mut R,
 ) -> Result<SyntheticTable, SynthesisError> {
     let mismatch = |what, expected, got| Err(SynthesisError::LayoutMismatch { what, expected, got });
@@ -151,65 +165,188 @@ pub fn decode<R: Rng + ?Sized>(
             table.labels = cells.iter().map(|&c| u16::try_from(c).unwrap_or(u16::MAX)).collect();
             continue;
         }
-        let members = fine_members(attribute, index, fine)?;
-        let fine_cells = cells.iter().map(|&cell| {
-            let (numbers, shares) = &members[cell as usize];
-            if let [only] = numbers.as_slice() { *only } else { numbers[pick(shares, rng) as usize] }
-        });
-        let fine_cells: Vec<usize> = fine_cells.collect();
+        let contents = contents(attribute, index, fine)?;
+        let mut pick_in = |cell: u32| {
+            let (pieces, shares) = &contents[cell as usize];
+            if let [only] = pieces.as_slice() { *only } else { pieces[pick(shares, rng) as usize] }
+        };
+        let pieces: Vec<Piece> = cells.iter().map(|&cell| pick_in(cell)).collect();
         table.columns.push(match &attribute.binning {
-            Binning::Levels { .. } => SynthColumn::Codes(
-                fine_cells.into_iter().map(|c| u32::try_from(c).unwrap_or(u32::MAX)).collect(),
-            ),
-            Binning::Edges { log1p, .. } => SynthColumn::Numeric(
-                fine_cells.into_iter().map(|c| value_in(attribute, c, *log1p, rng)).collect(),
-            ),
+            Binning::Levels { .. } => SynthColumn::Codes(pieces.iter().map(Piece::code).collect()),
+            Binning::Edges { log1p, .. } => {
+                SynthColumn::Numeric(pieces.iter().map(|piece| piece.number(*log1p, rng)).collect())
+            }
         });
     }
     Ok(table)
 }
 
-/// Fine cells of each counted cell with their cumulative shares.
-fn fine_members(
-    attribute: &Attribute,
-    index: usize,
-    fine: &[MarginalTable],
-) -> Result<Vec<(Vec<usize>, Vec<f64>)>, SynthesisError> {
-    let expected = attribute.fine_cells();
-    let histogram =
-        fine.iter().filter(|t| t.attributes == [index]).min_by(|a, b| a.variance.total_cmp(&b.variance));
-    let mass = match histogram {
-        Some(table) => {
-            marginal::check(table)?;
-            let got = table.values.len();
-            if got != expected {
-                return Err(SynthesisError::DimensionMismatch { attribute: index, expected, got });
-            }
-            probabilities(&table.values, &[], 0.0)
-        }
-        None => vec![1.0; expected],
-    };
-    let mut members = vec![Vec::new(); attribute.cells()];
-    (0..expected).for_each(|cell| members[attribute.merged(cell)].push(cell));
-    if members.iter().any(Vec::is_empty) {
-        return Err(SynthesisError::BadGroups { attribute: index, expected, groups: attribute.cells() });
-    }
-    let with_shares = |numbers: Vec<usize>| {
-        let weights: Vec<f64> = numbers.iter().map(|&n| mass[n]).collect();
-        let shares = cumulative(&probabilities(&weights, &[], 0.0));
-        (numbers, shares)
-    };
-    Ok(members.into_iter().map(with_shares).collect())
+/// What a counted cell may hold.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Piece {
+    /// A level's code, "other" and missing among them.
+    Code(usize),
+    /// Numbers from the first up to the second.
+    Range(f64, f64),
+    /// No number.
+    Missing,
 }
 
-/// A value of a bin, uniform on the attribute's scale; NaN for the missing cell.
-fn value_in<R: Rng + ?Sized>(attribute: &Attribute, fine: usize, log1p: bool, rng: &mut R) -> f64 {
-    let Some((lower, upper)) = attribute.bin_bounds(fine) else { return f64::NAN };
-    let u: f64 = rng.random();
-    let between = |a: f64, b: f64| a * (1.0 - u) + b * u;
-    let value = if log1p { between(lower.ln_1p(), upper.ln_1p()).exp_m1() } else { between(lower, upper) };
-    // Rounding may step over an edge; the lower bound is always inside.
-    if attribute.fine_cell_of(value) == fine && value >= lower && value <= upper { value } else { lower }
+impl Piece {
+    fn code(&self) -> u32 {
+        match self {
+            Self::Code(code) => u32::try_from(*code).unwrap_or(u32::MAX),
+            Self::Range(..) | Self::Missing => u32::MAX,
+        }
+    }
+
+    /// Uniform on the attribute's scale; NaN where there is no number.
+    fn number<R: Rng + ?Sized>(&self, log1p: bool, rng: &mut R) -> f64 {
+        let Self::Range(lower, upper) = *self else { return f64::NAN };
+        let u: f64 = rng.random();
+        let between = |a: f64, b: f64| a * (1.0 - u) + b * u;
+        let value =
+            if log1p { between(lower.ln_1p(), upper.ln_1p()).exp_m1() } else { between(lower, upper) };
+        // Rounding may step over an end; the lower end is always inside.
+        if value >= lower && value < upper { value } else { lower }
+    }
+}
+
+/// The pieces of a counted cell and their cumulative shares.
+type Contents = (Vec<Piece>, Vec<f64>);
+
+/// The contents of each counted cell.
+fn contents(
+    attribute: &Attribute,
+    index: usize,
+    fine: FineHistograms<'_>,
+) -> Result<Vec<Contents>, SynthesisError> {
+    let histogram = Histogram::of(attribute, index, fine)?;
+    let groups = attribute.cells();
+    let mut contents = Vec::with_capacity(groups);
+    for cell in 0..groups {
+        let members = attribute.members(cell);
+        if members.is_empty() {
+            let expected = attribute.fine_cells();
+            return Err(SynthesisError::BadGroups { attribute: index, expected, groups });
+        }
+        let whole = |fine: usize| match (&attribute.binning, attribute.bin_bounds(fine)) {
+            (Binning::Levels { .. }, _) => Piece::Code(fine),
+            (Binning::Edges { .. }, Some((lower, upper))) => Piece::Range(lower, upper),
+            (Binning::Edges { .. }, None) => Piece::Missing,
+        };
+        let mut pieces: Vec<(Piece, f64)> = Vec::new();
+        for piece in members.iter().map(|&fine| whole(fine)) {
+            histogram.iter().for_each(|h| h.split(piece, &mut pieces));
+        }
+        if pieces.iter().all(|(_, mass)| *mass <= 0.0) {
+            pieces = members.iter().map(|&fine| (whole(fine), 1.0)).collect();
+        }
+        let mass: Vec<f64> = pieces.iter().map(|(_, mass)| *mass).collect();
+        let shares = cumulative(&probabilities(&mass, &[], 0.0));
+        contents.push((pieces.into_iter().map(|(piece, _)| piece).collect(), shares));
+    }
+    Ok(contents)
+}
+
+/// One released fine histogram as probabilities.
+struct Histogram<'a> {
+    attribute: &'a Attribute,
+    mass: Vec<f64>,
+    spikes: Vec<bool>,
+    log1p: bool,
+}
+
+impl<'a> Histogram<'a> {
+    /// The histogram of an attribute, if one was given.
+    fn of(
+        attribute: &Attribute,
+        index: usize,
+        fine: FineHistograms<'a>,
+    ) -> Result<Option<Self>, SynthesisError> {
+        let tables = fine.tables.iter().filter(|t| t.attributes == [index]);
+        let Some(table) = tables.min_by(|a, b| a.variance.total_cmp(&b.variance)) else {
+            return Ok(None);
+        };
+        marginal::check(table)?;
+        let attributes = fine.attributes.len();
+        let Some(counted) = fine.attributes.get(index) else {
+            return Err(SynthesisError::UnknownAttribute { got: index, attributes });
+        };
+        let log1p = match (&attribute.binning, &counted.binning) {
+            (Binning::Edges { log1p, .. }, Binning::Edges { .. }) => Some(*log1p),
+            (Binning::Levels { levels }, Binning::Levels { levels: others }) if levels == others => {
+                Some(false)
+            }
+            _ => None,
+        };
+        let (expected, got) = (counted.fine_cells(), table.values.len());
+        match log1p {
+            Some(log1p) if counted.merge.is_none() && expected == got => {
+                let mass = probabilities(&table.values, &[], 0.0);
+                Ok(Some(Self { attribute: counted, mass, spikes: spikes(table), log1p }))
+            }
+            Some(_) if counted.merge.is_none() => {
+                Err(SynthesisError::DimensionMismatch { attribute: index, expected, got })
+            }
+            _ => Err(SynthesisError::LayoutMismatch {
+                what: "unmerged cells of the same kind",
+                expected: attribute.fine_cells(),
+                got: counted.cells(),
+            }),
+        }
+    }
+
+    /// The one value a spike most likely is: a declared bound if its bin touches one, else the bin's middle.
+    fn spike(&self, bin: usize, start: f64, end: f64) -> Option<Piece> {
+        let (Binning::Edges { lower, upper, .. }, true) = (&self.attribute.binning, self.spikes.get(bin)?)
+        else {
+            return None;
+        };
+        let point = if start <= *lower {
+            start
+        } else if end >= *upper {
+            end
+        } else {
+            start + (end - start) / 2.0
+        };
+        Some(Piece::Range(point, point))
+    }
+
+    /// Adds the parts of a piece that the histogram tells apart, with their mass.
+    fn split(&self, piece: Piece, into: &mut Vec<(Piece, f64)>) {
+        match piece {
+            Piece::Code(code) => into.push((piece, self.mass[code])),
+            Piece::Missing => into.push((piece, self.mass[self.mass.len() - 1])),
+            Piece::Range(lower, upper) => {
+                let on_scale = |v: f64| if self.log1p { v.ln_1p() } else { v };
+                let width = |a: f64, b: f64| on_scale(b) - on_scale(a);
+                for (bin, &mass) in self.mass.iter().enumerate() {
+                    let Some((from, to)) = self.attribute.bin_bounds(bin) else { continue };
+                    let (start, end) = (from.max(lower), to.min(upper));
+                    let share = width(start, end) / width(from, to);
+                    if mass > 0.0 && start < end && share > 0.0 {
+                        let piece = self.spike(bin, start, end).unwrap_or(Piece::Range(start, end));
+                        into.push((piece, mass * share.min(1.0)));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Fine bins that stand out of their neighbours too far for a smooth density: most likely one repeated value.
+fn spikes(table: &MarginalTable) -> Vec<bool> {
+    // The last cell holds missing values and is nobody's neighbour.
+    let bins = &table.values[..table.values.len() - 1];
+    let count = |i: usize| bins.get(i).copied().unwrap_or(0.0).max(0.0);
+    let above_noise = SPIKE_SDS * table.variance.sqrt();
+    (0..bins.len())
+        .map(|i| {
+            let beside = if i == 0 { count(1) } else { count(i - 1).max(count(i + 1)) };
+            count(i) > SPIKE_RATIO * beside + above_noise
+        })
+        .collect()
 }
 
 fn draw_features<R: Rng + ?Sized>(
@@ -270,6 +407,10 @@ fn pick<R: Rng + ?Sized>(cumulative: &[f64], rng: &mut R) -> u32 {
     u32::try_from(cell).unwrap_or(u32::MAX)
 }
 
+/// How many times the count of its larger neighbour a fine bin must hold to count as one repeated value.
+const SPIKE_RATIO: f64 = 3.0;
+/// By how many standard deviations of the noise it must do so.
+const SPIKE_SDS: f64 = 4.0;
 /// Most rows drawn at once.
 pub const MAX_ROWS: usize = 1 << 20;
 /// Most cells (rows times attributes) drawn at once (1 GiB).

@@ -101,13 +101,13 @@ fn dense_least_squares(tables: &[MarginalTable], dims: &[usize]) -> Vec<Vec<f64>
         t.attributes.iter().zip(&t.dims).fold(0, |index, (a, d)| index * d + cell[*a])
     };
     for t in tables {
-        for i in 0..n {
-            for j in 0..n {
+        for (i, row) in normal.iter_mut().enumerate() {
+            for (j, entry) in row.iter_mut().take(n).enumerate() {
                 if cell_of(t, i) == cell_of(t, j) {
-                    normal[i][j] += 1.0 / t.variance;
+                    *entry += 1.0 / t.variance;
                 }
             }
-            normal[i][n] += t.values[cell_of(t, i)] / t.variance;
+            row[n] += t.values[cell_of(t, i)] / t.variance;
         }
     }
     for (i, row) in normal.iter_mut().enumerate() {
@@ -118,9 +118,8 @@ fn dense_least_squares(tables: &[MarginalTable], dims: &[usize]) -> Vec<Vec<f64>
             (pivot..n).max_by(|a, b| normal[*a][pivot].abs().total_cmp(&normal[*b][pivot].abs())).unwrap();
         normal.swap(pivot, best);
         let lead = normal[pivot].clone();
-        for (i, row) in normal.iter_mut().enumerate().filter(|(i, _)| *i != pivot) {
+        for (_, row) in normal.iter_mut().enumerate().filter(|(i, _)| *i != pivot) {
             let factor = row[pivot] / lead[pivot];
-            debug_assert!(i != pivot);
             row.iter_mut().zip(&lead).for_each(|(x, l)| *x -= factor * l);
         }
     }

@@ -145,9 +145,9 @@ fn scores_of_exact_counts_are_the_distance_from_independence() {
     let nothing = table(&[0], &[2], vec![-5.0, 2.0], 1.0);
     let pair = table(&[0, 1], &[2, 2], vec![1.0; 4], 1.0);
     let empty = [nothing, table(&[1], &[2], vec![-1.0, 0.0], 1.0)];
-    assert_eq!(pair_scores(&[pair.clone()], &empty).unwrap()[0].score, 0.0);
+    assert_eq!(pair_scores(std::slice::from_ref(&pair), &empty).unwrap()[0].score, 0.0);
     assert!(matches!(
-        pair_scores(&[pair.clone()], &one_way[..1]),
+        pair_scores(std::slice::from_ref(&pair), &one_way[..1]),
         Err(SynthesisError::MissingMarginal { .. })
     ));
     let wide = [one_way[0].clone(), table(&[1], &[3], vec![1.0; 3], 0.0)];
