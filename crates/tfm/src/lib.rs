@@ -6,9 +6,12 @@
 
 #![forbid(unsafe_code)]
 
+pub mod adapter;
 pub mod checkpoint;
+pub mod context;
 pub mod error;
 pub mod features;
+pub mod gradient;
 pub mod metrics;
 pub mod model;
 pub(crate) mod ops;
@@ -16,5 +19,8 @@ pub mod pretrain;
 pub mod prior;
 pub mod table;
 
+pub use adapter::FeatureTokens;
+pub use context::{Context, Serving};
 pub use error::TfmError;
 pub use model::{Model, config::ModelConfig};
+pub use table::{Coding, EncodedTable, Preprocessing};

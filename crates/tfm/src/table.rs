@@ -428,7 +428,7 @@ impl EncodedTable {
     ///
     /// # Errors
     /// [`TfmError::Mismatch`] if a row has none.
-    pub(crate) fn known_labels(&self) -> Result<Vec<u8>, TfmError> {
+    pub fn known_labels(&self) -> Result<Vec<u8>, TfmError> {
         let known: Vec<u8> = self.labels.iter().copied().flatten().collect();
         if known.len() != self.rows {
             return Err(TfmError::mismatch("labelled rows", self.rows, known.len()));

@@ -3,6 +3,8 @@
 //! `v2_clf_tiny.safetensors` holds random weights, made-up tables and the outputs of PyPI tabicl 2.2.0 on torch
 //! 2.15.0 with mixed precision off. Tolerance 1e-4, as the file's noise floor is 1.4e-5.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use std::collections::BTreeMap;
 
 use safetensors::SafeTensors;

@@ -1,0 +1,392 @@
+//! A context held ready: what query rows read is computed once and kept as keys and values.
+//!
+//! Query rows never change the context or each other, so prediction costs a pass over the query rows alone and a
+//! batch gives what single rows give. Two views with the two classes swapped are averaged. Binary targets.
+//!
+//! Whose rows the context may hold is the caller's decision: for serving inside a domain its own rows and corpus
+//! rows, for gradients and everything that leaves a domain corpus rows only.
+
+use candle_core::{Device, Tensor};
+
+use crate::{
+    adapter::FeatureTokens,
+    error::TfmError,
+    features::text_vectors,
+    model::{Model, column::group, slot_sums},
+    table::EncodedTable,
+};
+
+/// A model with a fixed, labelled context.
+pub struct Context {
+    model: Model,
+    column_keys: Vec<String>,
+    rows: usize,
+    /// Feature tokens of the base by slot `(1, columns, E)`.
+    slots: Option<Tensor>,
+    /// 0/1 matrix from column deltas to slots.
+    slot_sums: Tensor,
+    views: Vec<View>,
+}
+
+/// One labelling of the context.
+struct View {
+    /// Whether the classes are swapped.
+    swapped: bool,
+    /// Summary of the context for each column block, `(columns, inducing, 2 E)`.
+    columns: Vec<Tensor>,
+    /// Keys and values of the context for each in-context block, `(1, rows, 2 D)`.
+    rows: Vec<Tensor>,
+}
+
+/// How predictions are made from a context.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Serving<'a> {
+    /// Adapter for the query rows.
+    pub tokens: Option<&'a FeatureTokens>,
+    /// Added to the logit of class 1, e.g. [`prior_shift`].
+    pub logit_offset: f64,
+}
+
+/// Logit correction from the class-1 share of a context to that of the served rows; shares are clamped to
+/// `[0.001, 0.999]`.
+#[must_use]
+pub fn prior_shift(context_share: f64, served_share: f64) -> f64 {
+    let logit = |p: f64| {
+        let p = p.clamp(0.001, 0.999);
+        (p / (1.0 - p)).ln()
+    };
+    logit(served_share) - logit(context_share)
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("rows", &self.rows).field("columns", &self.column_keys).finish()
+    }
+}
+
+impl Context {
+    /// Computes the cache for labelled rows.
+    ///
+    /// # Errors
+    /// [`TfmError::Mismatch`] for no rows, more than [`MAX_CONTEXT_ROWS`], a row without label or values that aren't
+    /// finite.
+    pub fn build(model: &Model, table: &EncodedTable) -> Result<Self, TfmError> {
+        table.check()?;
+        if table.rows == 0 || table.rows > MAX_CONTEXT_ROWS {
+            return Err(TfmError::mismatch("context rows", format!("1 to {MAX_CONTEXT_ROWS}"), table.rows));
+        }
+        let labels = table.known_labels()?;
+        let config = model.config();
+        let slots = match config.feature_text_dim {
+            0 => None,
+            dim => Some(model.text_slots(&text_vectors(&table.column_texts, dim), 1, table.columns)?),
+        };
+        let mut context = Self {
+            model: model.clone(),
+            column_keys: table.column_keys.clone(),
+            rows: table.rows,
+            slots,
+            slot_sums: slot_sums(table.columns)?,
+            views: Vec::with_capacity(2),
+        };
+        for swapped in [false, true] {
+            let labels: Vec<u8> = labels.iter().map(|l| l ^ u8::from(swapped)).collect();
+            let view = context.view(table, &labels, swapped)?;
+            context.views.push(view);
+        }
+        Ok(context)
+    }
+
+    fn view(&self, table: &EncodedTable, labels: &[u8], swapped: bool) -> Result<View, TfmError> {
+        let parts = &self.model.parts;
+        let one_hot = self.model.one_hot_rows(std::iter::once(labels), 1, table.rows)?;
+        let groups = group(&table.values, 1, table.rows, table.columns)?;
+        let cells = parts.column.input(&groups)?.broadcast_add(&parts.column.labels(&one_hot)?)?;
+        let (cells, columns) = parts.column.context(cells)?;
+        let cells = self.with_slots(cells.transpose(0, 1)?.contiguous()?)?;
+        let mut vectors = Vec::new();
+        for first in (0..table.rows).step_by(CHUNK_ROWS) {
+            let count = CHUNK_ROWS.min(table.rows - first);
+            vectors.push(parts.row.rows(&cells.narrow(0, first, count)?)?);
+        }
+        let vectors = Tensor::cat(&vectors, 0)?.unsqueeze(0)?;
+        let rows = parts.icl.context((vectors + parts.icl.labels(&one_hot)?)?)?;
+        Ok(View { swapped, columns, rows })
+    }
+
+    /// The model.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Number of context rows.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Keys of the columns that query rows must have, in this order.
+    #[must_use]
+    pub fn column_keys(&self) -> &[String] {
+        &self.column_keys
+    }
+
+    /// Logits of class 1 before any offset, one per query row; labels of the queries are not read.
+    ///
+    /// # Errors
+    /// [`TfmError::Mismatch`] if columns differ from the context's or the adapter has another width.
+    pub fn logits(
+        &self,
+        queries: &EncodedTable,
+        tokens: Option<&FeatureTokens>,
+    ) -> Result<Vec<f64>, TfmError> {
+        self.check_queries(queries)?;
+        let delta = tokens.map(|t| self.slot_delta(t)).transpose()?;
+        let mut logits = Vec::with_capacity(queries.rows);
+        for values in queries.values.chunks(CHUNK_ROWS * queries.columns) {
+            let mut total: Option<Tensor> = None;
+            for view in 0..self.views.len() {
+                let mut cells = self.cells(view, values)?;
+                if let Some(delta) = &delta {
+                    cells = cells.broadcast_add(delta)?;
+                }
+                let margin = self.margins(view, &cells)?;
+                total = Some(match total {
+                    Some(sum) => (sum + margin)?,
+                    None => margin,
+                });
+            }
+            if let Some(total) = total {
+                let share = 1.0 / self.views.len() as f64;
+                logits.extend(total.to_vec1::<f32>()?.into_iter().map(|m| f64::from(m) * share));
+            }
+        }
+        Ok(logits)
+    }
+
+    /// Probabilities `[class 0, class 1]` of each query row.
+    ///
+    /// # Errors
+    /// As [`Self::logits`]; [`TfmError::Mismatch`] for an offset that isn't finite.
+    pub fn predict(&self, queries: &EncodedTable, serving: Serving<'_>) -> Result<Vec<[f64; 2]>, TfmError> {
+        if !serving.logit_offset.is_finite() {
+            return Err(TfmError::mismatch("logit offset", "a finite number", serving.logit_offset));
+        }
+        let logits = self.logits(queries, serving.tokens)?;
+        Ok(logits
+            .into_iter()
+            .map(|logit| {
+                let one = 1.0 / (1.0 + (-(logit + serving.logit_offset)).exp());
+                [1.0 - one, one]
+            })
+            .collect())
+    }
+
+    pub(crate) fn check_queries(&self, queries: &EncodedTable) -> Result<(), TfmError> {
+        queries.check()?;
+        if queries.column_keys != self.column_keys {
+            let shown = |keys: &[String]| keys.join(",");
+            return Err(TfmError::mismatch(
+                "query columns",
+                shown(&self.column_keys),
+                shown(&queries.column_keys),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Number of views.
+    pub(crate) fn views(&self) -> usize {
+        self.views.len()
+    }
+
+    /// Cells `(rows, columns, E)` of query rows before any adapter; they depend on each row and the context alone.
+    pub(crate) fn cells(&self, view: usize, values: &[f32]) -> Result<Tensor, TfmError> {
+        let columns = self.column_keys.len();
+        let parts = &self.model.parts;
+        let groups = group(values, 1, values.len() / columns, columns)?;
+        let cells = parts.column.query(parts.column.input(&groups)?, &self.views[view].columns)?;
+        self.with_slots(cells.transpose(0, 1)?.contiguous()?)
+    }
+
+    /// Logits of class 1 `(rows)` of one view from cells `(rows, columns, E)`, class order restored.
+    pub(crate) fn margins(&self, view: usize, cells: &Tensor) -> Result<Tensor, TfmError> {
+        let parts = &self.model.parts;
+        let view = &self.views[view];
+        let vectors = parts.row.rows(cells)?.unsqueeze(0)?;
+        let scores = parts.decoder.scores(&parts.icl.cached(vectors, &view.rows)?)?.squeeze(0)?;
+        let (zero, one) = (scores.narrow(1, 0, 1)?.squeeze(1)?, scores.narrow(1, 1, 1)?.squeeze(1)?);
+        Ok(if view.swapped { (zero - one)? } else { (one - zero)? })
+    }
+
+    /// An adapter's deltas by slot `(1, columns, E)`.
+    pub(crate) fn slot_delta(&self, tokens: &FeatureTokens) -> Result<Tensor, TfmError> {
+        let width = self.model.config().embed_dim;
+        if tokens.width() != width {
+            return Err(TfmError::mismatch("adapter width", width, tokens.width()));
+        }
+        let columns = self.column_keys.len();
+        let delta = Tensor::from_vec(tokens.aligned(&self.column_keys), (columns, width), &Device::Cpu)?;
+        Ok(self.slot_sums.matmul(&delta)?.unsqueeze(0)?)
+    }
+
+    fn with_slots(&self, cells: Tensor) -> Result<Tensor, TfmError> {
+        match &self.slots {
+            Some(slots) => Ok(cells.broadcast_add(slots)?),
+            None => Ok(cells),
+        }
+    }
+}
+
+/// Most context rows.
+pub const MAX_CONTEXT_ROWS: usize = 16_384;
+/// Query rows computed together, which bounds memory.
+pub(crate) const CHUNK_ROWS: usize = 256;
+
+#[cfg(test)]
+pub(crate) mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use candle_core::Tensor;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha20Rng;
+
+    use super::{Context, MAX_CONTEXT_ROWS, Serving, prior_shift};
+    use crate::{
+        adapter::FeatureTokens,
+        error::TfmError,
+        features::text_vectors,
+        model::{Model, Tables, config::ModelConfig},
+        table::EncodedTable,
+    };
+
+    /// A random model whose text projection and softmax scaling are not zero either.
+    pub(crate) fn model() -> Model {
+        let mut rng = ChaCha20Rng::seed_from_u64(21);
+        let model = Model::random(&ModelConfig::tiny(), &mut rng).unwrap();
+        let tensors = model
+            .tensors()
+            .iter()
+            .map(|(name, tensor)| {
+                let noise: Vec<f32> =
+                    (0..tensor.elem_count()).map(|_| rng.random_range(-0.3..0.3f32)).collect();
+                let noise = Tensor::from_vec(noise, tensor.dims(), tensor.device()).unwrap();
+                let fixed = !crate::model::trainable(name);
+                (name.clone(), if fixed { tensor.clone() } else { (tensor + noise).unwrap() })
+            })
+            .collect();
+        Model::from_tensors(model.config(), tensors).unwrap()
+    }
+
+    /// Random rows with random labels.
+    pub(crate) fn table(rows: usize, columns: usize, seed: u64) -> EncodedTable {
+        let mut rng = ChaCha20Rng::seed_from_u64(seed);
+        let keys: Vec<String> = (0..columns).map(|i| format!("f.c{i}")).collect();
+        EncodedTable {
+            rows,
+            columns,
+            values: (0..rows * columns).map(|_| rng.random_range(-2.0..2.0)).collect(),
+            labels: (0..rows).map(|_| Some(u8::from(rng.random_bool(0.4)))).collect(),
+            column_texts: keys.clone(),
+            column_keys: keys,
+        }
+    }
+
+    pub(crate) fn tokens(columns: usize, seed: u64) -> FeatureTokens {
+        let mut rng = ChaCha20Rng::seed_from_u64(seed);
+        let keys = (0..columns).map(|i| format!("f.c{i}")).collect();
+        let values = (0..columns * 8).map(|_| rng.random_range(-0.5..0.5)).collect();
+        FeatureTokens::new(keys, 8, values).unwrap()
+    }
+
+    #[test]
+    fn cached_logits_equal_the_plain_forward_of_both_views() {
+        let (model, context, queries) = (model(), table(30, 5, 1), table(300, 5, 2));
+        let cached = Context::build(&model, &context).unwrap().logits(&queries, None).unwrap();
+        let mut plain = vec![0f64; queries.rows];
+        for swap in [0u8, 1] {
+            let mut labels: Vec<u8> = context.labels.iter().map(|l| l.unwrap() ^ swap).collect();
+            labels.resize(context.rows + queries.rows, 0);
+            let scores = model
+                .forward(&Tables {
+                    tables: 1,
+                    rows: context.rows + queries.rows,
+                    columns: 5,
+                    context: context.rows,
+                    values: [context.values.clone(), queries.values.clone()].concat(),
+                    labels,
+                    texts: Some(text_vectors(&context.column_texts, 16)),
+                })
+                .unwrap();
+            let sign = 1.0 - 2.0 * f64::from(swap);
+            for (sum, s) in plain.iter_mut().zip(scores.chunks_exact(2)) {
+                *sum += 0.5 * sign * f64::from(s[1] - s[0]);
+            }
+        }
+        let worst = cached.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(worst < 1e-4, "{worst}");
+    }
+
+    #[test]
+    fn a_batch_gives_what_single_rows_give() {
+        let (context, queries) = (Context::build(&model(), &table(40, 4, 3)).unwrap(), table(270, 4, 4));
+        let tokens = tokens(4, 5);
+        let serving = Serving { tokens: Some(&tokens), logit_offset: 0.3 };
+        let batched = context.predict(&queries, serving).unwrap();
+        for i in (0..queries.rows).step_by(17) {
+            let single = context.predict(&queries.take(&[i]), serving).unwrap();
+            assert!((single[0][1] - batched[i][1]).abs() < 1e-5, "row {i}");
+            assert!((single[0][0] + single[0][1] - 1.0).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn zero_adapter_is_the_base_and_another_is_not() {
+        let (context, queries) = (Context::build(&model(), &table(40, 4, 3)).unwrap(), table(20, 4, 4));
+        let base = context.logits(&queries, None).unwrap();
+        let zero = FeatureTokens::zero(context.column_keys().to_vec(), 8).unwrap();
+        assert_eq!(context.logits(&queries, Some(&zero)).unwrap(), base);
+        let moved = context.logits(&queries, Some(&tokens(4, 5))).unwrap();
+        assert!(base.iter().zip(&moved).any(|(a, b)| (a - b).abs() > 1e-3));
+        // Keys decide, not positions: the same deltas in another order are the same adapter.
+        let given = tokens(4, 5);
+        let mut keys = given.keys().to_vec();
+        keys.reverse();
+        let turned = FeatureTokens::new(keys.clone(), 8, given.aligned(&keys)).unwrap();
+        assert_eq!(context.logits(&queries, Some(&turned)).unwrap(), moved);
+    }
+
+    /// Swapping the classes of the context swaps the prediction, whatever the weights are.
+    #[test]
+    fn predictions_are_symmetric_in_the_classes() {
+        let (model, rows, queries) = (model(), table(40, 4, 3), table(20, 4, 4));
+        let swapped =
+            EncodedTable { labels: rows.labels.iter().map(|l| l.map(|l| 1 - l)).collect(), ..rows.clone() };
+        let a = Context::build(&model, &rows).unwrap().logits(&queries, None).unwrap();
+        let b = Context::build(&model, &swapped).unwrap().logits(&queries, None).unwrap();
+        assert!(a.iter().zip(&b).all(|(a, b)| (a + b).abs() < 1e-5));
+    }
+
+    #[test]
+    fn unfit_rows_are_refused() {
+        let model = model();
+        let mut unlabelled = table(5, 3, 1);
+        unlabelled.labels[2] = None;
+        assert!(matches!(
+            Context::build(&model, &unlabelled),
+            Err(TfmError::Mismatch { what: "labelled rows", .. })
+        ));
+        assert!(Context::build(&model, &table(0, 3, 1)).is_err());
+        assert!(Context::build(&model, &table(MAX_CONTEXT_ROWS + 1, 1, 1)).is_err());
+        let context = Context::build(&model, &table(5, 3, 1)).unwrap();
+        assert!(matches!(
+            context.logits(&table(2, 4, 1), None),
+            Err(TfmError::Mismatch { what: "query columns", .. })
+        ));
+        assert!(context.logits(&table(0, 3, 1), None).unwrap().is_empty());
+        // One class in the context is no error: a newcomer may have seen no other yet.
+        let one = EncodedTable { labels: vec![Some(1); 5], ..table(5, 3, 1) };
+        assert!(Context::build(&model, &one).is_ok());
+        assert!((prior_shift(0.5, 0.2) - (0.25f64).ln()).abs() < 1e-12);
+    }
+}
