@@ -106,7 +106,7 @@ impl TlsGate {
     ///
     /// # Errors
     /// As [`TlsGate::load`]; the set in use stays.
-    fn reload(&self) -> Result<bool, ServeError> {
+    pub(super) fn reload(&self) -> Result<bool, ServeError> {
         let pem = Pem::read(&self.files)?;
         let digests = pem.digests();
         if self.current.lock().unwrap_or_else(PoisonError::into_inner).digests == digests {
