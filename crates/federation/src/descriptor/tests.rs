@@ -1,0 +1,141 @@
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use rand::SeedableRng;
+use rand_chacha::ChaCha20Rng;
+
+use super::*;
+
+fn plan(text: &str) -> (Plan, PlanDigest) {
+    let text = format!("kind: TabmeshPlan\nname: p\ntarget: a.y\n{text}\n");
+    Plan::parse(text.as_bytes(), "p.yaml").unwrap()
+}
+
+fn inputs() -> RoundInputs {
+    let mut rng = ChaCha20Rng::seed_from_u64(4);
+    let agents = ["a", "b", "c"].map(|name| AgentId::new(name).unwrap());
+    RoundInputs {
+        id: CollectionId::new(1_000, &mut rng, None),
+        index: 0,
+        attempt: 1,
+        base: Digest::of(b"base"),
+        context: Digest::of(b"context"),
+        preprocessing: Digest::of(b"bins"),
+        adapter_keys: ["a.x", "b.x"].map(str::to_owned).to_vec(),
+        width: 3,
+        adapter_values: vec![0.25; 6],
+        clip_norm: 0.75,
+        roster: agents.into(),
+        opened_ms: 1_000,
+        noisy_total: 5_000.25,
+        noisy_total_sd: 10.0,
+    }
+}
+
+#[test]
+fn everything_the_noise_depends_on_follows_from_the_plan() {
+    let (plan, digest) = plan("");
+    let descriptor = RoundDescriptor::new(inputs(), &plan, digest).unwrap();
+    // 0.75·2¹⁶ = 49152 lies in (2¹⁵, 2¹⁶].
+    assert_eq!((descriptor.scale, descriptor.sensitivity), (1 << 16, 49_152));
+    assert_eq!(descriptor.rho, plan.budget().unwrap().per_round);
+    assert_eq!((descriptor.divisor, descriptor.max_units), (5_001, 5_121));
+    let cost = descriptor.sigma_squared.cost(49_152 * 49_152).unwrap();
+    assert!(cost <= descriptor.rho);
+    let bytes = descriptor.to_bytes();
+    let read = RoundDescriptor::from_bytes(&bytes).unwrap();
+    assert_eq!(read, descriptor);
+    read.check(&plan, &digest).unwrap();
+}
+
+#[test]
+fn limits_of_an_announcement_let_honest_updates_in() {
+    let (plan, digest) = plan("");
+    let descriptor = RoundDescriptor::new(inputs(), &plan, digest).unwrap();
+    let quorum = Quorum::AtLeast { updates: 3 };
+    let announcement = descriptor.announcement(Digest::of(&descriptor.to_bytes()), quorum, &plan).unwrap();
+    let limits = announcement.limits;
+    assert_eq!(limits.len, 6);
+    let sigma = descriptor.sigma_squared.sigma();
+    let range = 5_121.0 * 49_152.0 + 12.0 * sigma;
+    assert!((limits.max_abs as f64 / range - 1.0).abs() < 0.01);
+    assert_eq!(announcement.window.deadline_ms(), 61_000);
+    assert_eq!(announcement.window.ends_ms(), 71_000);
+}
+
+#[test]
+fn scales_keep_the_integer_norm_in_its_octave() {
+    for clip in [1e-4, 0.01, 0.5, 0.75, 1.0, 3.0, 1e3, 1e4] {
+        let norm = clip * scale_for(clip) as f64;
+        assert!(norm > 32_768.0 && norm <= 65_536.0, "{clip}: {norm}");
+    }
+    assert_eq!(scale_for(1e9), 1);
+    assert_eq!(scale_for(f64::NAN), 1);
+    assert_eq!((plausible_units(-5.0, 0.0), plausible_units(f64::NAN, 1.0)), (0, 12));
+}
+
+/// A change to a descriptor, and words its refusal must have.
+type Attack = (&'static str, fn(&mut RoundDescriptor));
+
+#[test]
+fn descriptors_that_do_not_follow_from_the_plan_are_refused_by_name() {
+    let (plan, digest) = plan("rounds: {clip_norm: 0.75}");
+    let good = RoundDescriptor::new(inputs(), &plan, digest).unwrap();
+    let attacks: &[Attack] = &[
+        ("plan: expected", |d| d.plan = PlanDigest::of(b"other")),
+        ("round index", |d| d.index = 12),
+        ("attempt", |d| d.attempt = 0),
+        ("clip norm: expected 0.75", |d| d.clip_norm = 0.7),
+        ("power of two", |d| d.scale = 3),
+        ("sensitivity: expected 49152", |d| d.sensitivity -= 1),
+        ("rho: expected", |d| d.rho = Rho::from_units(d.rho.units() + 1)),
+        ("sigma squared: expected", |d| d.sigma_squared = SigmaSquared::new(25, 1).unwrap()),
+        ("roster: expected 3 to 64 agents, got 2", |d| drop(d.roster.pop_first())),
+        ("deadline: expected 61000", |d| d.deadline_ms += 1),
+        ("grace: expected 10000", |d| d.grace_ms += 1),
+        ("divisor", |d| d.divisor = 0),
+        ("adapter keys", |d| d.adapter_keys[1] = d.adapter_keys[0].clone()),
+        ("adapter keys", |d| d.adapter_keys[1].clear()),
+        ("adapter keys", |d| d.adapter_keys[1] = "k".repeat(MAX_KEY_BYTES + 1)),
+        ("adapter keys", |d| d.adapter_keys.clear()),
+        ("adapter values", |d| drop(d.adapter_values.pop())),
+        ("adapter values", |d| d.width = u32::MAX),
+        ("position 2 that is not a finite number", |d| d.adapter_values[2] = f32::NAN),
+        ("position 0 that is not a finite number", |d| d.adapter_values[0] = f32::INFINITY),
+        ("opening time", |d| d.opened_ms = -1),
+    ];
+    for (words, change) in attacks {
+        let mut descriptor = good.clone();
+        change(&mut descriptor);
+        let refusal = descriptor.check(&plan, &digest).expect_err(words).to_string();
+        assert!(refusal.contains(words), "{words}: {refusal}");
+    }
+}
+
+#[test]
+fn floats_that_are_no_numbers_cannot_be_read() {
+    let (plan, digest) = plan("");
+    let text = String::from_utf8(RoundDescriptor::new(inputs(), &plan, digest).unwrap().to_bytes()).unwrap();
+    for bad in ["null", "NaN", "Infinity", "1e999"] {
+        let changed = text.replacen("0.25", bad, 1);
+        assert_ne!(changed, text);
+        let read = RoundDescriptor::from_bytes(changed.as_bytes());
+        let refused = read.is_err() || read.is_ok_and(|d| d.check(&plan, &digest).is_err());
+        assert!(refused, "{bad}");
+    }
+    let large = vec![b' '; MAX_DESCRIPTOR_BYTES + 1];
+    assert!(matches!(RoundDescriptor::from_bytes(&large), Err(DescriptorError::Malformed { .. })));
+}
+
+#[test]
+fn adapter_values_are_limited() {
+    let (plan, digest) = plan("");
+    let sized = |n: usize| RoundInputs {
+        adapter_keys: vec!["a.x".to_owned()],
+        width: u32::try_from(n).unwrap(),
+        adapter_values: vec![0.0; n],
+        ..inputs()
+    };
+    assert!(RoundDescriptor::new(sized(MAX_ADAPTER_VALUES), &plan, digest).is_ok());
+    let refused = RoundDescriptor::new(sized(MAX_ADAPTER_VALUES + 1), &plan, digest);
+    assert!(matches!(refused, Err(DescriptorError::Shape { what: "adapter values", .. })));
+}

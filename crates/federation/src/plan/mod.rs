@@ -1,0 +1,423 @@
+//! The declarative plan: everything a federation run may do, checked before anybody sees it.
+//!
+//! A plan is a YAML document with no code in it. Unknown keys, values out of range and contradictions are refused
+//! with file, line and caret. Its name everywhere is the SHA-256 of the bytes as submitted. Every field has a
+//! documented default except `kind`, `name` and `target`; features are what the admitted contracts share, so a
+//! plan cannot ask for more than owners approved.
+
+mod budget;
+mod document;
+
+use garde::Validate;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use tabmesh_contract::schema::FeatureId;
+
+use crate::aggregate::Aggregation;
+use crate::aggregate::optimiser::OptimiserSpec;
+use crate::checks;
+use crate::id::PlanDigest;
+
+pub use budget::{PlanBudget, STAGES};
+pub use document::{Fault, Faults, PlanError};
+
+/// A checked plan.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// Always `TabmeshPlan`.
+    #[garde(skip)]
+    pub kind: PlanKind,
+    /// Short name for people: 1 to 64 characters of a-z, 0-9, '_', '-'.
+    #[garde(custom(checks::name(MAX_NAME_BYTES)))]
+    pub name: String,
+    /// Canonical id of the target; the features are what admitted contracts with this target share.
+    #[garde(skip)]
+    #[schemars(with = "String")]
+    pub target: FeatureId,
+    /// Who may take part.
+    #[serde(default)]
+    #[garde(dive)]
+    pub cohort: Cohort,
+    /// What it may cost each privacy unit.
+    #[serde(default)]
+    #[garde(dive)]
+    pub privacy: PrivacySpec,
+    /// The noisy statistics.
+    #[serde(default)]
+    #[garde(dive)]
+    pub release: ReleaseSpec,
+    /// The synthetic corpus.
+    #[serde(default)]
+    #[garde(dive)]
+    pub corpus: CorpusSpec,
+    /// Continued pre-training on the corpus.
+    #[serde(default)]
+    #[garde(dive)]
+    pub pretrain: PretrainSpec,
+    /// Federated rounds.
+    #[serde(default)]
+    #[garde(dive)]
+    pub rounds: RoundsSpec,
+}
+
+/// The document kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PlanKind {
+    /// The only kind there is.
+    TabmeshPlan,
+}
+
+/// Who may take part.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(deny_unknown_fields, default)]
+pub struct Cohort {
+    /// Fewest agents, 1 to 1024; also the quorum of every stage and round. Default 3.
+    #[garde(range(min = 1, max = MAX_AGENTS))]
+    pub min_agents: u32,
+    /// Most agents, `min_agents` to 1024. Default 64.
+    #[garde(range(min = 1, max = MAX_AGENTS))]
+    pub max_agents: u32,
+    /// Tags an agent's contract must all carry, at most 16. Default none.
+    #[garde(length(max = MAX_TAGS), inner(custom(checks::name(MAX_NAME_BYTES))))]
+    pub tags: Vec<String>,
+}
+
+impl Default for Cohort {
+    fn default() -> Self {
+        Self { min_agents: 3, max_agents: 64, tags: Vec::new() }
+    }
+}
+
+/// What the plan may cost each privacy unit.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(deny_unknown_fields, default)]
+pub struct PrivacySpec {
+    /// ε of the whole plan, in (0, 20]. Default 3.
+    #[garde(custom(epsilon_in_range))]
+    pub epsilon: f64,
+    /// δ of the whole plan, in (0, 0.001]. Default 1e-5.
+    #[garde(custom(delta_in_range))]
+    pub delta: f64,
+    /// Share of ρ for the statistics, in (0, 1); the rest is for the rounds. Default 0.5.
+    #[garde(custom(checks::open_unit))]
+    pub release_share: f64,
+}
+
+impl Default for PrivacySpec {
+    fn default() -> Self {
+        Self { epsilon: 3.0, delta: 1e-5, release_share: 0.5 }
+    }
+}
+
+/// The noisy statistics, in four stages.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReleaseSpec {
+    /// Seconds each stage is open. Default 60.
+    #[garde(custom(checks::deadline))]
+    pub deadline_s: u32,
+    /// Seconds the coordinator has after a deadline. Default 10.
+    #[garde(custom(checks::grace))]
+    pub grace_s: u32,
+    /// Cells of the fine histogram of a numeric feature without declared cut points, 16 to 256. Default 128.
+    #[garde(range(min = 16, max = MAX_FINE_BINS))]
+    pub fine_bins: u32,
+    /// Bins of a numeric feature afterwards, 2 to 64. Default 12.
+    #[garde(range(min = 2, max = MAX_BINS))]
+    pub bins: u32,
+    /// Bins in the pair statistics that choose the tree, 2 to 16. Default 5.
+    #[garde(range(min = 2, max = MAX_COARSE_BINS))]
+    pub coarse_bins: u32,
+    /// Levels kept of a categorical feature, 2 to 256; rarer ones are merged. Default 24.
+    #[garde(range(min = 2, max = MAX_KEPT_LEVELS))]
+    pub max_levels: u32,
+    /// Shares of the release's ρ.
+    #[garde(dive)]
+    pub shares: StageShares,
+}
+
+impl Default for ReleaseSpec {
+    fn default() -> Self {
+        Self {
+            deadline_s: 60,
+            grace_s: 10,
+            fine_bins: 128,
+            bins: 12,
+            coarse_bins: 5,
+            max_levels: 24,
+            shares: StageShares::default(),
+        }
+    }
+}
+
+/// Shares of the release's ρ; together at most 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(deny_unknown_fields, default)]
+pub struct StageShares {
+    /// Stage 1: fine histograms and label counts. Default 0.1.
+    #[garde(custom(checks::open_unit))]
+    pub one_way: f64,
+    /// Stage 2: (feature, label) counts. Default 0.2.
+    #[garde(custom(checks::open_unit))]
+    pub label_pairs: f64,
+    /// Stage 3: coarse counts of all pairs of features. Default 0.2.
+    #[garde(custom(checks::open_unit))]
+    pub structure: f64,
+    /// Stage 4: (feature, parent, label) counts. Default 0.5.
+    #[garde(custom(checks::open_unit))]
+    pub tree: f64,
+}
+
+impl Default for StageShares {
+    fn default() -> Self {
+        Self { one_way: 0.1, label_pairs: 0.2, structure: 0.2, tree: 0.5 }
+    }
+}
+
+/// The synthetic corpus.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(deny_unknown_fields, default)]
+pub struct CorpusSpec {
+    /// Rows drawn, 100 to 1,000,000. Default 12,000.
+    #[garde(range(min = 100, max = MAX_CORPUS_ROWS))]
+    pub rows: u32,
+}
+
+impl Default for CorpusSpec {
+    fn default() -> Self {
+        Self { rows: 12_000 }
+    }
+}
+
+/// Continued pre-training on the corpus.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(deny_unknown_fields, default)]
+pub struct PretrainSpec {
+    /// Optimiser steps, 0 to 100,000; 0 keeps the base as it is. Default 300.
+    #[garde(range(max = MAX_PRETRAIN_STEPS))]
+    pub steps: u32,
+    /// Tables in each step, 1 to 64. Default 4.
+    #[garde(range(min = 1, max = MAX_TABLES_PER_STEP))]
+    pub tables_per_step: u32,
+    /// Learning rate, in (0, 1000]. Default 5e-4.
+    #[garde(custom(checks::learning_rate))]
+    pub learning_rate: f64,
+    /// Share of tables drawn from the prior instead of the corpus, in [0, 1]. Default 0.25.
+    #[garde(custom(checks::between(0.0, 1.0)))]
+    pub prior_replay: f64,
+}
+
+impl Default for PretrainSpec {
+    fn default() -> Self {
+        Self { steps: 300, tables_per_step: 4, learning_rate: 5e-4, prior_replay: 0.25 }
+    }
+}
+
+/// Federated rounds. All agents of the cohort take part in each round with all their units.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(deny_unknown_fields, default)]
+pub struct RoundsSpec {
+    /// Number of rounds, 1 to 200. Default 12.
+    #[garde(range(min = 1, max = MAX_ROUNDS))]
+    pub count: u32,
+    /// Seconds each round is open. Default 60.
+    #[garde(custom(checks::deadline))]
+    pub deadline_s: u32,
+    /// Seconds the coordinator has after a deadline. Default 10.
+    #[garde(custom(checks::grace))]
+    pub grace_s: u32,
+    /// Norm one unit's gradient is clipped to: `auto` (95th percentile on the corpus) or a number in
+    /// [0.0001, 10000]. Default `auto`.
+    #[garde(custom(clip_norm_in_range))]
+    pub clip_norm: ClipNorm,
+    /// Noise standard deviation over the clip norm, in [0.1, 10000]; none = what the budget allows. A value the
+    /// budget doesn't cover is refused. Default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[garde(inner(custom(checks::between(0.1, 1e4))))]
+    pub noise_multiplier: Option<f64>,
+    /// Server optimiser. Default momentum SGD with learning rate 4 and momentum 0.9.
+    #[garde(dive)]
+    pub optimiser: OptimiserSpec,
+    /// How updates become one gradient. Default `fedsgd`.
+    #[garde(skip)]
+    pub aggregation: Aggregation,
+    /// Share of agents cut at each end by `trimmed_mean`, in [0, 0.5). Default 0.1.
+    #[garde(custom(checks::below_half))]
+    pub trim: f64,
+    /// What is trained. Default `feature_tokens`.
+    #[garde(skip)]
+    pub adapter: AdapterKind,
+    /// Corpus rows in the model's context during rounds, 16 to 4096. Default 384.
+    #[garde(range(min = 16, max = MAX_CONTEXT_ROWS))]
+    pub context_rows: u32,
+}
+
+impl Default for RoundsSpec {
+    fn default() -> Self {
+        Self {
+            count: 12,
+            deadline_s: 60,
+            grace_s: 10,
+            clip_norm: ClipNorm::default(),
+            noise_multiplier: None,
+            optimiser: OptimiserSpec::default(),
+            aggregation: Aggregation::default(),
+            trim: 0.1,
+            adapter: AdapterKind::default(),
+            context_rows: 384,
+        }
+    }
+}
+
+/// The norm one unit's gradient is clipped to.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum ClipNorm {
+    /// This norm.
+    Fixed(f64),
+    /// Found on the corpus.
+    Auto(Auto),
+}
+
+/// The word `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Auto {
+    /// The 95th percentile of gradient norms on corpus rows: post-processing, costs no privacy.
+    Auto,
+}
+
+impl Default for ClipNorm {
+    fn default() -> Self {
+        Self::Auto(Auto::Auto)
+    }
+}
+
+/// What rounds train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum AdapterKind {
+    /// One vector per feature, added to that feature's cells of query rows.
+    #[default]
+    FeatureTokens,
+}
+
+impl Plan {
+    /// Parses and checks a submitted plan; `file` is the name shown in refusals.
+    ///
+    /// # Errors
+    /// [`PlanError`]: too large, not text, or faulty, with every fault found and its place.
+    pub fn parse(bytes: &[u8], file: &str) -> Result<(Self, PlanDigest), PlanError> {
+        let plan = document::parse(bytes, file)?;
+        Ok((plan, PlanDigest::of(bytes)))
+    }
+
+    /// JSON Schema of the document, for editors.
+    #[must_use]
+    pub fn json_schema() -> serde_json::Value {
+        schemars::schema_for!(Self).to_value()
+    }
+
+    /// What each part may cost.
+    ///
+    /// # Errors
+    /// A [`Fault`]-like message if ε and δ buy nothing or the noise multiplier needs more than the rounds have; a
+    /// plan that came out of [`Self::parse`] has no such fault.
+    pub fn budget(&self) -> Result<PlanBudget, PlanError> {
+        PlanBudget::of(self).map_err(|(path, message)| PlanError::Budget { path, message })
+    }
+
+    /// Checks over several fields: path and message of each contradiction.
+    fn contradictions(&self) -> Vec<(&'static str, String)> {
+        let mut found = Vec::new();
+        let Cohort { min_agents, max_agents, .. } = self.cohort;
+        if min_agents > max_agents {
+            let message = format!("min_agents {min_agents} is above max_agents {max_agents}");
+            found.push(("cohort.min_agents", message));
+        }
+        let StageShares { one_way, label_pairs, structure, tree } = self.release.shares;
+        let sum =
+            budget::ppm(one_way) + budget::ppm(label_pairs) + budget::ppm(structure) + budget::ppm(tree);
+        if sum > budget::PPM {
+            let message =
+                format!("shares sum to {}, at most 1 may be given out", sum as f64 / budget::PPM as f64);
+            found.push(("release.shares", message));
+        }
+        let ReleaseSpec { fine_bins, bins, coarse_bins, .. } = self.release;
+        if bins > fine_bins {
+            found.push(("release.bins", format!("bins {bins} is above fine_bins {fine_bins}")));
+        }
+        if coarse_bins > bins {
+            found.push(("release.coarse_bins", format!("coarse_bins {coarse_bins} is above bins {bins}")));
+        }
+        let adam = matches!(self.rounds.optimiser, OptimiserSpec::Adam { .. });
+        if adam != (self.rounds.aggregation == Aggregation::FedAdam) {
+            let message = "optimiser adam and aggregation fedadam go together only".to_owned();
+            found.push(("rounds.aggregation", message));
+        }
+        if found.is_empty()
+            && let Err((path, message)) = PlanBudget::of(self)
+        {
+            found.push((path, message));
+        }
+        found
+    }
+}
+
+fn epsilon_in_range(value: &f64, (): &()) -> garde::Result {
+    if *value > 0.0 && *value <= MAX_EPSILON {
+        Ok(())
+    } else {
+        Err(garde::Error::new(format!("must be above 0 and at most {MAX_EPSILON}, got {value}")))
+    }
+}
+
+fn delta_in_range(value: &f64, (): &()) -> garde::Result {
+    if *value > 0.0 && *value <= MAX_DELTA {
+        Ok(())
+    } else {
+        Err(garde::Error::new(format!("must be above 0 and at most {MAX_DELTA}, got {value}")))
+    }
+}
+
+fn clip_norm_in_range(value: &ClipNorm, (): &()) -> garde::Result {
+    match value {
+        ClipNorm::Auto(_) => Ok(()),
+        ClipNorm::Fixed(norm) => checks::between(1e-4, 1e4)(norm, &()),
+    }
+}
+
+/// Longest plan name or tag, in bytes.
+pub const MAX_NAME_BYTES: usize = 64;
+/// Largest plan document, in bytes.
+pub const MAX_PLAN_BYTES: usize = 64 * 1024;
+/// Most agents of one plan.
+pub const MAX_AGENTS: u32 = 1024;
+/// Most tags of one plan.
+pub const MAX_TAGS: usize = 16;
+/// Largest ε of a plan: beyond it the guarantee says nothing.
+pub const MAX_EPSILON: f64 = 20.0;
+/// Largest δ of a plan.
+pub const MAX_DELTA: f64 = 1e-3;
+/// Most cells of a fine histogram.
+pub const MAX_FINE_BINS: u32 = 256;
+/// Most bins of a numeric feature.
+pub const MAX_BINS: u32 = 64;
+/// Most bins of a numeric feature in the pair statistics.
+pub const MAX_COARSE_BINS: u32 = 16;
+/// Most levels kept of a categorical feature.
+pub const MAX_KEPT_LEVELS: u32 = 256;
+/// Most corpus rows.
+pub const MAX_CORPUS_ROWS: u32 = 1_000_000;
+/// Most pre-training steps.
+pub const MAX_PRETRAIN_STEPS: u32 = 100_000;
+/// Most tables in a pre-training step.
+pub const MAX_TABLES_PER_STEP: u32 = 64;
+/// Most rounds.
+pub const MAX_ROUNDS: u32 = 200;
+/// Most context rows during rounds.
+pub const MAX_CONTEXT_ROWS: u32 = 4096;
+
+#[cfg(test)]
+mod tests;
