@@ -15,7 +15,9 @@ mod verify;
 
 pub use build::build;
 pub use html::render_html;
-pub use section::{ByStep, EventKind, EventLine, Granted, Headline, Odds, ProductSection, RefusalLine, Spending};
+pub use section::{
+    ByStep, EventKind, EventLine, Granted, Headline, Odds, ProductSection, RefusalLine, Spending,
+};
 pub use verify::{MAX_REPORT_BYTES, Verified, VerifyError, verify};
 
 use crate::ledger::{ChainedEntry, LedgerError, RefusalRule};
@@ -27,7 +29,8 @@ use serde::{Deserialize, Serialize};
 pub const FORMAT: &str = "tabmesh-report/1";
 
 /// Where the noise is added.
-pub const DEPLOYMENT_MODEL: &str = "local noise: every agent adds the full noise before anything leaves its domain";
+pub const DEPLOYMENT_MODEL: &str =
+    "local noise: every agent adds the full noise before anything leaves its domain";
 
 /// What every report says, whatever the figures are.
 pub const STATEMENTS: [&str; 6] = [

@@ -2,13 +2,17 @@
 //!
 //! Building is deterministic; verification builds again and compares.
 
-use super::section::{ByStep, EventKind, EventLine, Granted, Headline, Odds, ProductSection, RefusalLine, Spending};
+use super::section::{
+    ByStep, EventKind, EventLine, Granted, Headline, Odds, ProductSection, RefusalLine, Spending,
+};
 use super::{
-    DEPLOYMENT_MODEL, FORMAT, LedgerRecord, Period, ProductLedger, RecordedEntry, Report, ReportError, ReportInput,
-    STATEMENTS, SignedHead,
+    DEPLOYMENT_MODEL, FORMAT, LedgerRecord, Period, ProductLedger, RecordedEntry, Report, ReportError,
+    ReportInput, STATEMENTS, SignedHead,
 };
 use crate::budget::{Delta, Rho};
-use crate::ledger::{Account, AccountKey, ChainedEntry, Entry, LedgerError, Purpose, State, epsilon_of, verify_chain};
+use crate::ledger::{
+    Account, AccountKey, ChainedEntry, Entry, LedgerError, Purpose, State, epsilon_of, verify_chain,
+};
 use std::collections::BTreeMap;
 
 /// Builds a report.
@@ -19,7 +23,8 @@ pub fn build(input: ReportInput) -> Result<Report, ReportError> {
     let histories = histories(&input.products)?;
     let mut products: Vec<ProductSection> = Vec::with_capacity(input.products.len());
     for wanted in &input.products {
-        let unknown = || ReportError::UnknownProduct { agent: wanted.agent.clone(), product: wanted.product.clone() };
+        let unknown =
+            || ReportError::UnknownProduct { agent: wanted.agent.clone(), product: wanted.product.clone() };
         let history = histories.get(&wanted.agent).ok_or_else(unknown)?;
         products.push(history.section(wanted, input.period).ok_or_else(unknown)?);
     }
@@ -54,7 +59,8 @@ struct History {
 impl History {
     fn replay(agent: &str, entries: &[ChainedEntry], head: Option<SignedHead>) -> Result<Self, LedgerError> {
         verify_chain(entries)?;
-        let record = LedgerRecord { agent: agent.to_owned(), entries: Vec::with_capacity(entries.len()), head };
+        let record =
+            LedgerRecord { agent: agent.to_owned(), entries: Vec::with_capacity(entries.len()), head };
         let mut history = Self { record, state: State::default(), lines: Vec::new(), refusals: Vec::new() };
         for chained in entries {
             history.follow(chained)?;
@@ -97,12 +103,9 @@ impl History {
             reproducible: entry.reproducible(),
         };
         let line = match entry {
-            Entry::Grant(grant) => EventLine {
-                product: grant.product,
-                rho: grant.rho,
-                approvals: vec![grant.signer],
-                ..line
-            },
+            Entry::Grant(grant) => {
+                EventLine { product: grant.product, rho: grant.rho, approvals: vec![grant.signer], ..line }
+            }
             Entry::Reserve(reserve) => EventLine {
                 kind: EventKind::Reserve,
                 product: reserve.product,
@@ -232,7 +235,8 @@ fn headlines(histories: &BTreeMap<String, History>) -> Vec<Headline> {
         total.spent = add(total.spent, account.spent);
         total.charged = add(total.charged, charged(account));
         for grant in account.grants.values() {
-            total.delta = Some(total.delta.map_or(grant.delta, |d| if grant.delta < d { grant.delta } else { d }));
+            total.delta =
+                Some(total.delta.map_or(grant.delta, |d| if grant.delta < d { grant.delta } else { d }));
         }
     }
     let headline = |(namespace, total): (&str, Total)| {

@@ -66,7 +66,11 @@ impl Page<'_> {
 
     fn percent(&self, section: &ProductSection) -> String {
         let granted = section.granted.rho.as_f64();
-        if granted > 0.0 { rounded_up(section.spent.rho.as_f64() / granted * 100.0, 1) } else { "0".to_owned() }
+        if granted > 0.0 {
+            rounded_up(section.spent.rho.as_f64() / granted * 100.0, 1)
+        } else {
+            "0".to_owned()
+        }
     }
 
     fn hash(&self, entry: &RecordedEntry) -> String {

@@ -14,14 +14,19 @@ pub(super) fn budget_over_time(section: &ProductSection) -> Result<String, Repor
     let (unit_ms, unit) = time_unit(end - start);
     let last = ((end - start) as f64 / unit_ms).max(1.0);
     let mut svg = String::new();
-    draw(&mut svg, &points, granted, (unit_ms, unit), last)
-        .map_err(|reason| ReportError::Page { reason })?;
+    draw(&mut svg, &points, granted, (unit_ms, unit), last).map_err(|reason| ReportError::Page { reason })?;
     Ok(svg)
 }
 
 type Point = (f64, f64);
 
-fn draw(svg: &mut String, points: &[Point], granted: f64, time: (f64, &str), last: f64) -> Result<(), String> {
+fn draw(
+    svg: &mut String,
+    points: &[Point],
+    granted: f64,
+    time: (f64, &str),
+    last: f64,
+) -> Result<(), String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
     let root = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     let top = points.iter().map(|p| p.1).fold(granted, f64::max) * 1.1;

@@ -141,9 +141,11 @@ fn first_difference(place: &str, printed: &Value, recomputed: &Value) -> Option<
             .iter()
             .zip(b.values())
             .find_map(|((key, a), b)| first_difference(&format!("{place}.{key}"), a, b)),
-        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
-            a.iter().zip(b).enumerate().find_map(|(i, (a, b))| first_difference(&format!("{place}[{i}]"), a, b))
-        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => a
+            .iter()
+            .zip(b)
+            .enumerate()
+            .find_map(|(i, (a, b))| first_difference(&format!("{place}[{i}]"), a, b)),
         (a, b) if a == b || close(a, b) => None,
         (a, b) => Some((place.to_owned(), a.to_string(), b.to_string())),
     }
@@ -162,7 +164,8 @@ fn close(a: &Value, b: &Value) -> bool {
 }
 
 fn embedded(text: &str) -> Result<&str, VerifyError> {
-    let missing = || VerifyError::Form { reason: "neither JSON nor a page with a signed report in it".to_owned() };
+    let missing =
+        || VerifyError::Form { reason: "neither JSON nor a page with a signed report in it".to_owned() };
     let (_, rest) = text.split_once(EMBED_START).ok_or_else(missing)?;
     rest.split_once(EMBED_END).map(|(json, _)| json).ok_or_else(missing)
 }
