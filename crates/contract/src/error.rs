@@ -384,7 +384,7 @@ impl Diagnostic for Warning {
 }
 
 fn label(place: &Place) -> Box<dyn Iterator<Item = LabeledSpan>> {
-    Box::new(std::iter::once(LabeledSpan::new(Some("here".into()), place.offset, place.length)))
+    Box::new(std::iter::once(LabeledSpan::new(None, place.offset, place.length)))
 }
 
 fn render(diagnostic: &dyn Diagnostic) -> String {

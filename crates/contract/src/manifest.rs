@@ -152,7 +152,7 @@ struct Source {
     kind: Spanned<String>,
     path: Spanned<String>,
     #[serde(default)]
-    delimiter: Option<String>,
+    delimiter: Option<Spanned<String>>,
 }
 
 impl Manifest {
@@ -195,14 +195,7 @@ impl Manifest {
             authoritative_definitions: None,
             custom_properties: Vec::new(),
         });
-        let servers = self.source.map(|source| Server {
-            server: "default".into(),
-            kind: "local".into(),
-            path: Some(source.path),
-            format: Some(source.kind),
-            delimiter: source.delimiter,
-            ..<_>::default()
-        });
+        let servers = self.source.map(Source::into_server);
         Ok(Odcs {
             api_version: at(self.name.referenced, odcs::API_VERSION.into()),
             kind: at(self.name.referenced, odcs::KIND.into()),
@@ -307,6 +300,22 @@ impl Column {
             .filter_map(|(name, value)| value.map(|(location, v)| CustomProperty::new(location, name, v)))
             .collect();
         property
+    }
+}
+
+impl Source {
+    fn into_server(self) -> Server {
+        // The standard has no delimiter for local files.
+        let delimiter =
+            self.delimiter.map(|d| CustomProperty::new(d.referenced, "tfmDelimiter", json!(d.value)));
+        Server {
+            server: "default".into(),
+            kind: "local".into(),
+            path: Some(self.path),
+            format: Some(self.kind),
+            custom_properties: delimiter.into_iter().collect(),
+            ..<_>::default()
+        }
     }
 }
 

@@ -419,6 +419,9 @@ impl Odcs {
             return Err(wrong(&self.api_version, "apiVersion", "v3.0.x, v3.1.x or v3.2.x"));
         }
         check_custom(document, &self.custom_properties, &CONTRACT_PROPERTIES)?;
+        for server in &self.servers {
+            check_custom(document, &server.custom_properties, &SERVER_PROPERTIES)?;
+        }
         for table in &self.schema.value {
             check_custom(document, &table.custom_properties, &[])?;
             for column in &table.properties {
@@ -485,3 +488,6 @@ pub const COLUMN_PROPERTIES: [&str; 12] = [
     "tfmMaxRowsPerUnit",
     "tfmCardinality",
 ];
+
+/// `tfm*` custom properties of a server.
+pub const SERVER_PROPERTIES: [&str; 1] = ["tfmDelimiter"];

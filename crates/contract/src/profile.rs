@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::contract::{Column, Contract, LogicalType, Role};
+use crate::schema::PrivacyUnit;
 
 /// One value of a row, borrowed from the table engine.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -43,17 +44,21 @@ impl TableProfile {
     /// A profile of no rows yet.
     #[must_use]
     pub fn new(contract: &Contract) -> Self {
-        let unique_by_rule: BTreeSet<&str> = contract
+        let counted: BTreeSet<&str> = contract
             .quality
             .iter()
             .filter(|rule| rule.counts_duplicates())
             .filter_map(|rule| rule.column.as_deref())
+            .chain(match &contract.privacy.unit {
+                PrivacyUnit::Entity { column, .. } => Some(column.as_str()),
+                PrivacyUnit::Row => None,
+            })
             .collect();
         let columns = contract.columns.iter();
         Self {
             columns: columns
                 .clone()
-                .map(|c| ColumnProfile::new(c, unique_by_rule.contains(c.name.as_str())))
+                .map(|c| ColumnProfile::new(c, counted.contains(c.name.as_str())))
                 .collect(),
             required: columns.map(|c| c.required).collect(),
             time_column: contract.columns.iter().position(|c| c.role == Role::Time),
@@ -373,7 +378,7 @@ fn ratio(part: u64, whole: u64) -> f64 {
 
 /// Most distinct values counted exactly in an ordinary column.
 pub const DISTINCT_CAP: usize = 10_000;
-/// Most distinct values counted exactly in a column promised to be unique.
+/// Most distinct values counted exactly in a privacy unit or a column promised to be unique.
 pub const UNIQUE_CAP: usize = 2_000_000;
 /// Most levels counted in one column.
 pub const LEVEL_CAP: usize = 2048;
@@ -416,15 +421,15 @@ mod tests {
         let mut profile = TableProfile::new(&contract());
         for i in 0..=DISTINCT_CAP {
             let text = i.to_string();
-            profile.push_row(&[Cell::Null, Cell::Text(&text)]);
-            let column = profile.column("customer_id").unwrap();
+            profile.push_row(&[Cell::Null, Cell::Null, Cell::Null, Cell::Text(&text)]);
+            let column = profile.column("merchant_category").unwrap();
             let expected = i + 1;
             if expected <= DISTINCT_CAP {
                 assert_eq!(column.distinct(), Distinct::Exactly(expected as u64));
             }
             assert_eq!(column.levels().is_some(), expected <= LEVEL_CAP);
         }
-        let column = profile.column("customer_id").unwrap();
+        let column = profile.column("merchant_category").unwrap();
         assert_eq!(column.distinct(), Distinct::MoreThan(DISTINCT_CAP as u64));
         assert_eq!(column.duplicates(), None);
     }

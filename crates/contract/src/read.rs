@@ -482,13 +482,16 @@ impl Reader<'_> {
         if path.value.trim().is_empty() {
             return Err(self.wrong(path.referenced, "source path", "a file path", "an empty text".into()));
         }
-        let delimiter = match server.delimiter.as_deref().map(str::as_bytes) {
+        let declared = find(&server.custom_properties, "tfmDelimiter");
+        let text = self.text(declared)?.or(server.delimiter.as_deref());
+        let delimiter = match text.map(str::as_bytes) {
             None => None,
             Some(b"\\t") => Some(b'\t'),
             Some([byte]) if byte.is_ascii() => Some(*byte),
             Some(_) => {
-                let got = format!("`{}`", server.delimiter.as_deref().unwrap_or_default());
-                return Err(self.wrong(format.referenced, "delimiter", "one ASCII character", got));
+                let at = declared.map_or(format.referenced, |d| d.referenced);
+                let got = format!("`{}`", text.unwrap_or_default());
+                return Err(self.wrong(at, "delimiter", "one ASCII character", got));
             }
         };
         Ok(Some(SourceSpec { kind, path: path.value.clone(), delimiter }))

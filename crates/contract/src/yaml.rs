@@ -58,6 +58,15 @@ fn refuse(document: &Document, error: &Error) -> ContractError {
             let got = format!("`{}`", place.text());
             ContractError::WrongValue { place, what: "the value".into(), expected: (*ty).into(), got }
         }
+        Error::NonFiniteFloat { value, .. } => {
+            let got = format!("`{value}`");
+            ContractError::WrongValue {
+                place,
+                what: "the value".into(),
+                expected: "a finite number".into(),
+                got,
+            }
+        }
         Error::InvalidBooleanStrict { .. } => {
             let got = format!("`{}`", place.text());
             ContractError::WrongValue {

@@ -59,7 +59,6 @@ fn the_approved_schema_has_features_and_target_only() {
 
 #[test]
 fn the_digest_is_of_the_bytes_as_stored() {
-    // sha256sum of "abc" is a published vector; a contract's own digest moves with one space.
     let digest = parse(SHORT).0.digest_hex();
     let expected = ring::digest::digest(&ring::digest::SHA256, SHORT.as_bytes());
     assert_eq!(digest, hex::encode(expected.as_ref()));
@@ -261,16 +260,22 @@ fn undeclared_ranges_and_categories_are_refused_at_the_column() {
 
 #[test]
 fn ranges_must_be_two_finite_rising_bounds() {
-    for (bounds, text) in
-        [("[10, 0]", "[10, 0]"), ("[5, 5]", "[5, 5]"), ("[0, .inf]", "[0, .inf]"), ("[.nan, 1]", "[.nan, 1]")]
-    {
+    for bounds in ["[10, 0]", "[5, 5]"] {
         let error = refusal("[0, 1000000]", bounds);
         assert!(
             matches!(&error, ContractError::ReversedRange { column, .. } if column == "amount"),
             "{error:?}"
         );
         assert_eq!(at(&error).0, 15, "{error}");
-        assert!(at(&error).2.starts_with('['), "{text}: {:?}", at(&error));
+        assert!(at(&error).2.starts_with('['), "{:?}", at(&error));
+    }
+    for (bounds, text) in [("[0, .inf]", ".inf"), ("[.nan, 1]", ".nan"), ("[0, 1e999]", "1e999")] {
+        let error = refusal("[0, 1000000]", bounds);
+        assert!(
+            matches!(&error, ContractError::WrongValue { expected, .. } if expected == "a finite number"),
+            "{error:?}"
+        );
+        assert_eq!(at(&error).2, text);
     }
     assert!(matches!(refusal("[0, 1000000]", "[0]"), ContractError::WrongValue { .. }));
     assert!(matches!(refusal("[0, 1000000]", "[a, b]"), ContractError::WrongValue { .. }));
@@ -392,6 +397,21 @@ fn column_keys_are_accepted_in_both_spellings() {
         "pii: true, role: entity, tfmPrivacyUnit: true, tfmMaxRowsPerUnit: 20",
     );
     assert_eq!(parse(&own_unit).0.privacy, parse(SHORT).0.privacy);
+}
+
+#[test]
+fn a_delimiter_survives_the_canonical_form() {
+    let (contract, _) = parse(&with(
+        "{type: parquet, path: transactions.parquet}",
+        "{type: csv, path: t.csv, delimiter: \";\"}",
+    ));
+    assert_eq!(contract.source.as_ref().unwrap().delimiter, Some(b';'));
+    let (again, _) = parse(&contract.odcs().to_yaml().unwrap());
+    assert_eq!(again.source, contract.source);
+    let error =
+        refusal("{type: parquet, path: transactions.parquet}", "{type: csv, path: t.csv, delimiter: \";;\"}");
+    assert!(matches!(&error, ContractError::WrongValue { what, .. } if what == "delimiter"), "{error:?}");
+    assert!(at(&error).2.contains(";;"), "{:?}", at(&error));
 }
 
 #[test]
