@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, default_value = "nano")]
     pub config: String,
     /// Optimiser steps.
-    #[arg(long, default_value_t = 6500)]
+    #[arg(long, default_value_t = 4000)]
     pub steps: u64,
     /// Synthetic tables per step; an even number.
     #[arg(long, default_value_t = 8)]
@@ -155,7 +155,8 @@ pub fn run(args: &Args, now: &dyn Fn() -> Duration, stop: &AtomicBool) -> Result
             p.tables_per_s,
             p.eta_s / 60.0
         ));
-        if let Some(path) = args.metrics.as_ref().filter(|_| p.validated || p.step % LINE_EVERY == 0) {
+        if let Some(path) = args.metrics.as_ref().filter(|_| p.validated || p.step.is_multiple_of(LINE_EVERY))
+        {
             let line = Line {
                 step: p.step,
                 loss_ema: p.loss_ema,

@@ -185,7 +185,7 @@ pub const MAX_ADAPTER_BYTES: usize = 4 << 20;
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-    use super::{FeatureTokens, MAX_COLUMNS};
+    use super::{FeatureTokens, MAX_ADAPTER_BYTES, MAX_COLUMNS};
     use crate::error::TfmError;
 
     fn tokens(keys: &[&str], values: &[f32]) -> FeatureTokens {
@@ -208,12 +208,14 @@ mod tests {
     fn files_are_stable_and_bound_to_their_base() {
         let adapter = tokens(&["a", "b"], &[0.25, -1.0, 0.0, 3.0]);
         let bytes = adapter.to_safetensors("digest").unwrap();
-        assert_eq!(bytes, adapter.clone().to_safetensors("digest").unwrap());
+        assert_eq!(bytes, adapter.to_safetensors("digest").unwrap());
         assert_eq!(FeatureTokens::from_safetensors(&bytes, "digest").unwrap(), adapter);
         let other = FeatureTokens::from_safetensors(&bytes, "another");
         assert!(matches!(other, Err(TfmError::Mismatch { what: "base of the adapter", .. })));
-        let model = FeatureTokens::from_safetensors(&bytes[..bytes.len() - 1], "digest");
-        assert!(matches!(model, Err(TfmError::Format { .. })));
+        let cut = FeatureTokens::from_safetensors(&bytes[..bytes.len() - 1], "digest");
+        assert!(matches!(cut, Err(TfmError::Format { .. })));
+        let large = FeatureTokens::from_safetensors(&vec![0; MAX_ADAPTER_BYTES + 1], "digest");
+        assert!(matches!(large, Err(TfmError::TooLarge { limit: MAX_ADAPTER_BYTES, .. })));
     }
 
     #[test]

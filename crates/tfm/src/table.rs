@@ -586,7 +586,7 @@ mod tests {
         schema::{Feature, FeatureId, FeatureKind, FeatureSchema, NumericDomain, Scale, Target},
     };
 
-    use super::{Coding, Preprocessing, Statistics, log_odds};
+    use super::{Coding, FeatureCoding, MAX_FEATURES, MAX_LEVELS, Preprocessing, Statistics, log_odds};
     use crate::{error::TfmError, metrics::roc_auc};
 
     fn schema(levels: usize) -> FeatureSchema {
@@ -679,6 +679,19 @@ mod tests {
         }
         let short = TypedBatch { columns: vec![], ..rows };
         assert!(matches!(p.encode(&short, Coding::Foreign), Err(TfmError::Mismatch { .. })));
+    }
+
+    #[test]
+    fn limits_hold_at_one_above() {
+        let feature = |i: usize, levels: usize| FeatureCoding::Categorical {
+            id: FeatureId::new(format!("f.{i:04}")).unwrap(),
+            text: String::new(),
+            counts: vec![[1.0; 2]; levels + 2],
+        };
+        assert!(Preprocessing::checked([1.0; 2], vec![feature(0, MAX_LEVELS)]).is_ok());
+        assert!(Preprocessing::checked([1.0; 2], vec![feature(0, MAX_LEVELS + 1)]).is_err());
+        let many = |n: usize| Preprocessing::checked([1.0; 2], (0..n).map(|i| feature(i, 1)).collect());
+        assert!(many(MAX_FEATURES).is_ok() && many(MAX_FEATURES + 1).is_err());
     }
 
     #[test]
