@@ -1,1 +1,6 @@
-//! Placeholder while the workspace is laid out.
+//! The simulation harness: shipped data, development deployments, baselines and tables of results.
+#![forbid(unsafe_code)]
+
+pub mod baseline;
+pub mod quickstart;
+pub mod score;
