@@ -6,7 +6,11 @@
 //! gets its number. Signatures are opaque here: the verifier holds the keys and signs
 //! [`NewVersion::signing_bytes`].
 
-use std::{collections::BTreeMap, collections::BTreeSet, fmt, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    fmt,
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -210,9 +214,9 @@ impl Registry {
         let mut wanted = vec![*digest];
         while let Some(digest) = wanted.pop() {
             let version = self.find(&digest)?.ok_or(StoreError::VersionMissing { digest })?;
-            if !found.contains_key(&version.seq) {
+            if let Entry::Vacant(place) = found.entry(version.seq) {
                 wanted.extend(&version.facts.parents);
-                found.insert(version.seq, version);
+                place.insert(version);
             }
         }
         Ok(found.into_values().rev().collect())

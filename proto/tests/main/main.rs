@@ -1,0 +1,12 @@
+//! The wire as a whole, over real loopback mutual TLS: what works, and what is refused where.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod flow;
+mod refusals;
+mod support;
+
+#[test]
+fn only_noised_bytes_with_a_receipt_can_be_sent() {
+    trybuild::TestCases::new().compile_fail("tests/compile_fail/*.rs");
+}
