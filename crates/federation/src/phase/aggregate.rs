@@ -20,10 +20,10 @@ pub struct Aggregating {
 }
 
 impl Aggregating {
-    /// Records the durable result.
+    /// Records the durable result. The vectors leave memory; receipts stay.
     #[must_use]
     pub fn aggregated(&self, result: Digest) -> Publishing {
-        Publishing { collection: self.collection.clone(), result }
+        Publishing { collection: self.collection.clone().without_values(), result }
     }
 
     /// Why the round must end now, if it must.

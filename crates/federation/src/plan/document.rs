@@ -9,7 +9,9 @@ use garde::Validate;
 use miette::{Diagnostic, LabeledSpan, NamedSource, SourceCode};
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
-use serde_saphyr::{DefaultMessageFormatter, Error as YamlError, Location, MessageFormatter, Spanned};
+use serde_saphyr::{
+    DefaultMessageFormatter, Error as YamlError, Location, MessageFormatter, NonFiniteFloatPolicy, Spanned,
+};
 use thiserror::Error;
 
 use crate::plan::{MAX_PLAN_BYTES, Plan};
@@ -139,8 +141,8 @@ pub(super) fn parse(bytes: &[u8], file: &str) -> Result<Plan, PlanError> {
         PlanError::Faulty(Box::new(Faults { file: file.to_owned(), source, faults }))
     };
     let options = serde_saphyr::options! { with_snippet: false };
-    let plan: Plan = serde_saphyr::from_str_with_options(text, options.clone())
-        .map_err(|error| refuse(vec![syntax(&error)]))?;
+    let plan: Plan =
+        serde_saphyr::from_str_with_options(text, options).map_err(|error| refuse(vec![syntax(&error)]))?;
 
     let mut found: Vec<(String, String)> = match plan.validate() {
         Ok(()) => Vec::new(),
@@ -152,7 +154,12 @@ pub(super) fn parse(bytes: &[u8], file: &str) -> Result<Plan, PlanError> {
     if found.is_empty() {
         return Ok(plan);
     }
-    // Unwrap safety is not needed: a document that parsed as a plan parses as a tree; if not, places are unknown.
+    // A document that parsed as a plan parses as a tree too; should it not, places are unknown. `.nan` must pass:
+    // it is one of the faults to be placed.
+    let options = serde_saphyr::options! {
+        with_snippet: false,
+        non_finite_float_policy: NonFiniteFloatPolicy::PassThrough,
+    };
     let tree = serde_saphyr::from_str_with_options::<Spanned<Node>>(text, options).ok();
     let place = |path: &str| tree.as_ref().map(|tree| locate(tree, path));
     Err(refuse(found.into_iter().map(|(path, m)| Fault::at(path.clone(), m, place(&path))).collect()))

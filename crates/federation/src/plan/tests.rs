@@ -190,7 +190,7 @@ fn contradictions_are_found() {
         ("rounds: {optimiser: {kind: adam}}", "rounds.aggregation"),
         ("rounds: {aggregation: fedadam}", "rounds.aggregation"),
         ("rounds: {noise_multiplier: 0.1}", "rounds.noise_multiplier"),
-        ("privacy: {epsilon: 1.0e-9}", "privacy.epsilon"),
+        ("privacy: {epsilon: 1.0e-9, delta: 1.0e-12}", "privacy.epsilon"),
     ] {
         let found = faults(&format!("{MINIMAL}{text}\n"));
         let paths: Vec<&str> = found.iter().map(|f| f.path.as_str()).collect();

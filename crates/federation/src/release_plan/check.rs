@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use crate::id::PlanDigest;
 use crate::plan::{Plan, PlanError, STAGES};
+use crate::release_plan::usable_rho;
 
 /// Why an agent refuses a query.
 #[derive(Debug, Error)]
@@ -113,6 +114,7 @@ pub fn check_query(
     let Some(expected) = usize::from(stage).checked_sub(1).and_then(|at| stages.get(at).copied()) else {
         return Err(QueryRefusal::Stage { got: stage });
     };
+    let expected = usable_rho(expected, query.l2_sensitivity_squared());
     if query.rho != expected {
         return Err(QueryRefusal::Cost { stage, expected, got: query.rho });
     }

@@ -12,6 +12,8 @@ pub mod shared;
 use std::collections::BTreeMap;
 
 use tabmesh_contract::schema::{Feature, FeatureId, FeatureKind, FeatureSchema, Scale};
+use tabmesh_privacy::budget::Rho;
+use tabmesh_privacy::mechanism::discrete_gaussian::MIN_SIGMA;
 use tabmesh_privacy::release::{
     Attribute, Binning, MarginalSpec, MarginalTable, QueryError, ReleaseQuery, equal_mass_edges, fine_edges,
     merge_adjacent, merge_rare,
@@ -228,7 +230,7 @@ impl Release<'_> {
         marginals: Vec<MarginalSpec>,
     ) -> Result<ReleaseQuery, ReleasePlanError> {
         let at = usize::from(stage) - 1;
-        let query = ReleaseQuery {
+        let mut query = ReleaseQuery {
             plan_digest: self.digest.to_string(),
             stage,
             stage_name: STAGE_NAMES[at].to_owned(),
@@ -237,6 +239,7 @@ impl Release<'_> {
             rho: self.budget.per_stage[at],
             max_rows_per_unit: self.max_rows_per_unit,
         };
+        query.rho = usable_rho(query.rho, query.l2_sensitivity_squared());
         query.check().map_err(|source| ReleasePlanError::Query { stage, source })?;
         Ok(query)
     }
@@ -257,6 +260,17 @@ fn fine(feature: &Feature, plan: &Plan) -> Attribute {
         }
     };
     Attribute { id: feature.id.to_string(), binning, merge: None }
+}
+
+/// The part of a stage's ρ that buys noise of a standard deviation not below the mechanism's smallest.
+///
+/// With few features a stage can afford less noise than a discrete Gaussian on counts may have; the rest is left
+/// unspent. Coordinator and agents compute it alike.
+#[must_use]
+pub fn usable_rho(planned: Rho, l2_sensitivity_squared: u64) -> Rho {
+    // ρ = Δ²/(2σ²) in units of 2⁻⁴⁰, at the smallest σ.
+    let most = (u128::from(l2_sensitivity_squared) << 39) / u128::from(MIN_SIGMA * MIN_SIGMA);
+    planned.min(Rho::from_units(u64::try_from(most).unwrap_or(u64::MAX)))
 }
 
 /// Refuses a parent out of range, a feature as its own ancestor.

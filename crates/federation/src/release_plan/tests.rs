@@ -1,7 +1,6 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use tabmesh_contract::schema::{NumericDomain, Target};
-use tabmesh_privacy::budget::Rho;
 
 use super::*;
 use crate::id::AgentId;
@@ -158,6 +157,21 @@ fn a_single_feature_still_has_four_stages() {
 }
 
 #[test]
+fn a_stage_spends_no_more_than_the_smallest_noise_costs() {
+    use tabmesh_privacy::mechanism::DiscreteGaussian;
+    for delta_squared in [1, 2, 9, 1 << 20] {
+        let rho = usable_rho(Rho::from_units(u64::MAX), delta_squared);
+        let noise = DiscreteGaussian::from_rho(delta_squared, rho).unwrap();
+        assert!((noise.sigma_squared().sigma() - 5.0).abs() < 1e-6);
+        assert!(
+            DiscreteGaussian::from_rho(delta_squared, Rho::from_units(rho.units() + delta_squared)).is_err()
+        );
+    }
+    let little = Rho::from_units(77);
+    assert_eq!(usable_rho(little, 4), little);
+}
+
+#[test]
 fn parents_must_form_a_forest() {
     let fixture = Fixture::new();
     let finals = fixture.release().final_attributes(&fixture.tables()).unwrap();
@@ -233,7 +247,7 @@ fn queries_that_ask_for_more_than_was_promised_are_refused_by_name() {
         (
             "fewer fine bins",
             0,
-            |q| set_edges(q, 0, |_, _, edges| drop(edges.pop())),
+            |q| set_edges(q, 0, |_, _, edges| edges.truncate(126)),
             |r| matches!(r, R::Cells { what: "fine bins of the declared range", .. }),
         ),
         (
