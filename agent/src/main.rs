@@ -1,2 +1,7 @@
-//! Entry point.
-fn main() {}
+//! `tabmesh-agent`: see [`tabmesh_agent::cli`].
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    tabmesh_agent::cli::main(std::env::args_os())
+}

@@ -1,1 +1,208 @@
-//! Placeholder while the workspace is laid out.
+//! The coordinator: admits contracts, runs plans, keeps what agents released, publishes signed models.
+//!
+//! One process, started by [`cli::main`]; [`run`] is the whole server on a listener, a store and a clock of the caller.
+//! Agents open every connection; the coordinator never dials.
+
+#![forbid(unsafe_code)]
+
+mod answers;
+mod catalog;
+pub mod cli;
+mod collections;
+mod command;
+pub mod config;
+pub mod error;
+mod mesh;
+mod mirror;
+mod outbox;
+mod pipeline;
+mod plans;
+pub mod pretrain_job;
+mod report;
+mod service;
+
+use std::future::Future;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+
+use ring::signature::Ed25519KeyPair;
+use tabmesh_contract::policy::PolicyBundle;
+use tabmesh_privacy::signature::SigningKey;
+use tabmesh_proto::accept::{AcceptOptions, Listener, incoming};
+use tabmesh_proto::identity::DevelopmentCa;
+use tabmesh_proto::message::{Assignment, GoodbyeReason};
+use tabmesh_proto::server::{Services, serve};
+use tabmesh_proto::tls::{DefaultTimeProvider, ServerTls, TlsFiles, TlsMaterial, TlsPolicy};
+use tabmesh_store::{BlobStore, Log, Records, Registry, Sled};
+use tabmesh_tfm::model::Model;
+
+use crate::catalog::Catalog;
+use crate::collections::Collections;
+use crate::config::Config;
+use crate::error::CoordinatorError;
+use crate::mesh::{BASE_KEY, Mesh};
+use crate::mirror::Mirror;
+use crate::outbox::Outbox;
+use crate::plans::Plans;
+
+pub use crate::mesh::Clock;
+
+/// Switches that only a command line may set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Switches {
+    /// Accept the development CA and artefacts of reproducible noise.
+    pub insecure_dev: bool,
+}
+
+/// Serves until `shutdown`: the whole coordinator on a listener, a record store and a clock of the caller.
+///
+/// # Errors
+/// [`CoordinatorError`] if files of the configuration can't be used, the store is damaged, or the transport fails as a
+/// whole.
+pub async fn run<L: Listener, F: Future<Output = ()> + Send>(
+    config: Config,
+    switches: Switches,
+    listener: L,
+    records: Arc<dyn Records>,
+    clock: Clock,
+    shutdown: F,
+) -> Result<(), CoordinatorError> {
+    let tls = server_tls(&config, switches)?;
+    let mesh = Arc::new(open(config, switches, records, clock, tls.id().clone())?);
+    for digest in mesh.plans.unfinished() {
+        tracing::info!(plan = %digest, "resuming");
+        tokio::spawn(pipeline::drive(Arc::clone(&mesh), digest));
+    }
+    let services = Services {
+        mesh: Arc::new(service::mesh::MeshCalls(Arc::clone(&mesh))),
+        operator: Arc::new(service::operator::OperatorCalls(Arc::clone(&mesh))),
+        auditor: Arc::new(service::auditor::AuditorCalls(Arc::clone(&mesh))),
+    };
+    let stop = {
+        let mesh = Arc::clone(&mesh);
+        async move {
+            shutdown.await;
+            mesh.stop_tuning();
+            mesh.outbox.close_all(GoodbyeReason::ShuttingDown);
+        }
+    };
+    serve(incoming(listener, &tls, AcceptOptions::default()), services, stop)
+        .await
+        .map_err(|error| transport("serving", &error))
+}
+
+fn server_tls(config: &Config, switches: Switches) -> Result<ServerTls, CoordinatorError> {
+    let files = TlsFiles {
+        ca: config.tls.ca.clone(),
+        certificate: config.tls.cert.clone(),
+        key: config.tls.key.clone(),
+        crls: Vec::new(),
+    };
+    let development = if switches.insecure_dev { DevelopmentCa::Accept } else { DevelopmentCa::Refuse };
+    let policy = TlsPolicy { development, time: Arc::new(DefaultTimeProvider) };
+    let material = TlsMaterial::read(&files).map_err(|error| transport("TLS files", &error))?;
+    ServerTls::new(&material, policy).map_err(|error| transport("TLS set-up", &error))
+}
+
+/// Opens the record store of a configuration.
+///
+/// # Errors
+/// [`CoordinatorError::Store`] if it is damaged or in use.
+pub fn open_records(config: &Config) -> Result<Arc<dyn Records>, CoordinatorError> {
+    std::fs::create_dir_all(&config.data_dir).map_err(|error| CoordinatorError::File {
+        what: "data folder",
+        path: config.data_dir.clone(),
+        reason: error.to_string(),
+    })?;
+    Ok(Arc::new(Sled::open(&config.data_dir.join("records"))?))
+}
+
+fn open(
+    config: Config,
+    switches: Switches,
+    records: Arc<dyn Records>,
+    clock: Clock,
+    identity: tabmesh_proto::identity::SpiffeId,
+) -> Result<Mesh, CoordinatorError> {
+    let blobs = Arc::new(BlobStore::open(&config.data_dir.join("blobs"))?);
+    let pkcs8 = read("signing key", &config.signing_key)?;
+    let bad_key = |reason: String| CoordinatorError::File {
+        what: "signing key",
+        path: config.signing_key.clone(),
+        reason,
+    };
+    let key = Arc::new(Ed25519KeyPair::from_pkcs8(&pkcs8).map_err(|error| bad_key(error.to_string()))?);
+    let signing_key = SigningKey::from_pkcs8(&pkcs8).map_err(|error| bad_key(error.to_string()))?;
+    take_base(&config, &records, &blobs)?;
+    let (audit, torn) = Log::open(&config.data_dir.join("audit.log"))?;
+    if let Some(torn) = torn {
+        tracing::warn!(?torn, "a torn entry was cut from the audit log");
+    }
+    let policy = policy(config.policy_bundle.as_deref())?;
+    let sign = {
+        let (key, identity) = (Arc::clone(&key), identity.clone());
+        Arc::new(move |id, kind, document| Ok(Assignment::sign(id, kind, document, &identity, &key)?))
+            as outbox::Sign
+    };
+    Ok(Mesh {
+        catalog: Catalog::load(Arc::clone(&records), Arc::clone(&blobs))?,
+        outbox: Outbox::new(Arc::clone(&records), Arc::clone(&blobs), sign),
+        collections: Collections::new(Arc::clone(&records), Arc::clone(&blobs), Arc::clone(&clock)),
+        plans: Plans::load(Arc::clone(&records), Arc::clone(&blobs))?,
+        mirror: Mirror::new(config.data_dir.join("ledgers")),
+        registry: Registry::new(Arc::clone(&records), Arc::clone(&blobs)),
+        answers: answers::Answers::default(),
+        tuning_stop: AtomicBool::new(false),
+        insecure_dev: switches.insecure_dev,
+        audit: Mutex::new(audit),
+        config,
+        clock,
+        key,
+        signing_key,
+        records,
+        blobs,
+        policy,
+    })
+}
+
+/// Takes the configured base model into the blob store, after checking that it is one.
+fn take_base(config: &Config, records: &Arc<dyn Records>, blobs: &BlobStore) -> Result<(), CoordinatorError> {
+    let bytes = read("base model", &config.base_model)?;
+    Model::from_safetensors(&bytes)?;
+    let digest = blobs.put(&bytes)?;
+    records.put(BASE_KEY, digest.to_string().as_bytes())?;
+    records.put(format!("shared/{digest}").as_bytes(), b"")?;
+    Ok(())
+}
+
+fn policy(folder: Option<&Path>) -> Result<PolicyBundle, CoordinatorError> {
+    let Some(folder) = folder else { return Ok(PolicyBundle::default()) };
+    let refused =
+        |reason: String| CoordinatorError::File { what: "policy bundle", path: folder.to_owned(), reason };
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(|error| refused(error.to_string()))? {
+        let path = entry.map_err(|error| refused(error.to_string()))?.path();
+        if path.extension().is_some_and(|e| e == "rego" || e == "json") {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let text = std::fs::read_to_string(&path).map_err(|error| refused(error.to_string()))?;
+            files.push((name, text));
+        }
+    }
+    files.sort();
+    let borrowed: Vec<(&str, &str)> =
+        files.iter().map(|(name, text)| (name.as_str(), text.as_str())).collect();
+    PolicyBundle::from_files(&borrowed).map_err(|error| refused(error.to_string()))
+}
+
+fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, CoordinatorError> {
+    std::fs::read(path).map_err(|error| CoordinatorError::File {
+        what,
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })
+}
+
+fn transport(what: &'static str, error: &dyn std::fmt::Display) -> CoordinatorError {
+    CoordinatorError::Transport { what, reason: error.to_string() }
+}

@@ -455,7 +455,7 @@ impl LedgerStatement {
         key: &Ed25519KeyPair,
     ) -> Result<Self, ConvertError> {
         let (seq, hash) = crate::convert::check_chain(&entries)?;
-        let statement = Statement::LedgerHead { agent: signer, product: &product, seq, hash: &hash };
+        let statement = Statement::LedgerHead { agent: signer, seq, hash: &hash };
         let head_signature = statement.sign(key);
         Ok(Self { product, entries, head_signature })
     }
@@ -466,7 +466,7 @@ impl LedgerStatement {
     /// [`SignatureError`] if it is not that agent's signature over the last entry.
     pub fn verify(&self, signer: &SpiffeId, key: &[u8; PUBLIC_KEY_BYTES]) -> Result<(), SignatureError> {
         let (seq, hash) = self.head().ok_or(SignatureError)?;
-        let statement = Statement::LedgerHead { agent: signer, product: &self.product, seq, hash: &hash };
+        let statement = Statement::LedgerHead { agent: signer, seq, hash: &hash };
         statement.verify(key, &self.head_signature)
     }
 

@@ -6,6 +6,11 @@
 
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 
+use tabmesh_privacy::{
+    report::head_statement,
+    signature::{Context, covered},
+};
+
 use crate::{
     identity::SpiffeId,
     message::{AssignmentKind, Digest, Id, PUBLIC_KEY_BYTES, SIGNATURE_BYTES},
@@ -45,8 +50,6 @@ pub enum Statement<'a> {
     LedgerHead {
         /// The agent.
         agent: &'a SpiffeId,
-        /// The data product.
-        product: &'a str,
         /// Sequence number of the last entry.
         seq: u64,
         /// Chain hash of the last entry.
@@ -73,13 +76,10 @@ impl Statement<'_> {
                 kind.as_str().as_bytes(),
                 *digest,
             ]),
-            Self::LedgerHead { agent, product, seq, hash } => fields(&[
-                b"tabmesh ledger head v1",
-                agent.to_string().as_bytes(),
-                product.as_bytes(),
-                &seq.to_be_bytes(),
-                *hash,
-            ]),
+            // The form that reports carry and verify offline.
+            Self::LedgerHead { agent, seq, hash } => {
+                covered(Context::LedgerHead, &head_statement(&agent.to_string(), *seq, hash))
+            }
         }
     }
 
@@ -186,15 +186,14 @@ mod tests {
         let mut shorter = signed.clone();
         shorter.entries.pop();
         assert_eq!(shorter.verify(&agent("a"), &public), Err(SignatureError));
-        let renamed = LedgerStatement { product: "loans".into(), ..signed };
-        assert_eq!(renamed.verify(&agent("a"), &public), Err(SignatureError));
     }
 
     #[test]
     fn fields_cannot_flow_into_each_other() {
         let digest = [7; 32];
         let bytes = |agent: &SpiffeId, product: &str| {
-            Statement::LedgerHead { agent, product, seq: 0, hash: &digest }.bytes()
+            let (contract_digest, public_key) = (&digest, &digest);
+            Statement::Registration { agent, product, contract_digest, public_key }.bytes()
         };
         assert_ne!(bytes(&agent("a"), "bcards"), bytes(&agent("ab"), "cards"));
     }

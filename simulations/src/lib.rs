@@ -1,6 +1,9 @@
 //! The simulation harness: shipped data, development deployments, baselines and tables of results.
+
 #![forbid(unsafe_code)]
 
 pub mod baseline;
+pub mod cli;
+pub mod process;
 pub mod quickstart;
 pub mod score;

@@ -199,7 +199,7 @@ impl DomainScores {
 
 fn row(name: String, train_rows: String, scores: &Scores) -> Vec<String> {
     let figures =
-        Variant::ALL.map(|variant| scores.get(variant).map_or("–".to_owned(), |f| format!("{f:.3}")));
+        Variant::ALL.map(|variant| scores.get(variant).map_or_else(|| "–".to_owned(), |f| format!("{f:.3}")));
     [name, train_rows].into_iter().chain(figures).collect()
 }
 

@@ -74,8 +74,13 @@ fn dependencies_point_one_way() {
 fn confined_libraries_stay_where_they_belong() {
     for (name, package) in members() {
         for dependency in normal_dependencies(&package) {
-            let Some((_, owners)) = CONFINED.iter().find(|(library, _)| *library == dependency) else { continue };
-            assert!(owners.contains(&name.as_str()), "{name} must not name {dependency}; only {owners:?} may");
+            let Some((_, owners)) = CONFINED.iter().find(|(library, _)| *library == dependency) else {
+                continue;
+            };
+            assert!(
+                owners.contains(&name.as_str()),
+                "{name} must not name {dependency}; only {owners:?} may"
+            );
         }
     }
 }

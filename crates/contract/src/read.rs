@@ -272,11 +272,11 @@ impl Reader<'_> {
                 Some(([bound(lower), bound(upper)], declared.referenced))
             }
         };
-        if let (Some((a, _)), Some((b, at))) = (&own, &standard) {
-            if a.iter().zip(b).any(|(x, y)| x.total_cmp(y).is_ne()) {
-                let place = self.document.place(*at);
-                return Err(ContractError::DeclaredTwice { place, what: format!("range of `{name}`") });
-            }
+        if let (Some((a, _)), Some((b, at))) = (&own, &standard)
+            && a.iter().zip(b).any(|(x, y)| x.total_cmp(y).is_ne())
+        {
+            let place = self.document.place(*at);
+            return Err(ContractError::DeclaredTwice { place, what: format!("range of `{name}`") });
         }
         let Some(([lower, upper], at)) = own.or(standard) else {
             return Ok(None);
@@ -619,7 +619,7 @@ fn owner(team: Option<&Value>) -> String {
     let by_role = members.iter().find(|m| {
         m.get("role").and_then(Value::as_str).is_some_and(|role| role.to_lowercase().contains("owner"))
     });
-    by_role.or(members.first()).and_then(named).unwrap_or_default()
+    by_role.or_else(|| members.first()).and_then(named).unwrap_or_default()
 }
 
 /// A column name as a canonical id: lower case, anything unusual as `_`.

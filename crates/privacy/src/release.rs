@@ -171,7 +171,7 @@ impl Attribute {
     #[must_use]
     pub fn merged(&self, fine: usize) -> usize {
         match &self.merge {
-            Some(merge) => merge.get(fine).or(merge.last()).map_or(0, |cell| usize::from(*cell)),
+            Some(merge) => merge.get(fine).or_else(|| merge.last()).map_or(0, |cell| usize::from(*cell)),
             None => fine.min(self.fine_cells().saturating_sub(1)),
         }
     }

@@ -336,8 +336,10 @@ pub enum ReportError {
     },
 }
 
-// Agent, position and hash: a head of one agent can't be shown as another's.
-fn head_statement(agent: &str, seq: u64, hash: &Digest) -> Vec<u8> {
+/// What an agent signs about its ledger's last entry: agent, position and hash, so that a head of one agent can't be shown
+/// as another's.
+#[must_use]
+pub fn head_statement(agent: &str, seq: u64, hash: &Digest) -> Vec<u8> {
     let mut bytes = agent.as_bytes().to_vec();
     bytes.push(0);
     bytes.extend_from_slice(&seq.to_le_bytes());

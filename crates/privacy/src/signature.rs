@@ -198,7 +198,9 @@ macro_rules! hex_text {
 hex_text!(VerifyingKey, 32);
 hex_text!(Signature, 64);
 
-fn covered(context: Context, bytes: &[u8]) -> Vec<u8> {
+/// The bytes a signature covers: the context's label, a zero byte, then what is signed.
+#[must_use]
+pub fn covered(context: Context, bytes: &[u8]) -> Vec<u8> {
     let mut message = Vec::with_capacity(context.label().len() + 1 + bytes.len());
     message.extend_from_slice(context.label().as_bytes());
     message.push(0);

@@ -102,7 +102,8 @@ pub enum TfmError {
 }
 
 impl TfmError {
-    pub(crate) fn mismatch(
+    /// Two things that must fit and do not.
+    pub fn mismatch(
         what: &'static str,
         expected: impl std::fmt::Display,
         got: impl std::fmt::Display,

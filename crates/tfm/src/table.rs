@@ -6,7 +6,9 @@
 //! label log-odds, many-level ones also a log-frequency. Binary targets only.
 //!
 //! A row that took part in the release is coded without itself ([`Coding::OwnRow`]): otherwise a rare level's code
-//! would carry the row's own label.
+//! would carry the row's own label. Levels of [`OWN_ROW_BELOW`] rows and more are coded as they stand: one row hardly
+//! moves them, and taking it out would shift the two classes apart by a tiny amount that is the same for all rows of
+//! the level, which an in-context model reads as a perfect and inverted feature.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +23,7 @@ use crate::error::TfmError;
 /// Whether the encoded rows took part in the statistics of the specification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Coding {
-    /// They did: each row's own label is taken out of its level's counts.
+    /// They did: each row's own label is taken out of its level's counts if the level is rare.
     OwnRow,
     /// They did not: corpus rows, test rows, requests.
     Foreign,
@@ -179,7 +181,7 @@ impl Preprocessing {
                     let n = known.len().max(1) as f64;
                     let mean = known.iter().sum::<f64>() / n;
                     let variance = known.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
-                    Statistics::Numeric { mean, deviation: variance.sqrt().max(MIN_DEVIATION) }
+                    Statistics::Numeric { mean, deviation: variance.sqrt().max(f64::EPSILON) }
                 }
                 (FeatureKind::Categorical { levels }, TypedColumn::Categorical(codes)) => {
                     let mut counts = vec![[0f64; 2]; levels.len() + 2];
@@ -456,10 +458,11 @@ impl<'a> LevelCodes<'a> {
         codes
     }
 
-    /// Non-negative counts of a level, without one row of class `own`.
+    /// Non-negative counts of a level, without one row of class `own` if the level is rare.
     fn counts(&self, level: usize, own: Option<u8>) -> [f64; 2] {
-        let mut counts = self.counts[level];
-        if let Some(own) = own {
+        let mut counts = self.counts[level].map(|c| c.max(0.0));
+        let rare = counts[0] + counts[1] < OWN_ROW_BELOW;
+        if let Some(own) = own.filter(|_| rare) {
             counts[usize::from(own)] -= 1.0;
         }
         counts.map(|c| c.max(0.0))
@@ -467,11 +470,7 @@ impl<'a> LevelCodes<'a> {
 
     fn raw_odds(&self, level: usize, own: Option<u8>) -> f64 {
         let [zero, one] = self.counts(level, own);
-        let mut totals = self.totals;
-        if let Some(own) = own {
-            totals[usize::from(own)] -= 1.0;
-        }
-        let [all_zero, all_one] = totals.map(|c| c.max(0.0));
+        let [all_zero, all_one] = self.totals.map(|c| c.max(0.0));
         log_odds(zero, one, all_zero, all_one)
     }
 
@@ -561,6 +560,8 @@ fn check_batch(features: usize, rows: &TypedBatch) -> Result<(), TfmError> {
 pub const PSEUDO_ROWS: f64 = 20.0;
 /// Standardised values are clipped to this distance from 0.
 pub const CLIP: f32 = 8.0;
+/// Rows of a level from which on a row's own label isn't taken out of its level.
+pub const OWN_ROW_BELOW: f64 = 100.0;
 /// Features with more declared levels also get a log-frequency column.
 pub const FREQUENCY_ABOVE_LEVELS: usize = 8;
 /// End of the key of a log-frequency column.
@@ -571,7 +572,8 @@ pub const MAX_FEATURES: usize = 512;
 pub const MAX_LEVELS: usize = 1024;
 /// Largest magnitude of a statistic.
 pub const MAX_COUNT: f64 = 1e15;
-const MIN_DEVIATION: f64 = 1e-3;
+/// Smallest deviation that a column is divided by: log-odds that vary less tell nothing.
+const MIN_DEVIATION: f64 = 0.05;
 const VERSION: u32 = 1;
 
 #[cfg(test)]
@@ -641,9 +643,9 @@ mod tests {
         let jobs = column(&foreign, 1);
         assert!((jobs[0] - (a - mean) / deviation).abs() < 1e-5);
         assert!((jobs[2] - (0.0 - mean) / deviation).abs() < 1e-5);
-        // Without itself the first row's level has 30 and 9 rows, all rows 50 and 49.
+        // Without itself the first row's level has 30 and 9 rows.
         let own = column(&p.encode(&rows, Coding::OwnRow).unwrap(), 1);
-        assert!((own[0] - (log_odds(30.0, 9.0, 50.0, 49.0) - mean) / deviation).abs() < 1e-5);
+        assert!((own[0] - (log_odds(30.0, 9.0, 50.0, 50.0) - mean) / deviation).abs() < 1e-5);
         assert!((own[2] - jobs[2]).abs() < 1e-9, "an unlabelled row has nothing to take out");
     }
 
@@ -665,6 +667,16 @@ mod tests {
         };
         assert!(auc(Coding::Foreign) > 0.6, "own labels leak without leave-one-out");
         assert!((auc(Coding::OwnRow) - 0.5).abs() < 0.045, "{}", auc(Coding::OwnRow));
+    }
+
+    /// Taking a row out of a level of many rows would split the level's code by the label, the same way for all rows.
+    #[test]
+    fn frequent_levels_have_one_code_whatever_the_label() {
+        let n = 1000;
+        let labels: Vec<Option<u16>> = (0..n).map(|i| Some(u16::from(i % 3 == 0))).collect();
+        let rows = batch(vec![1.0; n], (0..n).map(|i| u32::from(i % 2 == 0)).collect(), labels);
+        let p = Preprocessing::fit(&schema(3), &rows).unwrap();
+        assert_eq!(p.encode(&rows, Coding::OwnRow).unwrap(), p.encode(&rows, Coding::Foreign).unwrap());
     }
 
     #[test]

@@ -138,8 +138,8 @@ impl Default for PlanChoices {
             agents: DOMAINS.iter().filter(|d| d.participation == Participation::Member).count(),
             deadline_s: 60,
             corpus_rows: 12_000,
-            pretrain_steps: 300,
-            rounds: 12,
+            pretrain_steps: 150,
+            rounds: 10,
         }
     }
 }

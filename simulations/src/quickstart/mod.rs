@@ -2,4 +2,9 @@
 
 pub mod dataset;
 pub mod deployment;
+pub mod measure;
 pub mod pki;
+pub mod predict;
+pub mod run;
+
+pub use run::{Options, run};

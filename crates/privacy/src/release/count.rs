@@ -106,7 +106,7 @@ impl<'q> Counter<'q> {
         if let Some(index) = self.label {
             cells[index] = kept.iter().map(|(_, class)| *class as u32).collect();
         }
-        self.tally(&cells, kept.len());
+        self.tally(&cells);
         Ok(())
     }
 
@@ -136,7 +136,7 @@ impl<'q> Counter<'q> {
     }
 
     // Indices come from a checked query (attributes below the list's length, cells below their dimension).
-    fn tally(&mut self, cells: &[Vec<u32>], rows: usize) {
+    fn tally(&mut self, cells: &[Vec<u32>]) {
         let mut offset = 0;
         for marginal in &self.query.marginals {
             let dims = self.query.dims(marginal);
@@ -149,15 +149,12 @@ impl<'q> Counter<'q> {
                         counts[*x as usize * dims[1] + *y as usize] += 1;
                     }
                 }
-                attributes => {
-                    for row in 0..rows {
-                        let position = attributes
-                            .iter()
-                            .zip(&dims)
-                            .fold(0, |at, (i, dim)| at * dim + cells[*i][row] as usize);
-                        counts[position] += 1;
+                [a, b, c] => {
+                    for ((x, y), z) in cells[*a].iter().zip(&cells[*b]).zip(&cells[*c]) {
+                        counts[(*x as usize * dims[1] + *y as usize) * dims[2] + *z as usize] += 1;
                     }
                 }
+                _ => debug_assert!(false, "a checked marginal has one to three attributes"),
             }
             offset += size;
         }

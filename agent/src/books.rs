@@ -1,0 +1,374 @@
+//! The domain's books: ledger, stored payloads and noise in the one order that never under-counts.
+//!
+//! reserve → noise → store payload (fsync) → commit naming its digest (fsync) → send → refund at the plan's end. A retry
+//! finds the commit by the digest of what was asked and resends the stored bytes; a payload that was stored but never
+//! committed is an orphan and is deleted when the books are opened.
+
+use std::path::{Path, PathBuf};
+
+use tabmesh_privacy::budget::Rho;
+use tabmesh_privacy::ledger::{
+    Balance, ChainedEntry, CommitRequest, DebitReceipt, Entry, GrantRequest, Journal, JournalError, Ledger,
+    LedgerError, PlanRequest, Purpose, RefusalRule, Reservation,
+};
+use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, Noise};
+use tabmesh_privacy::noise::{NoEntropy, NoiseSource, Purpose as NoisePurpose};
+use tabmesh_privacy::private::{Digest, Private};
+use tabmesh_store::{BlobStore, Log, LogEntry, StoreError};
+use thiserror::Error;
+
+/// Why the books can't be kept.
+#[derive(Debug, Error)]
+pub enum BooksError {
+    /// The ledger refuses, or is damaged.
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    /// Files can't be read or written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// No noise can be drawn.
+    #[error(transparent)]
+    Entropy(#[from] NoEntropy),
+    /// A committed payload is gone: it can't be resent, and sending another would be a second release.
+    #[error("committed payload {digest} is missing from {folder}; the answer can't be sent again")]
+    PayloadLost {
+        /// Its digest in hexadecimal.
+        digest: String,
+        /// Where it should be.
+        folder: PathBuf,
+    },
+    /// The plan has no open reservation.
+    #[error("plan {plan} has no open reservation for {purpose}; it was refused, refunded or never announced")]
+    NotReserved {
+        /// Digest of the plan.
+        plan: String,
+        /// What for.
+        purpose: &'static str,
+    },
+}
+
+/// The ledger's file: an append-only, hash-chained, fsynced log.
+pub struct FileJournal(Log);
+
+impl Journal for FileJournal {
+    fn append(&mut self, payload: &[u8]) -> Result<ChainedEntry, JournalError> {
+        self.0.append(payload).map(chained).map_err(|error| JournalError { reason: error.to_string() })
+    }
+
+    fn replay(&mut self) -> Result<Vec<ChainedEntry>, JournalError> {
+        let read = |entry: Result<LogEntry, StoreError>| {
+            entry.map(chained).map_err(|error| JournalError { reason: error.to_string() })
+        };
+        self.0.entries().map(read).collect()
+    }
+}
+
+fn chained(entry: LogEntry) -> ChainedEntry {
+    ChainedEntry {
+        seq: entry.seq,
+        prev: *entry.prev.as_bytes(),
+        hash: *entry.hash.as_bytes(),
+        payload: entry.payload,
+    }
+}
+
+/// What a vector answers, and at what price.
+#[derive(Debug, Clone)]
+pub struct Question<'a> {
+    /// Digest of the plan, in hexadecimal.
+    pub plan: &'a str,
+    /// Release or round.
+    pub purpose: Purpose,
+    /// Stage of the release, or number of the round.
+    pub step: u64,
+    /// Digest of the query or descriptor bytes.
+    pub digest: Digest,
+    /// The noise.
+    pub mechanism: &'a DiscreteGaussian,
+    /// Shape of the vector, for the record.
+    pub shape: EventShape,
+}
+
+/// Ledger, payloads and noise of one data product.
+pub struct Books {
+    ledger: Ledger<FileJournal>,
+    payloads: BlobStore,
+    folder: PathBuf,
+    noise: NoiseSource,
+    agent: String,
+    product: String,
+}
+
+impl Books {
+    /// Opens the books in a folder and deletes orphaned payloads.
+    ///
+    /// # Errors
+    /// [`BooksError`] if the ledger doesn't verify from its first entry: then nothing may be released.
+    pub fn open(folder: &Path, noise: NoiseSource, agent: &str, product: &str) -> Result<Self, BooksError> {
+        std::fs::create_dir_all(folder)
+            .map_err(|error| JournalError { reason: error.to_string() })
+            .map_err(LedgerError::from)?;
+        let (log, torn) = Log::open(&folder.join("ledger.log"))?;
+        if let Some(torn) = torn {
+            tracing::warn!(?torn, "a torn entry was cut from the ledger; its payload, if any, is deleted");
+        }
+        let journal = FileJournal(log);
+        let ledger =
+            if noise.reproducible() { Ledger::open_reproducible(journal)? } else { Ledger::open(journal)? };
+        let payloads = BlobStore::open(&folder.join("payloads"))?;
+        for digest in payloads.list()? {
+            if ledger.restore(payloads.get(&digest)?).is_none() {
+                tracing::warn!(%digest, "an orphaned payload was deleted: it was never committed");
+                payloads.remove(&digest)?;
+            }
+        }
+        let (agent, product) = (agent.to_owned(), product.to_owned());
+        Ok(Self { ledger, payloads, folder: folder.to_owned(), noise, agent, product })
+    }
+
+    /// The data product.
+    #[must_use]
+    pub fn product(&self) -> &str {
+        &self.product
+    }
+
+    /// Grants the budget that the local policy names; nothing is written if nothing changed.
+    ///
+    /// # Errors
+    /// [`BooksError::Ledger`] if it can't be recorded.
+    pub fn grant(&mut self, request: GrantRequest, now_ms: i64) -> Result<Rho, BooksError> {
+        Ok(self.ledger.grant(request, now_ms)?)
+    }
+
+    /// Reserves a plan's budget for one purpose, all or nothing.
+    ///
+    /// # Errors
+    /// [`BooksError::Ledger`] with `OverBudget` and its like, each recorded.
+    pub fn reserve(
+        &mut self,
+        plan: &str,
+        purpose: Purpose,
+        rho: Rho,
+        approvals: Vec<String>,
+        now_ms: i64,
+    ) -> Result<Reservation, BooksError> {
+        let request = PlanRequest {
+            plan_digest: plan.to_owned(),
+            product: self.product.clone(),
+            purpose,
+            rho,
+            approvals,
+            planned: Vec::new(),
+        };
+        Ok(self.ledger.reserve(request, now_ms)?)
+    }
+
+    /// Records a refusal of the agent's own.
+    ///
+    /// # Errors
+    /// [`BooksError::Ledger`] if it can't be recorded.
+    pub fn refuse(&mut self, plan: &str, rule: RefusalRule, rho: Rho, now_ms: i64) -> Result<(), BooksError> {
+        let product = self.product.clone();
+        Ok(self.ledger.refuse(plan, &product, rule, rho, now_ms)?)
+    }
+
+    /// The stored answer to a question, if there is one: the same bytes, free of charge.
+    ///
+    /// # Errors
+    /// [`BooksError::PayloadLost`] if it was committed and the bytes are gone.
+    pub fn answered(&self, digest: &Digest) -> Result<Option<(Private<Vec<u8>>, DebitReceipt)>, BooksError> {
+        let Some(receipt) = self.ledger.find_commit(digest) else { return Ok(None) };
+        let payload = tabmesh_store::Digest::from_bytes(*receipt.payload_digest());
+        let lost = || BooksError::PayloadLost { digest: payload.to_string(), folder: self.folder.clone() };
+        let bytes = self.payloads.get(&payload).map_err(|_| lost())?;
+        self.ledger.restore(bytes).map(Some).ok_or_else(lost)
+    }
+
+    /// Noises a vector, stores it, debits it: what comes back may be sent.
+    ///
+    /// A question that was answered before gets its stored answer, whatever `sum` holds.
+    ///
+    /// # Errors
+    /// [`BooksError`]; whatever fails, nothing may be sent and nothing is under-counted.
+    pub fn answer(
+        &mut self,
+        question: &Question<'_>,
+        sum: &[i64],
+        now_ms: i64,
+    ) -> Result<(Private<Vec<u8>>, DebitReceipt), BooksError> {
+        if let Some(stored) = self.answered(&question.digest)? {
+            return Ok(stored);
+        }
+        let reservation = self
+            .ledger
+            .find_reservation(question.plan, &self.product, question.purpose)
+            .ok_or_else(|| BooksError::NotReserved {
+                plan: question.plan.to_owned(),
+                purpose: question.purpose.label(),
+            })?;
+        let purpose = match question.purpose {
+            Purpose::Release => NoisePurpose::Release,
+            Purpose::Round => NoisePurpose::Round,
+        };
+        let sequence = self.ledger.entries().len() as u64;
+        let mut stream = self.noise.stream(&self.agent, &self.product, sequence, purpose)?;
+        let payload = question.mechanism.privatize(sum, &mut stream).encode();
+        self.payloads.put(payload.as_bytes())?;
+        let event = question.mechanism.event(question.shape);
+        let request = CommitRequest { event, step: question.step, query_digest: question.digest };
+        match self.ledger.commit(&reservation, request, &payload, now_ms) {
+            Ok(receipt) => Ok((payload, receipt)),
+            Err(error) => {
+                // Without a receipt the payload must not survive; if the append's fate is unknown, opening decides.
+                if !matches!(error, LedgerError::Journal(_) | LedgerError::Stopped) {
+                    self.payloads.remove(&tabmesh_store::Digest::from_bytes(payload.payload_digest()))?;
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Ends a plan: what it didn't use is free again.
+    ///
+    /// # Errors
+    /// [`BooksError::Ledger`] if it can't be recorded; it stays charged then.
+    pub fn close(&mut self, plan: &str, now_ms: i64) -> Result<(), BooksError> {
+        for purpose in [Purpose::Release, Purpose::Round] {
+            if let Some(open) = self.ledger.find_reservation(plan, &self.product, purpose) {
+                self.ledger.close(&open, now_ms)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the budget stands.
+    #[must_use]
+    pub fn balance(&self) -> Option<Balance> {
+        self.ledger.balance(&self.product)
+    }
+
+    /// All entries from the first.
+    #[must_use]
+    pub fn entries(&self) -> &[ChainedEntry] {
+        self.ledger.entries()
+    }
+
+    /// Whether the noise could be drawn again.
+    #[must_use]
+    pub fn reproducible(&self) -> bool {
+        self.noise.reproducible()
+    }
+}
+
+/// Reads the ledger of a folder without opening it for writing, verified from its first entry.
+///
+/// # Errors
+/// [`BooksError`] if it is missing or doesn't verify.
+pub fn read_entries(folder: &Path) -> Result<Vec<ChainedEntry>, BooksError> {
+    let mut entries = Vec::new();
+    for entry in tabmesh_store::log::read(&folder.join("ledger.log"))? {
+        let entry = chained(entry?);
+        Entry::from_json(&entry.payload)?;
+        entries.push(entry);
+    }
+    tabmesh_privacy::ledger::verify_chain(&entries)?;
+    Ok(entries)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tabmesh_privacy::budget::{Delta, Epsilon};
+
+    const PLAN: &str = "aa";
+
+    fn books(folder: &Path) -> Books {
+        Books::open(folder, NoiseSource::Seeded { seed: 7 }, "spiffe://t/agent/a/b", "a.b").unwrap()
+    }
+
+    fn granted(folder: &Path) -> Books {
+        let mut books = books(folder);
+        let request = GrantRequest {
+            product: "a.b".into(),
+            entity_namespace: "person".into(),
+            lineage: "a.parquet".into(),
+            unit: "row".into(),
+            epsilon: Epsilon::new(3.0).unwrap(),
+            delta: Delta::new(1e-5).unwrap(),
+            signer: "owner".into(),
+        };
+        books.grant(request, 1).unwrap();
+        books
+    }
+
+    fn rho(value: f64) -> Rho {
+        Rho::from_f64_round_down(value).unwrap()
+    }
+
+    fn ask(mechanism: &DiscreteGaussian, digest: u8) -> Question<'_> {
+        let shape = EventShape { rows_per_unit: 1, marginals: 1, dimension: 3 };
+        Question { plan: PLAN, purpose: Purpose::Release, step: 1, digest: [digest; 32], mechanism, shape }
+    }
+
+    #[test]
+    fn a_retry_resends_the_same_bytes_and_spends_nothing_even_after_a_restart() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut books = granted(folder.path());
+        books.reserve(PLAN, Purpose::Release, rho(0.02), vec![], 2).unwrap();
+        let mechanism = DiscreteGaussian::from_rho(1, rho(0.01)).unwrap();
+        let (first, receipt) = books.answer(&ask(&mechanism, 1), &[10, 20, 30], 3).unwrap();
+        let spent = books.balance().unwrap().spent;
+        let (again, _) = books.answer(&ask(&mechanism, 1), &[99, 99, 99], 4).unwrap();
+        assert_eq!(first.as_bytes(), again.as_bytes());
+        drop(books);
+        let books = super::tests::books(folder.path());
+        let (stored, same) = books.answered(&[1; 32]).unwrap().unwrap();
+        assert_eq!((stored.as_bytes(), same.seq()), (first.as_bytes(), receipt.seq()));
+        assert_eq!(books.balance().unwrap().spent, spent);
+    }
+
+    #[test]
+    fn an_orphaned_payload_is_deleted_and_never_sent() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(granted(folder.path()));
+        let payloads = BlobStore::open(&folder.path().join("payloads")).unwrap();
+        let orphan = payloads.put(b"noised but never committed").unwrap();
+        drop(payloads);
+        let books = super::tests::books(folder.path());
+        assert!(!books.payloads.contains(&orphan));
+    }
+
+    #[test]
+    fn more_than_the_reservation_is_refused_and_leaves_no_payload() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut books = granted(folder.path());
+        books.reserve(PLAN, Purpose::Release, rho(0.015), vec![], 2).unwrap();
+        let mechanism = DiscreteGaussian::from_rho(1, rho(0.01)).unwrap();
+        books.answer(&ask(&mechanism, 1), &[1, 2, 3], 3).unwrap();
+        let refused = books.answer(&ask(&mechanism, 2), &[1, 2, 3], 4);
+        assert!(matches!(refused, Err(BooksError::Ledger(LedgerError::OverReserved { .. }))), "{refused:?}");
+        assert_eq!(books.payloads.list().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_plan_over_the_grant_is_refused_and_recorded() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut books = granted(folder.path());
+        let refused = books.reserve(PLAN, Purpose::Round, rho(50.0), vec![], 2);
+        assert!(matches!(refused, Err(BooksError::Ledger(LedgerError::OverBudget { .. }))));
+        let last = Entry::from_json(&books.entries().last().unwrap().payload).unwrap();
+        assert!(matches!(last, Entry::Refuse(_)), "{last:?}");
+    }
+
+    #[test]
+    fn a_damaged_ledger_is_not_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        drop(granted(folder.path()));
+        let path = folder.path().join("ledger.log");
+        let mut bytes = std::fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        assert!(Books::open(folder.path(), NoiseSource::Seeded { seed: 7 }, "x", "a.b").is_err());
+    }
+}

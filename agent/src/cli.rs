@@ -1,0 +1,249 @@
+//! The command line of `tabmesh-agent`: the one place that reads arguments, clock and operating-system randomness.
+
+use std::ffi::OsString;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::{Parser, Subcommand, ValueEnum};
+use ring::rand::SystemRandom;
+use tabmesh_privacy::noise::NoiseSource;
+use tabmesh_proto::connect::TcpDial;
+
+use crate::command;
+use crate::config::Config;
+use crate::serve::Clock;
+use crate::{Agent, AgentError, Switches};
+
+/// Runs beside one domain's tables: answers a Tabmesh coordinator with differentially private statistics and gradients,
+/// and serves predictions. Rows never leave; every release is debited in a ledger first.
+#[derive(Debug, Parser)]
+#[command(name = "tabmesh-agent", version, propagate_version = true, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Log filter, e.g. `info` or `tabmesh_agent=debug`.
+    #[arg(long, global = true, env = "TABMESH_LOG", default_value = "info")]
+    log: String,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Connects to the coordinator, answers its assignments, serves predictions.
+    Run {
+        /// Configuration file.
+        #[arg(long, short)]
+        config: PathBuf,
+        #[command(flatten)]
+        dev: Development,
+        /// Stop when standard input closes (for harnesses that start this process).
+        #[arg(long, hide = true)]
+        until_stdin_closes: bool,
+    },
+    /// Checks a contract against its table, and says what a release would send and cost. Sends nothing.
+    Check {
+        /// The contract file; relative table paths are taken from its folder.
+        contract: PathBuf,
+        /// Local policy file: its grant is the ε that a release is priced at.
+        #[arg(long)]
+        policy: Option<PathBuf>,
+        /// Agents in the cohort to judge by.
+        #[arg(long, default_value_t = 3)]
+        cohort: u32,
+        /// Form of the answer.
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Predicts a Parquet file of rows with the promoted model, without any connection.
+    Predict {
+        /// Configuration file.
+        #[arg(long, short)]
+        config: PathBuf,
+        /// Rows to predict: Parquet with the contract's feature columns.
+        #[arg(long)]
+        input: PathBuf,
+        /// Where to write the probabilities (Parquet).
+        #[arg(long)]
+        predictions: PathBuf,
+        #[command(flatten)]
+        dev: Development,
+    },
+    /// Shows the privacy budget: granted, spent, left; or writes the signed report of this domain.
+    Budget {
+        /// Configuration file.
+        #[arg(long, short)]
+        config: PathBuf,
+        /// Write the report as a page.
+        #[arg(long)]
+        html: Option<PathBuf>,
+        /// Write the signed report as JSON.
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Form of the answer.
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Shows or checks a configuration.
+    Config {
+        #[command(subcommand)]
+        action: ConfigAction,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigAction {
+    /// Prints a commented example.
+    Example,
+    /// Parses a file and prints what it means, with paths resolved.
+    Check {
+        /// The file.
+        file: PathBuf,
+    },
+}
+
+/// Switches for development alone; each of them is printed in ledger and report.
+#[derive(Debug, Clone, Copy, clap::Args)]
+struct Development {
+    /// Accept certificates of the development CA. Never in production.
+    #[arg(long)]
+    insecure_dev: bool,
+    /// Draw noise from this seed instead of the operating system: reproducible, NOT private.
+    #[arg(long, value_name = "SEED", requires = "insecure_dev")]
+    reproducible_noise: Option<u64>,
+}
+
+/// Form of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people.
+    Text,
+    /// One JSON object.
+    Json,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  tabmesh-agent config example > agent.yaml
+  tabmesh-agent check contract.yaml --policy policy.yaml
+  tabmesh-agent run --config agent.yaml
+  tabmesh-agent predict --config agent.yaml --input rows.parquet --predictions out.parquet
+  tabmesh-agent budget --config agent.yaml --html budget.html";
+
+/// Runs the command line and gives the process's exit code: 0 done, 1 failed, 2 wrong usage.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    start_log(&cli.log);
+    match dispatch(cli.command) {
+        Ok(code) => code,
+        Err(report) => {
+            eprintln!("{report:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command) -> miette::Result<ExitCode> {
+    match command {
+        Command::Run { config, dev, until_stdin_closes } => {
+            let agent = open(&config, dev)?;
+            let runtime = tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .map_err(|source| AgentError::System { what: "starting the runtime", source })?;
+            runtime.block_on(agent.run(TcpDial, stop(until_stdin_closes)))?;
+            // Work on the blocking pool holds nothing that isn't durable; it is not waited for.
+            runtime.shutdown_background();
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Check { contract, policy, cohort, output } => {
+            command::check::run(&contract, policy.as_deref(), cohort, output, now_ms())
+        }
+        Command::Predict { config, input, predictions, dev } => {
+            let agent = open(&config, dev)?;
+            command::predict::run(&agent, &input, &predictions)
+        }
+        Command::Budget { config, html, json, output } => {
+            let config = Config::load(&config)?;
+            command::budget::run(&config, html.as_deref(), json.as_deref(), output, now_ms())
+        }
+        Command::Config { action: ConfigAction::Example } => {
+            print!("{}", Config::example());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Config { action: ConfigAction::Check { file } } => {
+            println!("{:#?}", Config::load(&file)?);
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn open(config: &std::path::Path, dev: Development) -> miette::Result<Agent> {
+    let config = Config::load(config)?;
+    let switches = Switches { insecure_dev: dev.insecure_dev, reproducible_noise: dev.reproducible_noise };
+    let noise = match dev.reproducible_noise {
+        Some(seed) => NoiseSource::Seeded { seed },
+        None => NoiseSource::os(SystemRandom::new()),
+    };
+    if noise.reproducible() {
+        tracing::warn!("noise comes from a fixed seed: REPRODUCIBLE, NOT PRIVATE");
+    }
+    let clock: Clock = Arc::new(now_ms);
+    Ok(Agent::open(config, switches, noise, clock)?)
+}
+
+/// Ends with Ctrl-C, SIGTERM, or the closing of standard input.
+async fn stop(until_stdin_closes: bool) {
+    let stdin = async {
+        if until_stdin_closes {
+            let (closed, ended) = tokio::sync::oneshot::channel();
+            // A thread of its own: a read of standard input can't be cancelled, and must not keep the runtime.
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+                let _ = closed.send(());
+            });
+            let _ = ended.await;
+        } else {
+            std::future::pending::<()>().await;
+        }
+    };
+    let terminated = async {
+        match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            Ok(mut signal) => {
+                signal.recv().await;
+            }
+            Err(_) => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => {}
+        () = terminated => {}
+        () = stdin => {}
+    }
+}
+
+/// UTC milliseconds since 1970.
+#[allow(clippy::disallowed_methods, reason = "the command line is where the clock comes from")]
+fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn start_log(filter: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).unwrap_or_else(|_| "info".into());
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A harness may run several command lines in one process; the first log set-up stays.
+    let _ = if std::io::stderr().is_terminal() {
+        builder.compact().try_init()
+    } else {
+        builder.json().try_init()
+    };
+}

@@ -1,0 +1,5 @@
+//! What each command does once its arguments are parsed.
+
+pub(crate) mod budget;
+pub(crate) mod check;
+pub(crate) mod predict;

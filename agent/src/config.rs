@@ -1,0 +1,288 @@
+//! The agent's configuration and its local policy file: the domain's own word on grants and limits.
+
+use std::path::{Path, PathBuf};
+
+use garde::Validate;
+use miette::{Diagnostic, NamedSource};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use tabmesh_privacy::budget::{Delta, Epsilon};
+use thiserror::Error;
+
+/// Why a configuration or policy file is refused.
+#[derive(Debug, Error, Diagnostic)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("can't read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The text isn't valid; the message carries line, column and a caret.
+    #[error("{path} is refused: {message}")]
+    #[diagnostic(help("compare with `tabmesh-agent config example`"))]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// Where and why, with a snippet.
+        message: String,
+        /// The whole text, for the report.
+        #[source_code]
+        text: NamedSource<String>,
+    },
+}
+
+/// Everything `tabmesh-agent run` needs to know.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate)]
+#[serde(deny_unknown_fields)]
+#[garde(allow_unvalidated)]
+pub struct Config {
+    /// The domain, as in the certificate's SPIFFE id.
+    #[garde(length(min = 1, max = 128))]
+    pub domain: String,
+    /// The agent's name, as in the certificate's SPIFFE id.
+    #[garde(length(min = 1, max = 128))]
+    pub name: String,
+    /// Labels that plans choose cohorts by.
+    #[serde(default)]
+    pub tags: Vec<String>,
+    /// Folder of ledger, payloads, artefacts and logs.
+    pub data_dir: PathBuf,
+    /// The data-product contract (ODCS v3 or the short manifest).
+    pub contract: PathBuf,
+    /// The domain's local policy: grants and limits.
+    pub policy: PathBuf,
+    /// Where and who the coordinator is.
+    pub coordinator: CoordinatorPeer,
+    /// TLS identity with the SPIFFE id `spiffe://<trust domain>/tabmesh/agent/<domain>/<name>`.
+    pub tls: TlsFiles,
+    /// Ed25519 key (PKCS #8 DER) that signs registration and ledger heads.
+    pub signing_key: PathBuf,
+    /// Serving of the promoted model.
+    pub serve: ServeSection,
+    /// Rows of context at serving time.
+    #[serde(default)]
+    pub context: ContextSection,
+    /// Answers leave at multiples of so many milliseconds after their assignment arrived, 1 to 60,000.
+    #[serde(default = "default_send_slot_ms")]
+    #[garde(range(min = 1, max = 60_000))]
+    pub send_slot_ms: u64,
+}
+
+/// The coordinator this agent talks to, and nobody else.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CoordinatorPeer {
+    /// `host:port`; the host must be a DNS or IP name of the server's certificate.
+    pub address: String,
+    /// Exact SPIFFE id the server must present.
+    pub spiffe_id: String,
+    /// Pinned Ed25519 public key (32 bytes in a file) that signs manifests.
+    pub signing_public_key: PathBuf,
+}
+
+/// PEM files of a TLS identity.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsFiles {
+    /// Certificate authority that the coordinator must chain to.
+    pub ca: PathBuf,
+    /// Own certificate chain.
+    pub cert: PathBuf,
+    /// Own private key.
+    pub key: PathBuf,
+}
+
+/// The prediction endpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServeSection {
+    /// Address to bind; loopback needs no TLS, anything else does. Port 0 lets the system choose.
+    pub bind: String,
+    /// File to which the bound address is written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address_file: Option<PathBuf>,
+    /// Model name in the protocol's paths.
+    pub model_name: String,
+    /// TLS for addresses beyond loopback.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsFiles>,
+    /// SPIFFE ids that may ask for predictions beyond loopback.
+    #[serde(default)]
+    pub allowed: Vec<String>,
+}
+
+/// How many rows stand in the model's context when it serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ContextSection {
+    /// Own rows at most.
+    pub local_rows: usize,
+    /// Corpus rows at most, beside own rows, in the mixed context.
+    pub corpus_rows: usize,
+}
+
+impl Default for ContextSection {
+    fn default() -> Self {
+        Self { local_rows: 512, corpus_rows: 256 }
+    }
+}
+
+/// The domain's local policy: what it grants, under whose name.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate)]
+#[serde(deny_unknown_fields)]
+#[garde(allow_unvalidated)]
+pub struct LocalPolicy {
+    /// The privacy budget of the data product.
+    pub grant: Grant,
+    /// Smallest cohort this domain takes part in.
+    #[serde(default = "default_minimum_cohort")]
+    #[garde(range(min = 1, max = 100_000))]
+    pub minimum_cohort: usize,
+    /// Extra rules: a folder of `.rego` files instead of the built-in bundle.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bundle: Option<PathBuf>,
+}
+
+/// One grant of (ε, δ) for a data product.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Grant {
+    /// The data product, by its contract's name.
+    pub product: String,
+    /// ε, a decimal string such as "3".
+    pub epsilon: Epsilon,
+    /// δ, a decimal string such as "0.00001".
+    pub delta: Delta,
+    /// Who granted it; shown in the report.
+    pub signer: String,
+}
+
+impl Config {
+    /// Reads, parses and checks a configuration file; relative paths are taken from its folder.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the file, the line and what was expected.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let mut config: Self = read(path)?;
+        let folder = path.parent().unwrap_or_else(|| Path::new("."));
+        config.resolve(folder);
+        Ok(config)
+    }
+
+    fn resolve(&mut self, folder: &Path) {
+        let fix = |path: &mut PathBuf| {
+            if path.is_relative() {
+                *path = folder.join(&*path);
+            }
+        };
+        fix(&mut self.data_dir);
+        fix(&mut self.contract);
+        fix(&mut self.policy);
+        fix(&mut self.coordinator.signing_public_key);
+        fix(&mut self.tls.ca);
+        fix(&mut self.tls.cert);
+        fix(&mut self.tls.key);
+        fix(&mut self.signing_key);
+        if let Some(path) = &mut self.serve.address_file {
+            fix(path);
+        }
+        if let Some(tls) = &mut self.serve.tls {
+            fix(&mut tls.ca);
+            fix(&mut tls.cert);
+            fix(&mut tls.key);
+        }
+    }
+
+    /// A commented example that parses.
+    #[must_use]
+    pub fn example() -> &'static str {
+        EXAMPLE
+    }
+}
+
+impl LocalPolicy {
+    /// Reads, parses and checks a local policy file.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the file, the line and what was expected.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let mut policy: Self = read(path)?;
+        let folder = path.parent().unwrap_or_else(|| Path::new("."));
+        if let Some(bundle) = policy.bundle.as_mut().filter(|b| b.is_relative()) {
+            *bundle = folder.join(&*bundle);
+        }
+        Ok(policy)
+    }
+}
+
+fn read<T: DeserializeOwned + Validate<Context = ()>>(path: &Path) -> Result<T, ConfigError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    parse(path, &text)
+}
+
+fn parse<T: DeserializeOwned + Validate<Context = ()>>(path: &Path, text: &str) -> Result<T, ConfigError> {
+    let refused = |message: String| ConfigError::Refused {
+        path: path.to_owned(),
+        message,
+        text: NamedSource::new(path.display().to_string(), text.to_owned()),
+    };
+    let value: T = serde_saphyr::from_str(text).map_err(|e| refused(e.to_string()))?;
+    value.validate().map_err(|e| refused(e.to_string()))?;
+    Ok(value)
+}
+
+fn default_send_slot_ms() -> u64 {
+    100
+}
+
+fn default_minimum_cohort() -> usize {
+    3
+}
+
+/// The example of `config example`; a test parses it.
+const EXAMPLE: &str = "\
+# tabmesh-agent run --config agent.yaml
+domain: payments
+name: payments-1
+tags: [emea]
+data_dir: data
+contract: contract.yaml
+policy: policy.yaml
+coordinator:
+  address: mesh.acme.example:7443
+  spiffe_id: spiffe://acme.example/tabmesh/coordinator
+  signing_public_key: keys/coordinator.pub
+tls: {ca: tls/ca.pem, cert: tls/agent.pem, key: tls/agent.key}
+signing_key: keys/agent.pk8
+serve: {bind: \"127.0.0.1:8080\", model_name: income}
+context: {local_rows: 512, corpus_rows: 256}
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_example_parses() {
+        let config: Config = parse(Path::new("agent.yaml"), Config::example()).unwrap();
+        assert_eq!(config.context, ContextSection::default());
+    }
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let text = format!("{}\nlisten: 0.0.0.0:1\n", Config::example());
+        let error = parse::<Config>(Path::new("agent.yaml"), &text).unwrap_err().to_string();
+        assert!(error.contains("listen"), "{error}");
+    }
+
+    #[test]
+    fn a_policy_needs_a_grant_with_a_signer() {
+        let text = "grant: {product: a.b, epsilon: \"3\", delta: \"0.00001\"}";
+        let error = parse::<LocalPolicy>(Path::new("policy.yaml"), text).unwrap_err().to_string();
+        assert!(error.contains("signer"), "{error}");
+    }
+}

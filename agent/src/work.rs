@@ -1,0 +1,347 @@
+//! What an agent answers: plans, release stages, rounds, publications, closings.
+//!
+//! Each answer follows from the assignment, the domain's own files and the ledger. After admission an agent always answers
+//! a stage or round with a vector of the size asked for, whatever its rows are: no rows, one class or a missing
+//! feature give noise on zeros. What it can't do (a damaged ledger, a lost payload) fails locally.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tabmesh_contract::batch::TypedColumn;
+use tabmesh_contract::schema::FeatureSchema;
+use tabmesh_federation::descriptor::{DescriptorError, RoundDescriptor};
+use tabmesh_federation::documents::{self, DocumentError, MAX_DOCUMENT_BYTES, PlanAnnouncement, PlanClosing};
+use tabmesh_federation::plan::{Plan, PlanError};
+use tabmesh_federation::release_plan::{QueryRefusal, check_query};
+use tabmesh_privacy::budget::Rho;
+use tabmesh_privacy::ledger::{DebitReceipt, LedgerError, Purpose, RefusalRule};
+use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, MechanismError};
+use tabmesh_privacy::private::Private;
+use tabmesh_privacy::release::{ColumnRef, CountError, Counter, QueryError, ReleaseQuery};
+use tabmesh_proto::message::{Assignment, SubmissionTarget};
+use tabmesh_tfm::error::TfmError;
+use thiserror::Error;
+
+use crate::books::{Books, BooksError, Question};
+use crate::domain::Domain;
+use crate::gate::Gate;
+use crate::publication::{ArtefactError, Artefacts};
+use crate::source::SourceError;
+use crate::train::Trainer;
+
+/// Why an assignment isn't answered. Stays in the domain.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum WorkError {
+    /// The document isn't what its kind says.
+    #[error(transparent)]
+    Document(#[from] DocumentError),
+    /// The plan that it belongs to was never taken on.
+    #[error("plan {plan} was not taken on by this agent")]
+    UnknownPlan {
+        /// Its digest.
+        plan: String,
+    },
+    /// The stored plan can't be read.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The query differs from what contract and plan allow.
+    #[error("release query refused: {0}")]
+    Query(#[from] QueryRefusal),
+    /// The query isn't one.
+    #[error("release query refused: {0}")]
+    Malformed(#[from] QueryError),
+    /// The descriptor differs from what the plan allows.
+    #[error("round descriptor refused: {0}")]
+    Descriptor(#[from] DescriptorError),
+    /// This agent isn't in the roster.
+    #[error("this agent is not in the roster of the round")]
+    NotInRoster,
+    /// A query counts a feature that the announced schema doesn't have.
+    #[error("the query counts {feature}, which the announced schema does not have")]
+    UnknownFeature {
+        /// Its canonical id.
+        feature: String,
+    },
+    /// The cost buys no usable noise.
+    #[error(transparent)]
+    Mechanism(#[from] MechanismError),
+    /// The ledger refuses or is damaged.
+    #[error(transparent)]
+    Books(#[from] BooksError),
+    /// The table can't be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Counting fails.
+    #[error(transparent)]
+    Count(#[from] CountError),
+    /// An artefact is missing or refused.
+    #[error(transparent)]
+    Artefact(#[from] ArtefactError),
+    /// The model refuses.
+    #[error(transparent)]
+    Model(#[from] TfmError),
+    /// Neither the domain nor the corpus has a row to put into a context.
+    #[error("there is no labelled row for a context, neither in the domain nor in the corpus")]
+    NoContext,
+    /// The work ended early: a bug, since work doesn't panic on outside data.
+    #[error("the work ended early: {reason}")]
+    Interrupted {
+        /// What the runtime said.
+        reason: String,
+    },
+    /// A file of the agent can't be written.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// An answer that may be sent.
+pub struct Answer {
+    /// What it answers.
+    pub target: SubmissionTarget,
+    /// The noised bytes.
+    pub payload: Private<Vec<u8>>,
+    /// Proof of the debit.
+    pub debit: DebitReceipt,
+}
+
+/// The agent's state for answering.
+pub struct Work {
+    /// The domain's facts.
+    pub domain: Arc<Domain>,
+    /// Published and fetched artefacts.
+    pub artefacts: Arc<Artefacts>,
+    books: Mutex<Books>,
+    gate: Gate,
+    trainer: Mutex<Option<Trainer>>,
+}
+
+impl Work {
+    /// Ready to answer, with the local policy's grant recorded.
+    ///
+    /// # Errors
+    /// [`WorkError::Books`] if the ledger doesn't verify: then nothing may be released.
+    pub fn new(
+        domain: Arc<Domain>,
+        artefacts: Arc<Artefacts>,
+        mut books: Books,
+        now_ms: i64,
+    ) -> Result<Self, WorkError> {
+        books.grant(domain.grant(), now_ms)?;
+        let gate = Gate::new(&domain.secret("gate"));
+        Ok(Self { domain, artefacts, books: Mutex::new(books), gate, trainer: Mutex::new(None) })
+    }
+
+    /// The books.
+    pub fn books(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a plan on by reserving its budget, or says which rule refuses it.
+    ///
+    /// # Errors
+    /// [`WorkError`] if the document can't be read or the ledger fails. A refusal isn't an error.
+    pub fn plan(&self, assignment: &Assignment, now_ms: i64) -> Result<Result<(), RefusalRule>, WorkError> {
+        let announcement: PlanAnnouncement =
+            documents::read("plan announcement", assignment.document(), MAX_DOCUMENT_BYTES)?;
+        let digest = announcement.digest.to_string();
+        let mut books = self.books();
+        let plan = match self.domain.judge(&announcement, books.balance().as_ref()) {
+            Ok(plan) => plan,
+            Err((rule, reason)) => {
+                tracing::warn!(plan = %digest, rule = rule.label(), %reason, "plan refused");
+                books.refuse(&digest, rule, Rho::ZERO, now_ms)?;
+                return Ok(Err(rule));
+            }
+        };
+        let budget = plan.budget()?;
+        self.keep(&announcement)?;
+        for (purpose, rho) in [(Purpose::Release, budget.release), (Purpose::Round, budget.rounds)] {
+            match books.reserve(&digest, purpose, rho, announcement.approvals.clone(), now_ms) {
+                Ok(_) => {}
+                Err(BooksError::Ledger(LedgerError::OverBudget { asked, left })) => {
+                    tracing::warn!(plan = %digest, %asked, %left, "plan refused: over budget");
+                    books.close(&digest, now_ms)?;
+                    return Ok(Err(RefusalRule::OverBudget));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        tracing::info!(plan = %digest, "plan taken on, its budget is reserved");
+        Ok(Ok(()))
+    }
+
+    /// Answers one stage of a release.
+    ///
+    /// # Errors
+    /// [`WorkError`]; nothing may be sent then.
+    pub fn release(&self, assignment: &Assignment, now_ms: i64) -> Result<Answer, WorkError> {
+        let query = ReleaseQuery::from_json(assignment.document())?;
+        let (plan, announcement) = self.kept(&query.plan_digest)?;
+        let target = SubmissionTarget {
+            assignment_id: assignment.id().clone(),
+            plan_digest: *announcement.digest.0.as_bytes(),
+            stage_or_round: u32::from(query.stage),
+            attempt: 1,
+        };
+        if let Some((payload, debit)) = self.books().answered(assignment.digest())? {
+            return Ok(Answer { target, payload, debit });
+        }
+        check_query(&query, &self.domain.schema, self.domain.max_rows(), &plan, &announcement.digest)?;
+        let counts = self.count(&query, &announcement.schema)?;
+        let mechanism = query.mechanism()?;
+        let question = Question {
+            plan: &query.plan_digest,
+            purpose: Purpose::Release,
+            step: u64::from(query.stage),
+            digest: *assignment.digest(),
+            mechanism: &mechanism,
+            shape: query.event_shape(),
+        };
+        let (payload, debit) = self.books().answer(&question, &counts, now_ms)?;
+        Ok(Answer { target, payload, debit })
+    }
+
+    /// Counts the query's cells over the training rows, streamed.
+    fn count(&self, query: &ReleaseQuery, shared: &FeatureSchema) -> Result<Vec<i64>, WorkError> {
+        let mut counter = Counter::new(query)?;
+        let mut positions = Vec::new();
+        for attribute in query.attributes.iter().filter(|attribute| !attribute.is_label()) {
+            let found = shared.features().iter().position(|f| f.id.as_str() == attribute.id);
+            positions.push(found.ok_or_else(|| WorkError::UnknownFeature { feature: attribute.id.clone() })?);
+        }
+        self.domain.visit_rows(shared, |batch| {
+            let training = batch.take(&self.gate.split(&batch).training);
+            let column = |at: &usize| match training.columns.get(*at) {
+                Some(TypedColumn::Numeric(values)) => ColumnRef::Numeric(values),
+                Some(TypedColumn::Categorical(codes)) => ColumnRef::Codes(codes),
+                None => ColumnRef::Codes(&[]),
+            };
+            let columns: Vec<ColumnRef<'_>> = positions.iter().map(column).collect();
+            counter.add(&columns, &training.labels)?;
+            Ok::<(), WorkError>(())
+        })?;
+        Ok(counter.finish())
+    }
+
+    /// Whether every artefact that a round needs is here; those that aren't.
+    ///
+    /// # Errors
+    /// [`WorkError::Descriptor`] if the document isn't a descriptor.
+    pub fn round_needs(
+        &self,
+        assignment: &Assignment,
+    ) -> Result<Vec<tabmesh_federation::id::Digest>, WorkError> {
+        let descriptor = RoundDescriptor::from_bytes(assignment.document())?;
+        let needed = [descriptor.base, descriptor.context, descriptor.preprocessing];
+        Ok(needed.into_iter().filter(|digest| !self.artefacts.has(digest)).collect())
+    }
+
+    /// Answers one round. The artefacts it needs must have been fetched.
+    ///
+    /// # Errors
+    /// [`WorkError`]; nothing may be sent then.
+    pub fn round(&self, assignment: &Assignment, now_ms: i64) -> Result<Answer, WorkError> {
+        let descriptor = RoundDescriptor::from_bytes(assignment.document())?;
+        let (plan, announcement) = self.kept(&descriptor.plan.to_string())?;
+        let target = SubmissionTarget {
+            assignment_id: assignment.id().clone(),
+            plan_digest: *announcement.digest.0.as_bytes(),
+            stage_or_round: descriptor.index,
+            attempt: descriptor.attempt,
+        };
+        if let Some((payload, debit)) = self.books().answered(assignment.digest())? {
+            return Ok(Answer { target, payload, debit });
+        }
+        descriptor.check(&plan, &announcement.digest)?;
+        let own = self.domain.identity.to_string();
+        if !descriptor.roster.iter().any(|agent| agent.as_str() == own) {
+            return Err(WorkError::NotInRoster);
+        }
+        let sum = self.train(&descriptor, &plan, &announcement)?;
+        let mechanism =
+            DiscreteGaussian::from_rho(descriptor.sensitivity * descriptor.sensitivity, descriptor.rho)?;
+        let dimension = u32::try_from(descriptor.len()).unwrap_or(u32::MAX);
+        let shape = EventShape { rows_per_unit: self.domain.max_rows(), marginals: 0, dimension };
+        let question = Question {
+            plan: &announcement.digest.to_string(),
+            purpose: Purpose::Round,
+            step: u64::from(descriptor.index),
+            digest: *assignment.digest(),
+            mechanism: &mechanism,
+            shape,
+        };
+        let (payload, debit) = self.books().answer(&question, &sum, now_ms)?;
+        Ok(Answer { target, payload, debit })
+    }
+
+    /// The clipped integer sum of this domain's gradients.
+    fn train(
+        &self,
+        descriptor: &RoundDescriptor,
+        plan: &Plan,
+        announcement: &PlanAnnouncement,
+    ) -> Result<Vec<i64>, WorkError> {
+        let mut held = self.trainer.lock().unwrap_or_else(PoisonError::into_inner);
+        let trainer = match held.take().filter(|trainer| trainer.fits(descriptor)) {
+            Some(trainer) => trainer,
+            None => {
+                let rows = self.domain.rows(&announcement.schema)?;
+                let training = rows.take(&self.gate.split(&rows).training);
+                Trainer::new(&self.artefacts, descriptor, plan, &announcement.schema, &training)?
+            }
+        };
+        let sum = trainer.clipped_sum(descriptor)?;
+        *held = Some(trainer);
+        Ok(sum)
+    }
+
+    /// Ends a plan: refunds what it didn't use.
+    ///
+    /// # Errors
+    /// [`WorkError`] if the document can't be read or the refund can't be recorded.
+    pub fn close(&self, assignment: &Assignment, now_ms: i64) -> Result<(), WorkError> {
+        let closing: PlanClosing =
+            documents::read("plan closing", assignment.document(), MAX_DOCUMENT_BYTES)?;
+        self.books().close(&closing.plan.to_string(), now_ms)?;
+        *self.trainer.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(())
+    }
+
+    /// Keeps an announcement for the stages and rounds to come, over restarts.
+    fn keep(&self, announcement: &PlanAnnouncement) -> Result<(), WorkError> {
+        let path = self.plan_path(&announcement.digest.to_string());
+        let failed = |source| WorkError::File { path: path.clone(), source };
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder).map_err(failed)?;
+        }
+        let bytes = serde_json::to_vec(announcement).map_err(|error| DocumentError::Malformed {
+            what: "plan announcement",
+            reason: error.to_string(),
+        })?;
+        crate::files::replace(&path, &bytes).map_err(failed)
+    }
+
+    fn kept(&self, digest: &str) -> Result<(Plan, PlanAnnouncement), WorkError> {
+        // The digest names a file: only hexadecimal digits may get that far.
+        if digest.len() != 64 || !digest.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(WorkError::UnknownPlan { plan: digest.chars().take(80).collect() });
+        }
+        let Ok(bytes) = std::fs::read(self.plan_path(digest)) else {
+            return Err(WorkError::UnknownPlan { plan: digest.to_owned() });
+        };
+        let announcement: PlanAnnouncement =
+            documents::read("plan announcement", &bytes, MAX_DOCUMENT_BYTES)?;
+        let (plan, _) = Plan::parse(announcement.plan.as_bytes(), "stored plan")?;
+        Ok((plan, announcement))
+    }
+
+    fn plan_path(&self, digest: &str) -> PathBuf {
+        self.domain.config.data_dir.join("plans").join(format!("{digest}.json"))
+    }
+}

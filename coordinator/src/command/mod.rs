@@ -1,0 +1,7 @@
+//! What each command does once its arguments are parsed.
+
+pub(crate) mod agents;
+pub(crate) mod client;
+pub(crate) mod plan;
+pub(crate) mod report;
+pub(crate) mod serve;

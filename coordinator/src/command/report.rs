@@ -1,0 +1,82 @@
+//! `tabmesh-coordinator report`: fetches the signed report, writes it, verifies files offline.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use miette::{IntoDiagnostic, WrapErr, miette};
+use tabmesh_privacy::report::SignedReport;
+use tabmesh_privacy::report::{VerifyError, render_html, verify};
+use tabmesh_privacy::signature::VerifyingKey;
+use tabmesh_proto::client::AuditorClient;
+
+use crate::cli::{Output, ReportAction};
+
+/// Runs one of the report commands.
+pub(crate) async fn run(action: ReportAction) -> miette::Result<ExitCode> {
+    match action {
+        ReportAction::Write { client, html, json, product } => {
+            let auditor = AuditorClient::new(client.connect().await?);
+            let bytes = auditor.report_input(product.as_deref()).await.into_diagnostic()?;
+            let verified = verify(&bytes, None).into_diagnostic().wrap_err("the coordinator's report")?;
+            if let Some(path) = &json {
+                write(path, &bytes)?;
+            }
+            if let Some(path) = &html {
+                let signed: SignedReport = serde_json::from_slice(&bytes).into_diagnostic()?;
+                write(path, render_html(&verified.report, &signed).into_diagnostic()?.as_bytes())?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        ReportAction::Verify { file, key, output } => check(&file, key.as_deref(), output),
+    }
+}
+
+fn check(file: &Path, key: Option<&Path>, output: Output) -> miette::Result<ExitCode> {
+    let bytes = std::fs::read(file).into_diagnostic().wrap_err_with(|| file.display().to_string())?;
+    let pinned = key.map(read_key).transpose()?;
+    let outcome = verify(&bytes, pinned.as_ref());
+    match (&outcome, output) {
+        (_, Output::Json) => println!("{}", summary(&outcome)),
+        (Ok(verified), Output::Text) => {
+            println!("verified: signature, {} hash chains, all totals", verified.report.ledgers.len());
+            println!("signed by {}", verified.key);
+            if !verified.key_pinned {
+                println!(
+                    "no key was pinned: anybody could have signed; pass --key with the coordinator's public key"
+                );
+            }
+            if verified.report.reproducible {
+                println!("REPRODUCIBLE, NOT PRIVATE: noise was drawn from a fixed seed");
+            }
+        }
+        (Err(error), Output::Text) => println!("NOT verified: {error}"),
+    }
+    Ok(if outcome.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn summary(outcome: &Result<tabmesh_privacy::report::Verified, VerifyError>) -> serde_json::Value {
+    match outcome {
+        Ok(verified) => serde_json::json!({
+            "verified": true, "key": verified.key.to_string(), "key_pinned": verified.key_pinned,
+            "ledgers": verified.report.ledgers.len(), "signed_heads": verified.signed_heads,
+            "reproducible": verified.report.reproducible,
+        }),
+        Err(error) => serde_json::json!({ "verified": false, "error": error.to_string() }),
+    }
+}
+
+fn read_key(path: &Path) -> miette::Result<VerifyingKey> {
+    let bytes = std::fs::read(path).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
+    let length = bytes.len();
+    let key: [u8; 32] =
+        bytes.try_into().map_err(|_| miette!("{}: expected 32 bytes, got {length}", path.display()))?;
+    Ok(VerifyingKey::from_bytes(key))
+}
+
+fn write(path: &Path, bytes: &[u8]) -> miette::Result<()> {
+    let beside = path.with_extension("writing");
+    std::fs::write(&beside, bytes)
+        .and_then(|()| std::fs::rename(&beside, path))
+        .into_diagnostic()
+        .wrap_err_with(|| path.display().to_string())
+}

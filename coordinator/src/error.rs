@@ -1,0 +1,119 @@
+//! What can go wrong in the coordinator, and which code of the closed list a peer gets to see.
+
+use miette::Diagnostic;
+use tabmesh_federation::descriptor::DescriptorError;
+use tabmesh_federation::job::JobError;
+use tabmesh_federation::plan::PlanError;
+use tabmesh_federation::release_plan::{ReleasePlanError, SharedError};
+use tabmesh_federation::selection::SelectionError;
+use tabmesh_proto::convert::ConvertError;
+use tabmesh_proto::status::WireError;
+use tabmesh_store::StoreError;
+use tabmesh_synthesis::SynthesisError;
+use tabmesh_tfm::error::TfmError;
+use thiserror::Error;
+
+/// A failure inside the coordinator.
+#[derive(Debug, Error, Diagnostic)]
+#[non_exhaustive]
+pub enum CoordinatorError {
+    /// Records, blobs or logs.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A stored document doesn't parse; the store was changed from outside or by another version.
+    #[error("stored {what} does not parse: {reason}")]
+    Stored {
+        /// What was read.
+        what: &'static str,
+        /// The parser's words.
+        reason: String,
+    },
+    /// The plan is refused.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The job can't take this step.
+    #[error(transparent)]
+    Job(#[from] JobError),
+    /// No cohort can be formed.
+    #[error(transparent)]
+    Selection(#[from] SelectionError),
+    /// Contracts of the cohort don't agree.
+    #[error(transparent)]
+    Shared(#[from] SharedError),
+    /// A release stage has no query.
+    #[error(transparent)]
+    Release(#[from] ReleasePlanError),
+    /// A round has no descriptor.
+    #[error(transparent)]
+    Descriptor(#[from] DescriptorError),
+    /// The corpus can't be drawn.
+    #[error(transparent)]
+    Synthesis(#[from] SynthesisError),
+    /// The model refuses.
+    #[error(transparent)]
+    Model(#[from] TfmError),
+    /// A message can't be built.
+    #[error(transparent)]
+    Message(#[from] ConvertError),
+    /// Policy refused the plan.
+    #[error("policy refuses the {what}: {rules}")]
+    Policy {
+        /// What was asked.
+        what: &'static str,
+        /// Names of the rules.
+        rules: String,
+    },
+    /// Another plan is running.
+    #[error("plan {running} is running; cancel it or wait for its end")]
+    Running {
+        /// Its id.
+        running: String,
+    },
+    /// The thing named isn't there.
+    #[error("there is no {what} {id}")]
+    NotFound {
+        /// Kind of thing.
+        what: &'static str,
+        /// Its name.
+        id: String,
+    },
+    /// A file the configuration names can't be used.
+    #[error("{what} {path}: {reason}")]
+    File {
+        /// What the file is for.
+        what: &'static str,
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Network or TLS set-up.
+    #[error("{what}: {reason}")]
+    Transport {
+        /// What was being done.
+        what: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A step of the pipeline can't go on.
+    #[error("{0}")]
+    Step(String),
+}
+
+impl CoordinatorError {
+    /// A stored document that doesn't parse.
+    pub(crate) fn stored(what: &'static str) -> impl FnOnce(serde_json::Error) -> Self {
+        move |error| Self::Stored { what, reason: error.to_string() }
+    }
+
+    /// The code a peer sees; the log has the cause.
+    #[must_use]
+    pub fn wire(&self) -> WireError {
+        match self {
+            Self::Plan(_) | Self::Policy { .. } | Self::Message(_) => WireError::Malformed,
+            Self::NotFound { .. } => WireError::NotFound,
+            Self::Running { .. } => WireError::Conflict,
+            _ => WireError::Internal,
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! The four stages of a release: each asks for noisy counts that the earlier released ones determine.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tabmesh_contract::schema::FeatureSchema;
+use tabmesh_federation::descriptor::stage_announcement;
+use tabmesh_federation::id::CollectionId;
+use tabmesh_federation::job::{Job, JobEvent};
+use tabmesh_federation::phase::abandon::AbandonReason;
+use tabmesh_federation::phase::collect::{Collection, CollectionState};
+use tabmesh_federation::release_plan::{Attributes, Release, shared_max_rows};
+use tabmesh_federation::schedule::Window;
+use tabmesh_privacy::release::{MarginalTable, ReleaseQuery};
+use tabmesh_proto::message::AssignmentKind;
+use tabmesh_store::Digest;
+use tabmesh_synthesis::marginal::recut;
+use tabmesh_synthesis::tree::{PairScore, TreeStructure, pair_scores};
+
+use super::{collection_id, contracts, quorum, schema_of, spiffe_ids};
+use crate::collections::Open;
+use crate::error::CoordinatorError;
+use crate::mesh::{Mesh, named, stored};
+use crate::plans::Submitted;
+
+/// A stage's result: what was asked, and the sum over the agents.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct StageSum {
+    pub(super) query: ReleaseQuery,
+    pub(super) agents: usize,
+    pub(super) sum: Vec<i64>,
+    /// Noisy total of each agent, from the label counts of stage 1.
+    pub(super) totals: BTreeMap<String, f64>,
+}
+
+impl StageSum {
+    pub(super) fn tables(&self) -> Result<Vec<MarginalTable>, CoordinatorError> {
+        self.query.tables(&self.sum, self.agents).map_err(|error| CoordinatorError::Step(error.to_string()))
+    }
+}
+
+/// What the released stages amount to so far.
+pub(super) struct Released {
+    pub(super) schema: FeatureSchema,
+    pub(super) stages: Vec<StageSum>,
+    pub(super) max_rows_per_unit: u32,
+}
+
+impl Released {
+    pub(super) fn load(mesh: &Mesh, submitted: &Submitted, job: &Job) -> Result<Self, CoordinatorError> {
+        let schema = schema_of(mesh, &submitted.plan, job.roster())?;
+        let sums = &job.products().sums;
+        let load = |digest: &tabmesh_federation::id::Digest| mesh.get_json(stored(*digest), "stage sum");
+        let stages = sums.iter().map(load).collect::<Result<_, _>>()?;
+        let rows = contracts(mesh, job.roster())?;
+        let rows =
+            rows.into_iter().map(|(id, admitted)| (id, admitted.contract.privacy.unit.max_rows())).collect();
+        Ok(Self { schema, stages, max_rows_per_unit: shared_max_rows(&rows)? })
+    }
+
+    pub(super) fn plan<'a>(&'a self, submitted: &'a Submitted) -> Result<Release<'a>, CoordinatorError> {
+        Ok(Release {
+            schema: &self.schema,
+            plan: &submitted.plan,
+            digest: submitted.digest,
+            budget: submitted.plan.budget()?,
+            max_rows_per_unit: self.max_rows_per_unit,
+        })
+    }
+
+    pub(super) fn stage(&self, number: usize) -> Result<&StageSum, CoordinatorError> {
+        let missing = || CoordinatorError::NotFound { what: "release stage", id: number.to_string() };
+        self.stages.get(number.wrapping_sub(1)).ok_or_else(missing)
+    }
+
+    pub(super) fn finals(&self, submitted: &Submitted) -> Result<Attributes, CoordinatorError> {
+        Ok(self.plan(submitted)?.final_attributes(&self.stage(1)?.tables()?)?)
+    }
+
+    /// The tree chosen on stage 3; the label's place is after the features.
+    pub(super) fn tree(&self, submitted: &Submitted) -> Result<TreeStructure, CoordinatorError> {
+        let features = self.schema.features().len();
+        let stage = self.stage(3)?;
+        let fine = self.stage(1)?.tables()?;
+        // Stage 1 counted fine cells; stage 3 counts coarse ones of the same attributes, so the 1-way tables are
+        // brought to its resolution.
+        let coarse = self.plan(submitted)?.coarse_attributes(&fine)?;
+        let mut one_way = Vec::new();
+        for (position, feature) in self.schema.features().iter().enumerate() {
+            let table = fine.iter().find(|t| t.attributes == [position]);
+            if let (Some(table), Some(attribute)) = (table, coarse.get(&feature.id)) {
+                one_way.push(recut(table, position, &fine_attribute(self, position)?, attribute)?);
+            }
+        }
+        let pairs: Vec<MarginalTable> =
+            stage.tables()?.into_iter().filter(|t| t.attributes.len() == 2).collect();
+        let scores: Vec<PairScore> = pair_scores(&pairs, &one_way)?;
+        Ok(TreeStructure::spanning(features + 1, features, &scores)?)
+    }
+
+    /// Noisy number of units over the cohort and its standard deviation, from the label counts of stage 1.
+    pub(super) fn total(&self) -> Result<(f64, f64), CoordinatorError> {
+        let label = self.schema.features().len();
+        let tables = self.stage(1)?.tables()?;
+        let table = tables.iter().find(|t| t.attributes == [label]);
+        let table = table.ok_or_else(|| CoordinatorError::Step("stage 1 has no label counts".to_owned()))?;
+        Ok((table.total(), (table.variance * table.values.len() as f64).sqrt()))
+    }
+}
+
+fn fine_attribute(
+    released: &Released,
+    position: usize,
+) -> Result<tabmesh_privacy::release::Attribute, CoordinatorError> {
+    let missing = || CoordinatorError::NotFound { what: "attribute", id: position.to_string() };
+    released.stage(1)?.query.attributes.get(position).cloned().ok_or_else(missing)
+}
+
+/// Stores a new collection for a stage.
+pub(super) fn open(
+    mesh: &Arc<Mesh>,
+    submitted: &Submitted,
+    job: &Job,
+    stage: u8,
+) -> Result<JobEvent, CoordinatorError> {
+    let plan = &submitted.plan;
+    let query = query(mesh, submitted, job, stage)?;
+    let collection = collection_id(mesh, job.latest_collection());
+    let window = Window::new(mesh.now_ms(), plan.release.deadline_s, plan.release.grace_s)
+        .map_err(|error| CoordinatorError::Step(error.to_string()))?;
+    let roster = job.roster().clone();
+    let announcement =
+        stage_announcement(&query, collection, roster, quorum(mesh, plan), window, MAX_PLAUSIBLE_UNITS)?;
+    mesh.collections.open(collection, Open::Stage(Collection::new(announcement)))?;
+    Ok(JobEvent::StageOpened { stage, collection })
+}
+
+/// Announces a stage, waits for the agents, stores the sum.
+pub(super) async fn run(
+    mesh: &Arc<Mesh>,
+    submitted: &Submitted,
+    job: &Job,
+    stage: u8,
+    collection: CollectionId,
+) -> Result<JobEvent, CoordinatorError> {
+    mesh.collections.resume(collection)?;
+    let query = query(mesh, submitted, job, stage)?;
+    let peers = spiffe_ids(job.roster())?;
+    let id = collection.to_string().parse()?;
+    mesh.outbox.assign(&peers, &id, AssignmentKind::ReleaseQuery, &query.to_json())?;
+    let settled = mesh.collections.settled(collection).await?;
+    mesh.outbox.withdraw(&peers, &id)?;
+    mesh.collections.close(collection);
+    let Open::Stage(settled) = settled else {
+        return Err(CoordinatorError::NotFound { what: "release stage", id: id.to_string() });
+    };
+    match settled.state() {
+        CollectionState::Complete { .. } => {
+            let sum = settled.sum().map_err(|error| CoordinatorError::Step(error.to_string()))?;
+            let totals = totals(&query, &settled)?;
+            let agents = settled.receipts().len();
+            let digest: Digest = mesh.put_json(&StageSum { query, agents, sum, totals })?;
+            Ok(JobEvent::StageReleased { stage, sum: named(digest) })
+        }
+        CollectionState::Abandoned { cause, .. } => {
+            Ok(JobEvent::StageAbandoned { stage, cause: cause.clone() })
+        }
+        CollectionState::Collecting => {
+            let cause = AbandonReason::Failed { what: "the collection ended while collecting".to_owned() };
+            Ok(JobEvent::StageAbandoned { stage, cause })
+        }
+    }
+}
+
+/// Noisy totals by agent, from the 1-way label counts where the stage has them.
+fn totals(query: &ReleaseQuery, collection: &Collection) -> Result<BTreeMap<String, f64>, CoordinatorError> {
+    let label = query.attributes.iter().position(tabmesh_privacy::release::Attribute::is_label);
+    let mut totals = BTreeMap::new();
+    for (agent, values) in collection.values() {
+        let tables = query.tables(values, 1).map_err(|error| CoordinatorError::Step(error.to_string()))?;
+        if let Some(table) = tables.iter().find(|t| label.is_some_and(|l| t.attributes == [l])) {
+            totals.insert(agent.to_string(), table.total());
+        }
+    }
+    Ok(totals)
+}
+
+/// The stage's query, from the plan, the shared schema and earlier sums alone.
+fn query(mesh: &Mesh, submitted: &Submitted, job: &Job, stage: u8) -> Result<ReleaseQuery, CoordinatorError> {
+    let released = Released::load(mesh, submitted, job)?;
+    let plan = released.plan(submitted)?;
+    Ok(match stage {
+        1 => plan.stage_one()?,
+        2 => plan.stage_two(&released.finals(submitted)?)?,
+        3 => plan.stage_three(&plan.coarse_attributes(&released.stage(1)?.tables()?)?)?,
+        _ => {
+            let tree = released.tree(submitted)?;
+            let features = released.schema.features().len();
+            let parents: Vec<Option<usize>> = (0..features).map(|f| tree.parent(f)).collect();
+            plan.stage_four(&released.finals(submitted)?, &parents)?
+        }
+    })
+}
+
+/// Units one agent may hold at most before a total is known: only absurd vectors are screened out in stage 1.
+const MAX_PLAUSIBLE_UNITS: u64 = 1 << 32;

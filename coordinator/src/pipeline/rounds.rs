@@ -1,0 +1,235 @@
+//! Federated rounds: descriptor out, noised gradients in, one server step, durable at each turn.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tabmesh_federation::aggregate::optimiser::ServerOptimiser;
+use tabmesh_federation::aggregate::{Aggregate, Contributions, Rule, Updates};
+use tabmesh_federation::descriptor::{RoundDescriptor, RoundInputs};
+use tabmesh_federation::id::{Digest as NamedDigest, RoundId};
+use tabmesh_federation::job::{Job, JobEvent};
+use tabmesh_federation::phase::abandon::AbandonReason;
+use tabmesh_federation::plan::ClipNorm;
+use tabmesh_federation::round::{Phase, Round, RoundEvent};
+use tabmesh_proto::message::AssignmentKind;
+use tabmesh_store::Digest;
+use tabmesh_tfm::adapter::FeatureTokens;
+use tabmesh_tfm::context::Context;
+use tabmesh_tfm::gradient::UnitGroup;
+use tabmesh_tfm::model::Model;
+
+use super::release::Released;
+use super::{collection_id, corpus, quorum, spiffe_ids};
+use crate::collections::Open;
+use crate::error::CoordinatorError;
+use crate::mesh::{Mesh, named, stored};
+use crate::plans::Submitted;
+
+/// The adapter between rounds: keys, current iterate, optimiser, clip norm.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct AdapterState {
+    keys: Vec<String>,
+    width: usize,
+    values: Vec<f64>,
+    clip_norm: f64,
+    optimiser: ServerOptimiser,
+}
+
+impl AdapterState {
+    /// The adapter as published: the mean of the last iterates.
+    pub(super) fn artefact(&self, base: &str) -> Result<Vec<u8>, CoordinatorError> {
+        let values = self.optimiser.averaged(&self.values).iter().map(|v| *v as f32).collect();
+        let tokens = FeatureTokens::new(self.keys.clone(), self.width, values)?;
+        Ok(tokens.to_safetensors(base)?)
+    }
+}
+
+/// Stores a new round, not yet announced.
+pub(super) async fn open(
+    mesh: &Arc<Mesh>,
+    submitted: &Arc<Submitted>,
+    job: &Job,
+    index: u32,
+) -> Result<JobEvent, CoordinatorError> {
+    let state = state(mesh, submitted, job).await?;
+    let products = job.products();
+    let missing = |what: &'static str| CoordinatorError::NotFound { what, id: submitted.digest.to_string() };
+    let (noisy_total, noisy_total_sd) = Released::load(mesh, submitted, job)?.total()?;
+    let inputs = RoundInputs {
+        id: collection_id(mesh, job.latest_collection()),
+        index,
+        attempt: 1,
+        base: products.tuned.ok_or_else(|| missing("tuned model of plan"))?,
+        context: products.corpus.ok_or_else(|| missing("corpus of plan"))?,
+        preprocessing: products.preprocessing.ok_or_else(|| missing("preprocessing of plan"))?,
+        adapter_keys: state.keys.clone(),
+        width: u32::try_from(state.width).unwrap_or(u32::MAX),
+        adapter_values: state.values.iter().map(|v| *v as f32).collect(),
+        clip_norm: state.clip_norm,
+        roster: job.roster().clone(),
+        opened_ms: mesh.now_ms(),
+        noisy_total,
+        noisy_total_sd,
+    };
+    let id = inputs.id;
+    let descriptor = RoundDescriptor::new(inputs, &submitted.plan, submitted.digest)?;
+    let bytes = descriptor.to_bytes();
+    let digest = mesh.blobs.put(&bytes)?;
+    mesh.records.put(&descriptor_key(id), digest.to_string().as_bytes())?;
+    let announcement =
+        descriptor.announcement(named(digest), quorum(mesh, &submitted.plan), &submitted.plan)?;
+    let round = Round::new(submitted.digest, index, announcement);
+    mesh.collections.open(id, Open::Round(Box::new(round)))?;
+    Ok(JobEvent::RoundOpened { index, round: id })
+}
+
+/// Announces a round, waits for the agents, takes the server's step.
+pub(super) async fn run(
+    mesh: &Arc<Mesh>,
+    submitted: &Arc<Submitted>,
+    job: &Job,
+    index: u32,
+    round: RoundId,
+) -> Result<JobEvent, CoordinatorError> {
+    mesh.collections.resume(round)?;
+    let record = mesh.records.get(&descriptor_key(round))?.unwrap_or_default();
+    let digest: Digest = String::from_utf8_lossy(&record).parse()?;
+    let bytes = mesh.blobs.get(&digest)?;
+    let descriptor = RoundDescriptor::from_bytes(&bytes)?;
+    let peers = spiffe_ids(job.roster())?;
+    let id = round.to_string().parse()?;
+    mesh.collections.apply(round, RoundEvent::Opened)?;
+    mesh.outbox.assign(&peers, &id, AssignmentKind::Round, &bytes)?;
+    mesh.collections.settled(round).await?;
+    mesh.outbox.withdraw(&peers, &id)?;
+    let before = state(mesh, submitted, job).await?;
+    let ended = finish(mesh, submitted, &descriptor, &before, round);
+    let event = match ended {
+        Ok(adapter) => JobEvent::RoundPublished { index, adapter },
+        Err(RoundEnd::Abandoned(cause)) => JobEvent::RoundAbandoned { index, cause },
+        Err(RoundEnd::Failed(error)) => return Err(error),
+    };
+    mesh.collections.close(round);
+    Ok(event)
+}
+
+/// Why a round has no result.
+enum RoundEnd {
+    Abandoned(AbandonReason),
+    Failed(CoordinatorError),
+}
+
+impl<E: Into<CoordinatorError>> From<E> for RoundEnd {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+fn finish(
+    mesh: &Mesh,
+    submitted: &Submitted,
+    descriptor: &RoundDescriptor,
+    before: &AdapterState,
+    id: RoundId,
+) -> Result<NamedDigest, RoundEnd> {
+    let round = mesh.collections.apply(id, RoundEvent::DeadlineReached)?;
+    let collection = match round.phase() {
+        Phase::Aggregate(aggregating) => &aggregating.collection,
+        Phase::Publish(publishing) => {
+            let result = publishing.result;
+            mesh.collections.apply(id, RoundEvent::Published { result })?;
+            return Ok(result);
+        }
+        Phase::Published { end, .. } => return Ok(end.result),
+        Phase::Abandoned { end, .. } => return Err(RoundEnd::Abandoned(end.cause.clone())),
+        Phase::Open(_) | Phase::Collect(_) => {
+            let what = "the round ended before it was collected".to_owned();
+            return Err(RoundEnd::Abandoned(AbandonReason::Failed { what }));
+        }
+    };
+    let rounds = &submitted.plan.rounds;
+    let rule = Rule::new(rounds.aggregation, rounds.trim);
+    let totals = BTreeMap::new();
+    let updates = Updates {
+        contributions: Contributions::Separate(collection.values()),
+        scale: descriptor.scale as f64,
+        divisor: descriptor.divisor as f64,
+        totals: &totals,
+    };
+    let step = |error: String| RoundEnd::Failed(CoordinatorError::Step(error));
+    let gradient = rule.mean(&updates).map_err(|error| step(error.to_string()))?;
+    let (values, optimiser) = before
+        .optimiser
+        .step(&before.values, &gradient, descriptor.clip_norm)
+        .map_err(|error| step(error.to_string()))?;
+    let after = AdapterState { values, optimiser, ..before.clone() };
+    let result = named(mesh.put_json(&after)?);
+    mesh.collections.apply(id, RoundEvent::Aggregated { result })?;
+    mesh.collections.apply(id, RoundEvent::Published { result })?;
+    Ok(result)
+}
+
+/// The adapter after the last published round, or a zero one before the first.
+async fn state(
+    mesh: &Arc<Mesh>,
+    submitted: &Arc<Submitted>,
+    job: &Job,
+) -> Result<AdapterState, CoordinatorError> {
+    if let Some(digest) = job.products().adapter {
+        return mesh.get_json(stored(digest), "adapter state");
+    }
+    let key = format!("adapter/{}", submitted.digest).into_bytes();
+    if let Some(record) = mesh.records.get(&key)? {
+        return mesh.get_json(String::from_utf8_lossy(&record).parse()?, "adapter state");
+    }
+    let work = {
+        let (mesh, submitted, job) = (Arc::clone(mesh), Arc::clone(submitted), job.clone());
+        move || initial(&mesh, &submitted, &job)
+    };
+    let joined = tokio::task::spawn_blocking(work).await;
+    let state =
+        joined.map_err(|error| CoordinatorError::Step(format!("clip search ended early: {error}")))??;
+    let digest = mesh.put_json(&state)?;
+    mesh.records.put(&key, digest.to_string().as_bytes())?;
+    Ok(state)
+}
+
+/// A zero adapter, with the clip norm of the plan or the 95th percentile of gradient norms on corpus rows.
+fn initial(mesh: &Mesh, submitted: &Submitted, job: &Job) -> Result<AdapterState, CoordinatorError> {
+    let rounds = &submitted.plan.rounds;
+    let tuned = job.products().tuned.ok_or_else(|| CoordinatorError::Step("no tuned model".to_owned()))?;
+    let (model, _) = Model::from_safetensors(&mesh.blobs.get(&stored(tuned))?)?;
+    let encoded = corpus::encoded(mesh, submitted, job)?;
+    let tokens = FeatureTokens::zero(encoded.column_keys.clone(), model.config().embed_dim)?;
+    let clip_norm = match rounds.clip_norm {
+        ClipNorm::Fixed(norm) => norm,
+        ClipNorm::Auto(_) => {
+            let context_rows = (rounds.context_rows as usize).min(encoded.rows / 2);
+            let context = Context::build(&model, &encoded.take(&(0..context_rows).collect::<Vec<_>>()))?;
+            let queries: Vec<usize> = (context_rows..encoded.rows).take(CLIP_ROWS).collect();
+            let prepared = context.prepare(&encoded.take(&queries))?;
+            let units: Vec<UnitGroup> = (0..queries.len()).map(|row| UnitGroup { rows: vec![row] }).collect();
+            context.norm_quantile(&prepared, &tokens, &units, CLIP_PERCENTILE)?.max(SMALLEST_CLIP)
+        }
+    };
+    let len = tokens.values().len();
+    Ok(AdapterState {
+        keys: tokens.keys().to_vec(),
+        width: tokens.width(),
+        values: vec![0.0; len],
+        clip_norm,
+        optimiser: ServerOptimiser::new(rounds.optimiser, rounds.count, len),
+    })
+}
+
+fn descriptor_key(id: RoundId) -> Vec<u8> {
+    format!("descriptor/{id}").into_bytes()
+}
+
+/// Corpus rows whose gradients the automatic clip norm is taken from.
+const CLIP_ROWS: usize = 512;
+/// Percentile of their norms.
+const CLIP_PERCENTILE: f64 = 0.95;
+/// Smallest clip norm that a plan may have.
+const SMALLEST_CLIP: f64 = 1e-4;

@@ -1,0 +1,107 @@
+//! The command line of `tabmesh-sim`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::{process, quickstart};
+
+/// Runs whole Tabmesh deployments on one machine, on shipped data, and measures them.
+#[derive(Debug, Parser)]
+#[command(name = "tabmesh-sim", version, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The main job: one coordinator and six agents as processes over mutual TLS, from contract to report.
+    Quickstart {
+        /// Folder of the deployment; a temporary one by default.
+        #[arg(long)]
+        dir: Option<PathBuf>,
+        /// Keep the temporary folder.
+        #[arg(long)]
+        keep: bool,
+        /// Leave everything running at the end, until Ctrl-C, to try the printed commands.
+        #[arg(long)]
+        hold: bool,
+        /// Smaller counts, same path: for continuous integration.
+        #[arg(long)]
+        fast: bool,
+        /// Make the figures of two runs equal: noise is drawn from this seed, NOT private.
+        #[arg(long)]
+        seed: Option<u64>,
+        /// Form of the result.
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Development certificates.
+    Certs {
+        #[command(subcommand)]
+        action: CertsAction,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum CertsAction {
+    /// Makes a development CA with certificates and signing keys for a coordinator, an operator, an auditor and agents.
+    Dev {
+        /// Folder to write to.
+        #[arg(long)]
+        out: PathBuf,
+        /// Domains that get an agent, separated by commas.
+        #[arg(long, value_delimiter = ',', required = true)]
+        domains: Vec<String>,
+    },
+}
+
+/// Form of a result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// One JSON object.
+    Json,
+}
+
+/// Runs the command line and gives the process's exit code: 0 only if everything worked.
+pub fn main(args: Vec<OsString>) -> ExitCode {
+    if let Some(code) = process::take_role(&args) {
+        return code;
+    }
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    match dispatch(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:?}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Quickstart { dir, keep, hold, fast, seed, output } => {
+            quickstart::run(quickstart::Options { dir, keep, hold, fast, seed, output })
+        }
+        Command::Certs { action: CertsAction::Dev { out, domains } } => {
+            let mut roles = vec![quickstart::pki::Role::Coordinator];
+            roles.push(quickstart::deployment::operator());
+            roles.push(quickstart::deployment::auditor());
+            roles.extend(domains.iter().map(|domain| quickstart::pki::Role::agent(domain)));
+            quickstart::pki::write(&out, &roles, time::OffsetDateTime::now_utc())?;
+            println!("development certificates for {} processes in {}", roles.len(), out.display());
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! The figures of the quickstart: every variant on every domain's test rows.
+//!
+//! The harness scores; agents report nothing. Trees and the unserved variants are computed here from the deployment
+//! folder with the agent's own code; what is served is asked of the running agent.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use tabmesh_agent::config::ContextSection;
+use tabmesh_agent::promote::{Candidate, Loaded, Rows, Tokens, Weights};
+use tabmesh_agent::publication::Artefacts;
+use tabmesh_agent::source::{self, DomainKey, View};
+use tabmesh_contract::batch::TypedBatch;
+use tabmesh_contract::contract::{Contract, SourceKind, SourceSpec};
+use tabmesh_contract::schema::FeatureSchema;
+use tabmesh_federation::manifest::Trust;
+use tabmesh_privacy::signature::VerifyingKey;
+
+use super::dataset::{Domain, Participation, schema};
+use super::deployment::Layout;
+use super::pki::{PkiFolder, Role};
+use super::predict;
+use crate::baseline;
+use crate::score::{Predictions, Variant};
+
+/// Reads a Parquet table of a domain in the shared schema's terms.
+///
+/// # Errors
+/// The contract or the table can't be read.
+pub fn rows(layout: &Layout, domain: &Domain, table: &Path, schema: &FeatureSchema) -> Result<TypedBatch> {
+    let text = std::fs::read_to_string(layout.contract(domain.id))?;
+    let (contract, _) = Contract::parse("contract.yaml", &text).context("contract")?;
+    let spec = SourceSpec { kind: SourceKind::Parquet, path: table.display().to_string(), delimiter: None };
+    let source = source::open(&spec, Path::new("."));
+    let view = View::new(&*source, &contract, schema, DomainKey::new(&[0; 32]))?;
+    let mut all = TypedBatch::empty(schema);
+    for batch in view.rows()? {
+        all.append(&batch?.batch);
+    }
+    Ok(all)
+}
+
+/// Predicts one domain's test rows by every variant.
+///
+/// # Errors
+/// A table, artefact or agent can't be used.
+pub async fn domain(
+    layout: &Layout,
+    pki: &PkiFolder,
+    domain: &Domain,
+    address: &str,
+    seed: u64,
+) -> Result<Predictions> {
+    let schema = schema()?;
+    let train = rows(layout, domain, &layout.train_table(domain.id), &schema)?;
+    let test = rows(layout, domain, &layout.test_table(domain.id), &schema)?;
+    let labels: Vec<u8> = test.labels.iter().map(|l| l.map_or(0, |l| u8::try_from(l).unwrap_or(1))).collect();
+    let loaded = loaded(layout, pki, domain, &schema)?;
+    let mut by_variant = BTreeMap::new();
+    by_variant.insert(Variant::LocalTrees, baseline::fit_predict(&train, None, &test, &schema, seed)?);
+    let with_corpus = baseline::fit_predict(&train, Some(loaded.corpus()), &test, &schema, seed)?;
+    by_variant.insert(Variant::LocalTreesCorpus, with_corpus);
+    for (variant, weights, context) in
+        [(Variant::Base, Weights::Base, Rows::Local), (Variant::Corpus, Weights::Tuned, Rows::Mixed)]
+    {
+        let candidate = Candidate { weights, rows: context, tokens: Tokens::Off };
+        let answers = loaded.build(candidate, &train)?.predict(&test)?;
+        let ones = answers.iter().map(|row| row.get(1).copied().map_or(f64::NAN, f64::from)).collect();
+        by_variant.insert(variant, ones);
+    }
+    by_variant.insert(Variant::Served, predict::served(address, &schema, &test).await?);
+    Ok(Predictions { domain: domain.id.to_owned(), train_rows: train.rows(), labels, by_variant })
+}
+
+/// The publication as an agent received it.
+fn loaded(layout: &Layout, pki: &PkiFolder, domain: &Domain, schema: &FeatureSchema) -> Result<Loaded> {
+    let key = std::fs::read(pki.signing_public_key(&Role::Coordinator))?;
+    let key: [u8; 32] = key.try_into().ok().context("the coordinator's public key has not 32 bytes")?;
+    let data_dir = layout.domain(domain.id).join("data");
+    let artefacts = Artefacts::open(&data_dir, VerifyingKey::from_bytes(key), Trust::InsecureDev)?;
+    let (_, manifest) = artefacts.current()?.context("nothing was published")?;
+    let in_release = domain.participation == Participation::Member;
+    Ok(Loaded::new(&artefacts, &manifest, schema, ContextSection::default(), &[0; 32], in_release)?)
+}

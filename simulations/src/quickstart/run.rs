@@ -1,0 +1,445 @@
+//! The quickstart: a deployment made, started, run through the whole flow, measured, reported, stopped.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use comfy_table::Table;
+use serde::Serialize;
+use serde_json::{Value, json};
+use tabmesh_privacy::budget::Epsilon;
+use tabmesh_privacy::report::{Report, SignedReport, render_html, verify};
+use tabmesh_privacy::signature::VerifyingKey;
+use tabmesh_proto::client::{AuditorClient, OperatorClient};
+use tabmesh_proto::connect::{CoordinatorAddress, Link, TcpDial, connect};
+use tabmesh_proto::identity::DevelopmentCa;
+use tabmesh_proto::message::PlanEvent;
+use tabmesh_proto::tls::{ClientTls, DefaultTimeProvider, TlsFiles, TlsMaterial, TlsPolicy};
+
+use super::dataset::{DOMAINS, schema};
+use super::deployment::{self, Layout, PlanChoices};
+use super::pki::{self, PkiFolder, Role, Usage};
+use super::{measure, predict};
+use crate::cli::Output;
+use crate::process::{Process, now};
+use crate::score::{DomainScores, MacroScores, ScoreTable};
+
+/// What the command line asks for.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Folder of the deployment; temporary if none.
+    pub dir: Option<PathBuf>,
+    /// Whether a temporary folder is kept.
+    pub keep: bool,
+    /// Whether everything stays running until Ctrl-C.
+    pub hold: bool,
+    /// Smaller counts.
+    pub fast: bool,
+    /// Seed of noise and secrets.
+    pub seed: Option<u64>,
+    /// Form of the result.
+    pub output: Output,
+}
+
+/// The base model that ships with the repository.
+const BASE_MODEL: &[u8] = include_bytes!("../../../models/nano/base.safetensors");
+
+/// Runs the quickstart; an error means that something did not work.
+///
+/// # Errors
+/// The first step that failed, with the log of the process concerned.
+pub fn run(options: Options) -> Result<()> {
+    let (root, temporary) = match &options.dir {
+        Some(dir) => (dir.clone(), None),
+        None => {
+            let folder = tempfile::Builder::new().prefix("tabmesh-quickstart-").tempdir()?;
+            (folder.path().to_owned(), Some(folder))
+        }
+    };
+    std::fs::create_dir_all(&root)?;
+    let root = root.canonicalize()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        tokio::select! {
+            outcome = whole(&options, &root) => outcome,
+            _ = tokio::signal::ctrl_c(), if !options.hold => bail!("stopped by Ctrl-C; all processes are being stopped"),
+        }
+    });
+    runtime.shutdown_background();
+    if let Some(folder) = temporary {
+        if options.keep {
+            let kept = folder.keep();
+            eprintln!("the deployment is kept in {}", kept.display());
+        }
+    }
+    outcome
+}
+
+/// A step with its wall time.
+#[derive(Debug, Clone, Serialize)]
+struct Step {
+    name: String,
+    wall_s: f64,
+}
+
+/// Times steps and tells them.
+struct Steps {
+    done: Vec<Step>,
+    began: Instant,
+}
+
+impl Steps {
+    fn new() -> Self {
+        Self { done: Vec::new(), began: now() }
+    }
+
+    fn end(&mut self, name: &str) {
+        let wall_s = self.began.elapsed().as_secs_f64();
+        eprintln!("[{wall_s:6.1} s] {name}");
+        self.done.push(Step { name: name.to_owned(), wall_s });
+        self.began = now();
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct ByStep {
+    release: f64,
+    rounds: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct PrivacyLine {
+    product: String,
+    unit: String,
+    adjacency: String,
+    epsilon: f64,
+    delta: f64,
+    by_step: ByStep,
+}
+
+#[derive(Debug, Serialize)]
+struct ProcessLine {
+    role: String,
+    pid: u32,
+    peak_rss_mib: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct ReportFiles {
+    html: PathBuf,
+    json: PathBuf,
+    verified: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Outcome {
+    domains: Vec<DomainScores>,
+    #[serde(rename = "macro")]
+    macro_mean: MacroScores,
+    privacy: Vec<PrivacyLine>,
+    steps: Vec<Step>,
+    processes: Vec<ProcessLine>,
+    report: ReportFiles,
+    prediction: Value,
+    seed: Option<u64>,
+    version: &'static str,
+}
+
+/// A running deployment.
+struct Deployment {
+    layout: Layout,
+    pki: PkiFolder,
+    coordinator: Process,
+    coordinator_address: String,
+    agents: Vec<Process>,
+    agent_addresses: Vec<String>,
+}
+
+async fn whole(options: &Options, root: &Path) -> Result<()> {
+    let mut steps = Steps::new();
+    let mut deployment = start(options, root)?;
+    let operator = OperatorClient::new(link(&deployment, &deployment::operator()).await?);
+    admitted(&operator, &mut deployment).await?;
+    steps.end("1 contracts: six agents admitted");
+
+    let plan = std::fs::read(deployment.layout.plan())?;
+    let summary = operator.submit_plan(plan).await.context("the plan was not admitted")?;
+    follow(&operator, &summary.plan_id, &mut deployment, &mut steps).await?;
+    promoted(&mut deployment).await?;
+    steps.end("7 serve: every agent has chosen and serves");
+
+    let mut predictions = Vec::new();
+    for (domain, address) in DOMAINS.iter().zip(&deployment.agent_addresses) {
+        let seed = options.seed.unwrap_or(1);
+        predictions.push(measure::domain(&deployment.layout, &deployment.pki, domain, address, seed).await?);
+    }
+    let table = ScoreTable::measure(&predictions);
+    let prediction = one_prediction(&deployment).await?;
+    steps.end("measured on every domain's test rows");
+
+    let (report, files) = report(&deployment, root).await?;
+    steps.end("8 report written and verified");
+
+    let processes = std::iter::once(&deployment.coordinator)
+        .chain(&deployment.agents)
+        .map(|p| ProcessLine { role: p.role().to_owned(), pid: p.pid(), peak_rss_mib: p.peak_rss_mib() })
+        .collect();
+    let outcome = Outcome {
+        domains: table.domains.clone(),
+        macro_mean: table.macro_mean,
+        privacy: report.products.iter().map(privacy_line).collect(),
+        steps: steps.done,
+        processes,
+        report: files,
+        prediction,
+        seed: options.seed,
+        version: env!("CARGO_PKG_VERSION"),
+    };
+    match options.output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&outcome)?),
+        Output::Text => print(&outcome, &table, &deployment, options),
+    }
+    if options.hold {
+        eprintln!("\neverything is running; Ctrl-C stops it");
+        tokio::signal::ctrl_c().await?;
+    }
+    Ok(())
+}
+
+/// Writes the deployment folder and starts its processes.
+fn start(options: &Options, root: &Path) -> Result<Deployment> {
+    let layout = Layout::at(root);
+    let pki = pki::write(&layout.certificates(), &deployment::roles(), time::OffsetDateTime::now_utc())?;
+    let base = root.join("models").join("base.safetensors");
+    std::fs::create_dir_all(root.join("models"))?;
+    std::fs::write(&base, BASE_MODEL)?;
+    deployment::write_domains(&layout)?;
+    deployment::write_coordinator(&layout, &base, 2)?;
+    let choices = if options.fast {
+        PlanChoices { corpus_rows: 4_000, pretrain_steps: 12, rounds: 3, ..PlanChoices::default() }
+    } else {
+        PlanChoices::default()
+    };
+    deployment::write_plan(&layout, &choices)?;
+    let logs = root.join("logs");
+    let args = |words: &[&str], config: PathBuf| {
+        let mut args: Vec<OsString> = words.iter().map(OsString::from).collect();
+        args.push(config.into());
+        args.push("--insecure-dev".into());
+        args.push("--until-stdin-closes".into());
+        args
+    };
+    let serve = args(&["serve", "--config"], layout.coordinator_config());
+    let mut coordinator =
+        Process::start("coordinator", "coordinator", &serve, &logs.join("coordinator.log"))?;
+    let coordinator_address = coordinator.wait_for_file(&layout.coordinator_address(), PATIENCE)?;
+    let mut agents = Vec::new();
+    for domain in &DOMAINS {
+        deployment::write_agent(&layout, domain, &coordinator_address)?;
+        let mut run = args(&["run", "--config"], layout.agent_config(domain.id));
+        if let Some(seed) = options.seed {
+            run.push("--reproducible-noise".into());
+            run.push(seed.to_string().into());
+        }
+        let name = format!("agent {}", domain.id);
+        agents.push(Process::start(&name, "agent", &run, &logs.join(format!("{}.log", domain.id)))?);
+    }
+    let mut agent_addresses = Vec::new();
+    for (domain, agent) in DOMAINS.iter().zip(&mut agents) {
+        agent_addresses.push(agent.wait_for_file(&layout.agent_address(domain.id), PATIENCE)?);
+    }
+    Ok(Deployment { layout, pki, coordinator, coordinator_address, agents, agent_addresses })
+}
+
+/// A connection in one of the deployment's roles.
+async fn link(deployment: &Deployment, role: &Role) -> Result<Link> {
+    let paths = deployment.pki.tls(role, Usage::Client);
+    let files = TlsFiles {
+        ca: deployment.pki.authority(),
+        certificate: paths.certificate,
+        key: paths.key,
+        crls: Vec::new(),
+    };
+    let policy = TlsPolicy { development: DevelopmentCa::Accept, time: Arc::new(DefaultTimeProvider) };
+    let tls = ClientTls::new(&TlsMaterial::read(&files)?, policy)?;
+    let address =
+        CoordinatorAddress::new(&deployment.coordinator_address, Role::Coordinator.spiffe_id().parse()?)?;
+    Ok(connect(&address, &tls, TcpDial).await?)
+}
+
+/// Waits until every agent is admitted and connected.
+async fn admitted(operator: &OperatorClient, deployment: &mut Deployment) -> Result<()> {
+    let began = now();
+    loop {
+        let agents = operator.list_agents().await?;
+        if agents.iter().filter(|agent| agent.connected).count() == DOMAINS.len() {
+            return Ok(());
+        }
+        deployment.check()?;
+        ensure!(began.elapsed() < PATIENCE, "{} of {} agents were admitted", agents.len(), DOMAINS.len());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Follows a plan to its end and times its phases.
+async fn follow(
+    operator: &OperatorClient,
+    id: &tabmesh_proto::message::Id,
+    deployment: &mut Deployment,
+    steps: &mut Steps,
+) -> Result<()> {
+    let mut events = operator.watch_plan(id, 0).await?;
+    let mut phase = String::new();
+    let mut last: Option<PlanEvent> = None;
+    while let Some(event) = events.next().await? {
+        let group = group_of(&event.phase);
+        if !phase.is_empty() && group != phase {
+            steps.end(step_name(&phase));
+        }
+        phase = group.to_owned();
+        eprintln!("           {}", event.detail);
+        deployment.check()?;
+        last = Some(event);
+    }
+    let last = last.context("the plan had no events")?;
+    ensure!(last.phase == "done", "the plan ended as: {} ({})", last.phase, last.detail);
+    Ok(())
+}
+
+fn group_of(phase: &str) -> &str {
+    phase.split_whitespace().next().unwrap_or(phase)
+}
+
+fn step_name(group: &str) -> &'static str {
+    match group {
+        "admitted" => "1 plan: announced, checked by every agent, budgets reserved",
+        "release" => "2 release: noisy counts in four stages",
+        "corpus" => "3 corpus: tree model fitted, rows drawn",
+        "pretrain" => "4 pre-train: base tuned on the corpus",
+        "round" => "5 rounds: noised adapter gradients",
+        _ => "6 publish: manifest signed and sent",
+    }
+}
+
+/// Waits until every agent serves a promoted version.
+async fn promoted(deployment: &mut Deployment) -> Result<()> {
+    let began = now();
+    for at in 0..DOMAINS.len() {
+        let path = deployment.layout.domain(DOMAINS[at].id).join("data").join("promoted.json");
+        while !path.exists() {
+            deployment.check()?;
+            ensure!(began.elapsed() < PATIENCE, "{} promotes nothing; see its log", DOMAINS[at].id);
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    Ok(())
+}
+
+/// Asks the first agent for one prediction.
+async fn one_prediction(deployment: &Deployment) -> Result<Value> {
+    let (domain, address) = (&DOMAINS[0], &deployment.agent_addresses[0]);
+    let schema = schema()?;
+    let rows = measure::rows(&deployment.layout, domain, &deployment.layout.test_table(domain.id), &schema)?;
+    let body = predict::request(&schema, &rows, 0, 1, "quickstart");
+    let response = predict::infer(address, &body).await?;
+    let file = deployment.layout.root().join("prediction.json");
+    std::fs::write(&file, serde_json::to_vec_pretty(&body)?)?;
+    Ok(json!({ "request": body, "response": response }))
+}
+
+/// Fetches the signed report, writes it as JSON and page, verifies both with the pinned key.
+async fn report(deployment: &Deployment, root: &Path) -> Result<(Report, ReportFiles)> {
+    let auditor = AuditorClient::new(link(deployment, &deployment::auditor()).await?);
+    let bytes = auditor.report_input(None).await?;
+    let key = std::fs::read(deployment.pki.signing_public_key(&Role::Coordinator))?;
+    let key: [u8; 32] = key.try_into().ok().context("the coordinator's public key has not 32 bytes")?;
+    let key = VerifyingKey::from_bytes(key);
+    let verified = verify(&bytes, Some(&key)).context("the report does not verify")?;
+    let signed: SignedReport = serde_json::from_slice(&bytes)?;
+    let page = render_html(&verified.report, &signed)?;
+    verify(page.as_bytes(), Some(&key)).context("the report's page does not verify")?;
+    let (html, json) = (root.join("report.html"), root.join("report.json"));
+    std::fs::write(&html, page)?;
+    std::fs::write(&json, bytes)?;
+    Ok((verified.report, ReportFiles { html, json, verified: true }))
+}
+
+fn privacy_line(section: &tabmesh_privacy::report::ProductSection) -> PrivacyLine {
+    let figure = |epsilon: Option<Epsilon>| epsilon.map_or(0.0, Epsilon::get);
+    PrivacyLine {
+        product: section.product.clone(),
+        unit: section.unit.clone(),
+        adjacency: section.adjacency.clone(),
+        epsilon: figure(section.spent.epsilon),
+        delta: section.granted.delta.get(),
+        by_step: ByStep {
+            release: figure(section.by_step.release.epsilon),
+            rounds: figure(section.by_step.rounds.epsilon),
+        },
+    }
+}
+
+fn print(outcome: &Outcome, table: &ScoreTable, deployment: &Deployment, options: &Options) {
+    println!("\n{}\n", table.render());
+    println!(
+        "local trees: gradient-boosted trees on the domain's own rows. + corpus: with the published synthetic rows."
+    );
+    println!(
+        "base: the shipped model, own rows in context. corpus: tuned on the corpus, own and corpus rows in context."
+    );
+    println!(
+        "served: as each agent chose on its own gate rows. communications is a newcomer: 64 rows, gives nothing.\n"
+    );
+    let mut privacy = Table::new();
+    privacy.load_style(comfy_table::presets::ASCII_MARKDOWN);
+    privacy.set_header(["product", "unit", "epsilon spent", "delta", "release alone", "rounds alone"]);
+    for line in &outcome.privacy {
+        privacy.add_row([
+            line.product.clone(),
+            line.unit.clone(),
+            format!("{:.3}", line.epsilon),
+            line.delta.to_string(),
+            format!("{:.3}", line.by_step.release),
+            format!("{:.3}", line.by_step.rounds),
+        ]);
+    }
+    println!("{privacy}");
+    println!(
+        "adjacency: add or remove one unit; epsilons of steps are each alone and don't add up to the total"
+    );
+    if options.seed.is_some() {
+        println!("a seed was given: noise is REPRODUCIBLE, NOT PRIVATE; ledgers and report say so");
+    }
+    let total: f64 = outcome.processes.iter().filter_map(|p| p.peak_rss_mib).sum();
+    println!("\npeak memory: {total:.0} MiB over all processes");
+    for process in &outcome.processes {
+        println!("  {:24} {:6.0} MiB", process.role, process.peak_rss_mib.unwrap_or(f64::NAN));
+    }
+    println!(
+        "\none prediction; the same with curl while the agents run (quickstart --hold keeps them running):"
+    );
+    println!(
+        "  curl -s http://{}/v2/models/income/infer -H 'content-type: application/json' -d @{}",
+        deployment.agent_addresses[0],
+        deployment.layout.root().join("prediction.json").display()
+    );
+    println!("  {}", outcome.prediction["response"]);
+    println!("\nprivacy-budget report, verified:");
+    println!("  {}\n  {}", outcome.report.html.display(), outcome.report.json.display());
+    println!("deployment folder: {}", deployment.layout.root().display());
+    if options.dir.is_none() && !options.keep {
+        println!("  (temporary: give --keep or --dir DIR to keep it)");
+    }
+}
+
+impl Deployment {
+    fn check(&mut self) -> Result<()> {
+        self.coordinator.check()?;
+        self.agents.iter_mut().try_for_each(Process::check)
+    }
+}
+
+/// How long a start-up or a promotion may take.
+const PATIENCE: Duration = Duration::from_secs(60);
