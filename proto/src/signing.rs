@@ -1,8 +1,9 @@
 //! What is signed, byte for byte, and by which kind of key: Ed25519, one signing key per process beside its TLS key.
 //!
-//! Every statement begins with a context string of its own and writes each field with its length, so that a signature
-//! of one kind can't be read as another and no two statements share bytes. Keys are bound to SPIFFE ids at
-//! registration and pinned by verifiers; nothing here decides whom to trust.
+//! Every statement begins with a context string of its own, so that a signature of one kind can't be read as another.
+//! Registrations and assignments write each field with its length; a ledger head has the form that reports carry and
+//! verify offline. Keys are bound to SPIFFE ids at registration and pinned by verifiers; nothing here decides whom to
+//! trust.
 
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 
@@ -183,7 +184,7 @@ mod tests {
         let public = public_key(&key(1));
         assert_eq!(signed.verify(&agent("a"), &public), Ok(()));
         assert_eq!(signed.verify(&agent("b"), &public), Err(SignatureError));
-        let mut shorter = signed.clone();
+        let mut shorter = signed;
         shorter.entries.pop();
         assert_eq!(shorter.verify(&agent("a"), &public), Err(SignatureError));
     }

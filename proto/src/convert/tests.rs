@@ -217,7 +217,8 @@ fn a_ledger_piece_must_chain() {
     // A piece from the middle of a ledger is fine; its first prev is for the mirror to compare.
     let middle = pb::LedgerStatement { entries: good.entries[2..].to_vec(), ..good.clone() };
     assert!(LedgerStatement::try_from(middle).is_ok());
-    let edits: [(&str, u64, fn(&mut pb::LedgerStatement)); 4] = [
+    type Edit = fn(&mut pb::LedgerStatement);
+    let edits: [(&str, u64, Edit); 4] = [
         ("changed payload", 2, |s| s.entries[1].payload[0] ^= 1),
         ("dropped entry", 2, |s| drop(s.entries.remove(1))),
         ("swapped entries", 2, |s| s.entries.swap(1, 2)),

@@ -31,12 +31,14 @@ struct RawClient {
     /// Certificate and key.
     identity: Option<(String, String)>,
     alpn: &'static [u8],
-    versions: &'static [&'static rustls::SupportedProtocolVersion],
 }
+
+/// What an honest client offers.
+static TLS13_ONLY: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS13];
 
 impl RawClient {
     fn of(ca: &Ca, identity: Option<(String, String)>) -> Self {
-        Self { roots: vec![ca.pem()], identity, alpn: b"h2", versions: &[&rustls::version::TLS13] }
+        Self { roots: vec![ca.pem()], identity, alpn: b"h2", versions: TLS13_ONLY }
     }
 
     /// Connects and reads until the server closes or answers; TLS 1.3 servers refuse after our handshake is over.
@@ -47,7 +49,7 @@ impl RawClient {
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let builder = ClientConfig::builder_with_details(provider, Arc::new(FixedTime(NOW_S)))
-            .with_protocol_versions(self.versions)
+            .with_protocol_versions(&[&rustls::version::TLS13])
             .unwrap()
             .with_root_certificates(roots);
         let mut config = match &self.identity {

@@ -198,12 +198,23 @@ impl Recorder {
     }
 }
 
-impl MeshService for Arc<Recorder> {
+/// A recorder that the three services share.
+pub struct Shared(pub Arc<Recorder>);
+
+impl std::ops::Deref for Shared {
+    type Target = Recorder;
+
+    fn deref(&self) -> &Recorder {
+        &self.0
+    }
+}
+
+impl MeshService for Shared {
     async fn session(&self, peer: SpiffeId, hello: Hello, mut inbound: InboundFrames) -> Answer<OpenSession> {
         self.note(&peer, Seen::Hello(hello));
         let (sender, frames) = mpsc::channel(8);
         *self.to_agent.lock().unwrap() = Some(sender);
-        let recorder = Arc::clone(self);
+        let recorder = Arc::clone(&self.0);
         tokio::spawn(async move {
             while let Some(frame) = inbound.next().await {
                 recorder.note(&peer, Seen::Frame(frame));
@@ -249,7 +260,7 @@ impl MeshService for Arc<Recorder> {
         if request.digest != sha256(&self.blob) {
             return Err(WireError::NotFound);
         }
-        let recorder = Arc::clone(self);
+        let recorder = Arc::clone(&self.0);
         let total = self.blob.len() as u64;
         let chunks = chunk_stream(total, request.offset, move |offset, length| {
             Ok(recorder.blob[offset as usize..][..length].to_vec())
@@ -261,7 +272,7 @@ impl MeshService for Arc<Recorder> {
     }
 }
 
-impl OperatorService for Arc<Recorder> {
+impl OperatorService for Shared {
     async fn submit_plan(&self, peer: SpiffeId, yaml: Vec<u8>) -> Answer<PlanSummary> {
         let plan = self.plan(&yaml);
         self.note(&peer, Seen::Plan(yaml));
@@ -308,7 +319,7 @@ impl OperatorService for Arc<Recorder> {
     }
 }
 
-impl AuditorService for Arc<Recorder> {
+impl AuditorService for Shared {
     async fn report_input(&self, _: SpiffeId, product: Option<String>) -> Answer<ChunkStream> {
         let json = format!("{{\"product\":{product:?}}}").into_bytes();
         let total = json.len() as u64;
@@ -347,7 +358,7 @@ impl Running {
         let options = AcceptOptions { observer: Some(Arc::new(observer)), ..options };
         let connections = incoming(listener, &tls, options);
         let recorder = Arc::new(recorder);
-        let service = Arc::new(Arc::clone(&recorder));
+        let service = Arc::new(Shared(Arc::clone(&recorder)));
         let services =
             Services { mesh: Arc::clone(&service), operator: Arc::clone(&service), auditor: service };
         let (stop, stopped) = oneshot::channel::<()>();
