@@ -89,6 +89,9 @@ pub struct Question<'a> {
     pub shape: EventShape,
 }
 
+/// Noised bytes and the receipt that lets them be sent.
+pub type Sendable = (Private<Vec<u8>>, DebitReceipt);
+
 /// Ledger, payloads and noise of one data product.
 pub struct Books {
     ledger: Ledger<FileJournal>,
@@ -176,7 +179,7 @@ impl Books {
     ///
     /// # Errors
     /// [`BooksError::PayloadLost`] if it was committed and the bytes are gone.
-    pub fn answered(&self, digest: &Digest) -> Result<Option<(Private<Vec<u8>>, DebitReceipt)>, BooksError> {
+    pub fn answered(&self, digest: &Digest) -> Result<Option<Sendable>, BooksError> {
         let Some(receipt) = self.ledger.find_commit(digest) else { return Ok(None) };
         let payload = tabmesh_store::Digest::from_bytes(*receipt.payload_digest());
         let lost = || BooksError::PayloadLost { digest: payload.to_string(), folder: self.folder.clone() };
@@ -195,7 +198,7 @@ impl Books {
         question: &Question<'_>,
         sum: &[i64],
         now_ms: i64,
-    ) -> Result<(Private<Vec<u8>>, DebitReceipt), BooksError> {
+    ) -> Result<Sendable, BooksError> {
         if let Some(stored) = self.answered(&question.digest)? {
             return Ok(stored);
         }
@@ -286,6 +289,10 @@ mod tests {
         Books::open(folder, NoiseSource::Seeded { seed: 7 }, "spiffe://t/agent/a/b", "a.b").unwrap()
     }
 
+    fn reopened(folder: &Path) -> Books {
+        books(folder)
+    }
+
     fn granted(folder: &Path) -> Books {
         let mut books = books(folder);
         let request = GrantRequest {
@@ -321,7 +328,7 @@ mod tests {
         let (again, _) = books.answer(&ask(&mechanism, 1), &[99, 99, 99], 4).unwrap();
         assert_eq!(first.as_bytes(), again.as_bytes());
         drop(books);
-        let books = super::tests::books(folder.path());
+        let books = reopened(folder.path());
         let (stored, same) = books.answered(&[1; 32]).unwrap().unwrap();
         assert_eq!((stored.as_bytes(), same.seq()), (first.as_bytes(), receipt.seq()));
         assert_eq!(books.balance().unwrap().spent, spent);
@@ -334,7 +341,7 @@ mod tests {
         let payloads = BlobStore::open(&folder.path().join("payloads")).unwrap();
         let orphan = payloads.put(b"noised but never committed").unwrap();
         drop(payloads);
-        let books = super::tests::books(folder.path());
+        let books = reopened(folder.path());
         assert!(!books.payloads.contains(&orphan));
     }
 

@@ -115,7 +115,7 @@ impl Domain {
         let policy = LocalPolicy::load(&config.policy)?;
         let (contract, contract_bytes) = read_contract(&config.contract)?;
         if policy.grant.product != contract.name {
-            let (path, contract) = (config.policy.clone(), contract.name);
+            let (path, contract) = (config.policy, contract.name);
             return Err(DomainError::OtherProduct { path, policy: policy.grant.product, contract });
         }
         let schema = contract.approved_schema().map_err(|error| DomainError::Contract {

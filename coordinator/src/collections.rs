@@ -26,7 +26,7 @@ use crate::mesh::{Clock, locked, stored};
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Open {
     /// One stage of a release.
-    Stage(Collection),
+    Stage(Box<Collection>),
     /// One training round.
     Round(Box<Round>),
 }
@@ -52,7 +52,7 @@ impl Open {
         match self {
             Self::Stage(collection) => {
                 let step = collection.submit(submission, now_ms);
-                (Self::Stage(step.next), step.outcome, step.changed)
+                (Self::Stage(Box::new(step.next)), step.outcome, step.changed)
             }
             Self::Round(round) => {
                 let step = round.apply(RoundEvent::UpdateReceived(submission.clone()), now_ms);
@@ -65,7 +65,7 @@ impl Open {
         match self {
             Self::Stage(collection) => {
                 let step = collection.tick(now_ms);
-                (Self::Stage(step.next), step.changed)
+                (Self::Stage(Box::new(step.next)), step.changed)
             }
             Self::Round(round) => {
                 let step = round.apply(RoundEvent::DeadlineReached, now_ms);
@@ -76,7 +76,7 @@ impl Open {
 
     fn restart(&self, payloads: Payloads, now_ms: i64) -> Self {
         match self {
-            Self::Stage(collection) => Self::Stage(collection.restart(&payloads, now_ms).next),
+            Self::Stage(collection) => Self::Stage(Box::new(collection.restart(&payloads, now_ms).next)),
             Self::Round(round) => {
                 Self::Round(Box::new(round.apply(RoundEvent::Restarted { payloads }, now_ms).next))
             }
@@ -87,7 +87,7 @@ impl Open {
         match self {
             Self::Stage(collection) => {
                 let cause = AbandonReason::Cancelled { by: by.to_owned() };
-                Self::Stage(collection.cancel(cause, now_ms).next)
+                Self::Stage(Box::new(collection.cancel(cause, now_ms).next))
             }
             Self::Round(round) => {
                 let event = RoundEvent::Cancelled { by: by.to_owned() };
@@ -277,10 +277,9 @@ impl Collections {
         let digest = self.blobs.put(&bytes)?;
         let before = self.records.get(&key(id))?;
         self.records.put(&key(id), digest.to_string().as_bytes())?;
-        if let Some(old) = before.and_then(|bytes| String::from_utf8(bytes).ok()?.parse::<Digest>().ok()) {
-            if old != digest {
-                self.blobs.remove(&old)?;
-            }
+        let before = before.and_then(|bytes| String::from_utf8(bytes).ok()?.parse::<Digest>().ok());
+        if let Some(old) = before.filter(|old| *old != digest) {
+            self.blobs.remove(&old)?;
         }
         Ok(())
     }

@@ -141,7 +141,7 @@ fn open(
     }
     let policy = policy(config.policy_bundle.as_deref())?;
     let sign = {
-        let (key, identity) = (Arc::clone(&key), identity.clone());
+        let key = Arc::clone(&key);
         Arc::new(move |id, kind, document| Ok(Assignment::sign(id, kind, document, &identity, &key)?))
             as outbox::Sign
     };

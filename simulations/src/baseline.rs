@@ -523,7 +523,7 @@ mod tests {
 
     #[test]
     fn numbers_and_categories_are_both_learnt() {
-        let chance = |number: f64, code: u32| match (number > 0.0, code % 2 == 0) {
+        let chance = |number: f64, code: u32| match (number > 0.0, code.is_multiple_of(2)) {
             (true, true) => 0.95,
             (false, false) => 0.05,
             _ => 0.5,

@@ -69,9 +69,9 @@ pub(crate) fn run(agent: &Agent, input: &Path, predictions: &Path) -> miette::Re
     Ok(ExitCode::SUCCESS)
 }
 
-/// The contract as far as prediction needs it: features, and a target that the file need not have.
+/// The contract as far as prediction needs it: its features.
 fn for_prediction(contract: &Contract) -> Contract {
     let mut contract = contract.clone();
-    contract.columns.retain(|column| matches!(column.role, Role::Feature | Role::Target));
+    contract.columns.retain(|column| column.role == Role::Feature);
     contract
 }

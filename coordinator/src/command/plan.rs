@@ -104,7 +104,7 @@ async fn follow(operator: &OperatorClient, id: &Id, output: Output) -> miette::R
     }
     bar.finish_and_clear();
     let summary = operator.plan_status(id).await.into_diagnostic()?;
-    show(&[summary.clone()], output)?;
+    show(std::slice::from_ref(&summary), output)?;
     Ok(if summary.phase.starts_with("done") { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

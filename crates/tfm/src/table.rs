@@ -178,10 +178,12 @@ impl Preprocessing {
                         .filter(|v| !v.is_nan())
                         .map(|v| domain.scale.apply(v.clamp(domain.lower, domain.upper)))
                         .collect();
+                    // A constant column must not blow rounding errors up.
+                    let range = domain.scale.apply(domain.upper) - domain.scale.apply(domain.lower);
                     let n = known.len().max(1) as f64;
                     let mean = known.iter().sum::<f64>() / n;
                     let variance = known.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
-                    Statistics::Numeric { mean, deviation: variance.sqrt().max(f64::EPSILON) }
+                    Statistics::Numeric { mean, deviation: variance.sqrt().max(1e-6 * range) }
                 }
                 (FeatureKind::Categorical { levels }, TypedColumn::Categorical(codes)) => {
                     let mut counts = vec![[0f64; 2]; levels.len() + 2];

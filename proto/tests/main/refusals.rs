@@ -33,12 +33,9 @@ struct RawClient {
     alpn: &'static [u8],
 }
 
-/// What an honest client offers.
-static TLS13_ONLY: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS13];
-
 impl RawClient {
     fn of(ca: &Ca, identity: Option<(String, String)>) -> Self {
-        Self { roots: vec![ca.pem()], identity, alpn: b"h2", versions: TLS13_ONLY }
+        Self { roots: vec![ca.pem()], identity, alpn: b"h2" }
     }
 
     /// Connects and reads until the server closes or answers; TLS 1.3 servers refuse after our handshake is over.

@@ -143,7 +143,7 @@ pub struct Recorder {
     /// Cuts each blob transfer after this many chunks.
     pub cut_after: Option<usize>,
     pub heartbeat_interval: Duration,
-    to_agent: Mutex<Option<mpsc::Sender<CoordinatorFrame>>>,
+    pub to_agent: Mutex<Option<mpsc::Sender<CoordinatorFrame>>>,
 }
 
 impl Recorder {

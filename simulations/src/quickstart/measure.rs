@@ -41,20 +41,23 @@ pub fn rows(layout: &Layout, domain: &Domain, table: &Path, schema: &FeatureSche
     Ok(all)
 }
 
-/// Predicts one domain's test rows by every variant.
+/// Predicts one domain's test rows by every variant; `most` limits the rows on either side.
 ///
 /// # Errors
 /// A table, artefact or agent can't be used.
-pub async fn domain(
+pub fn domain(
     layout: &Layout,
     pki: &PkiFolder,
     domain: &Domain,
     address: &str,
     seed: u64,
+    most: usize,
 ) -> Result<Predictions> {
     let schema = schema()?;
     let train = rows(layout, domain, &layout.train_table(domain.id), &schema)?;
     let test = rows(layout, domain, &layout.test_table(domain.id), &schema)?;
+    let first = |rows: TypedBatch| rows.take(&(0..most.min(rows.rows())).collect::<Vec<_>>());
+    let (train, test) = (first(train), first(test));
     let labels: Vec<u8> = test.labels.iter().map(|l| l.map_or(0, |l| u8::try_from(l).unwrap_or(1))).collect();
     let loaded = loaded(layout, pki, domain, &schema)?;
     let mut by_variant = BTreeMap::new();
@@ -69,7 +72,10 @@ pub async fn domain(
         let ones = answers.iter().map(|row| row.get(1).copied().map_or(f64::NAN, f64::from)).collect();
         by_variant.insert(variant, ones);
     }
-    by_variant.insert(Variant::Served, predict::served(address, &schema, &test).await?);
+    by_variant.insert(
+        Variant::Served,
+        tokio::runtime::Handle::current().block_on(predict::served(address, &schema, &test))?,
+    );
     Ok(Predictions { domain: domain.id.to_owned(), train_rows: train.rows(), labels, by_variant })
 }
 

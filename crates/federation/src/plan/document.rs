@@ -190,8 +190,8 @@ fn locate(tree: &Spanned<Node>, path: &str) -> Location {
 
 /// A document reduced to its shape.
 enum Node {
-    Map(BTreeMap<String, Spanned<Node>>),
-    List(Vec<Spanned<Node>>),
+    Map(BTreeMap<String, Spanned<Self>>),
+    List(Vec<Spanned<Self>>),
     Scalar,
 }
 
