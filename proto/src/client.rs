@@ -116,6 +116,45 @@ impl From<Status> for ClientError {
 type Result<T> = std::result::Result<T, ClientError>;
 
 /// An agent's calls; cheap to clone.
+///
+/// What it submits is noised and debited, or doesn't compile:
+///
+/// ```
+/// use tabmesh_privacy::{ledger::DebitReceipt, private::Private};
+/// use tabmesh_proto::{client::MeshClient, message::SubmissionTarget};
+///
+/// async fn send(client: MeshClient, to: SubmissionTarget, noised: Private<Vec<u8>>, debit: DebitReceipt) {
+///     let _ = client.submit_release(&to, &noised, &debit).await;
+/// }
+/// ```
+///
+/// Bytes that no mechanism has noised are refused,
+///
+/// ```compile_fail,E0308
+/// use tabmesh_privacy::ledger::DebitReceipt;
+/// use tabmesh_proto::{client::MeshClient, message::SubmissionTarget};
+///
+/// async fn send(client: MeshClient, to: SubmissionTarget, exact_counts: Vec<u8>, debit: DebitReceipt) {
+///     let _ = client.submit_release(&to, &exact_counts, &debit).await;
+/// }
+/// ```
+///
+/// noised bytes without the receipt of their ledger entry too,
+///
+/// ```compile_fail,E0308
+/// use tabmesh_privacy::private::Private;
+/// use tabmesh_proto::{client::MeshClient, message::SubmissionTarget};
+///
+/// async fn send(client: MeshClient, to: SubmissionTarget, noised: Private<Vec<u8>>) {
+///     let _ = client.submit_update(&to, &noised, &()).await;
+/// }
+/// ```
+///
+/// and the generated messages, through which anything could be sent, are out of reach.
+///
+/// ```compile_fail,E0603
+/// use tabmesh_proto::pb::Submission;
+/// ```
 #[derive(Debug, Clone)]
 pub struct MeshClient {
     inner: pb::mesh_client::MeshClient<Channel>,

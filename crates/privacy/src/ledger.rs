@@ -119,6 +119,16 @@ impl Reservation {
 }
 
 /// Proof that a payload's cost is durable; made by the ledger alone. Sending functions ask for one.
+///
+/// It can't be made from an entry that nobody committed:
+///
+/// ```compile_fail,E0451
+/// use tabmesh_privacy::ledger::{Committed, DebitReceipt};
+///
+/// fn receipt(committed: Committed) -> DebitReceipt {
+///     DebitReceipt { committed }
+/// }
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct DebitReceipt {
     committed: Committed,

@@ -11,6 +11,34 @@ use std::fmt;
 pub type Digest = [u8; 32];
 
 /// A value that a mechanism of this crate has made differentially private.
+///
+/// Code outside the crate can name the type and read it,
+///
+/// ```
+/// use tabmesh_privacy::private::Private;
+///
+/// fn size(noised: &Private<Vec<i64>>) -> usize {
+///     noised.dimension()
+/// }
+/// ```
+///
+/// but it can neither write one down
+///
+/// ```compile_fail,E0451
+/// use tabmesh_privacy::private::Private;
+///
+/// let rows = vec![1_i64, 2, 3];
+/// let _: Private<Vec<i64>> = Private { value: rows };
+/// ```
+///
+/// nor wrap data into one.
+///
+/// ```compile_fail,E0624
+/// use tabmesh_privacy::private::Private;
+///
+/// let rows = vec![1_i64, 2, 3];
+/// let _ = Private::new(rows);
+/// ```
 #[derive(Clone, PartialEq, Eq)]
 pub struct Private<T> {
     value: T,

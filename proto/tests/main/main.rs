@@ -6,8 +6,3 @@
 mod flow;
 mod refusals;
 mod support;
-
-#[test]
-fn only_noised_bytes_with_a_receipt_can_be_sent() {
-    trybuild::TestCases::new().compile_fail("tests/compile_fail/*.rs");
-}
