@@ -430,8 +430,7 @@ impl OperatorClient {
     #[must_use]
     pub fn new(link: Link) -> Self {
         let inner = pb::operator_client::OperatorClient::new(link.channel)
-            .max_decoding_message_size(limits::MAX_ANSWER_BYTES)
-            .max_encoding_message_size(limits::MAX_CONTROL_MESSAGE_BYTES);
+            .max_decoding_message_size(limits::MAX_ANSWER_BYTES);
         Self { inner }
     }
 
@@ -531,8 +530,7 @@ impl AuditorClient {
     #[must_use]
     pub fn new(link: Link) -> Self {
         let inner = pb::auditor_client::AuditorClient::new(link.channel)
-            .max_decoding_message_size(limits::MAX_ANSWER_BYTES)
-            .max_encoding_message_size(limits::MAX_CONTROL_MESSAGE_BYTES);
+            .max_decoding_message_size(limits::MAX_ANSWER_BYTES);
         Self { inner }
     }
 

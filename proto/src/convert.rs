@@ -161,6 +161,8 @@ fn list<A, B>(
 /// Checks that entries are contiguous and chained, within limits; returns the last one's place.
 pub(crate) fn check_chain(entries: &[ChainedEntry]) -> Result<(u64, Digest)> {
     at_most("entries", entries.len(), limits::MAX_LEDGER_ENTRIES)?;
+    let total = entries.iter().map(|entry| entry.payload.len()).sum();
+    at_most("statement", total, limits::MAX_LEDGER_STATEMENT_BYTES)?;
     let mut last: Option<(u64, Digest)> = None;
     for entry in entries {
         at_most("entry", entry.payload.len(), limits::MAX_LEDGER_ENTRY_BYTES)?;

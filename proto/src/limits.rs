@@ -29,6 +29,8 @@ pub const MAX_DOCUMENT_BYTES: usize = 4 << 20;
 pub const MAX_LEDGER_ENTRIES: usize = 1024;
 /// Most bytes of one ledger entry.
 pub const MAX_LEDGER_ENTRY_BYTES: usize = 64 * 1024;
+/// Most bytes of all entries of one ledger statement.
+pub const MAX_LEDGER_STATEMENT_BYTES: usize = 8 << 20;
 /// Most bytes of an identifier: assignment, plan, session, receipt.
 pub const MAX_ID_BYTES: usize = 64;
 /// Most bytes of a short text: product names, versions, phases.

@@ -104,6 +104,20 @@ fn each_limit_is_accepted_and_one_more_is_refused() {
 }
 
 #[test]
+fn a_ledger_statement_is_bounded_as_a_whole() {
+    let max = limits::MAX_LEDGER_STATEMENT_BYTES;
+    let entries = max / limits::MAX_LEDGER_ENTRY_BYTES;
+    let full = chain(entries, limits::MAX_LEDGER_ENTRY_BYTES);
+    assert!(full.encoded_len() <= limits::MAX_MESH_MESSAGE_BYTES);
+    let parsed = LedgerStatement::try_from(full).unwrap();
+    let (seq, prev) = parsed.head().unwrap();
+    let mut above = parsed.entries;
+    above.push(ChainedEntry { seq: seq + 1, prev, payload: vec![7] });
+    let refused = ConvertError::TooLarge { field: "statement", got: max + 1, max };
+    assert_eq!(check_chain(&above), Err(refused));
+}
+
+#[test]
 fn a_payload_fits_into_its_message_and_the_message_into_its_limit() {
     let largest = submission(vec![0; limits::MAX_PAYLOAD_BYTES]);
     assert!(largest.encoded_len() <= limits::MAX_MESH_MESSAGE_BYTES);

@@ -250,7 +250,7 @@ async fn messages_above_the_limit_are_refused() {
     operator.submit_plan(vec![b'x'; limits::MAX_PLAN_BYTES]).await.unwrap();
     let too_large = Err(ClientError::Refused(WireError::TooLarge));
     assert_eq!(operator.submit_plan(vec![b'x'; limits::MAX_PLAN_BYTES + 1]).await, too_large);
-    // Above what may be sent at all: refused before it leaves, and by the server if it came.
+    // Above the service's message limit: refused by its length, before the body is read.
     let refused = operator.submit_plan(vec![b'x'; limits::MAX_CONTROL_MESSAGE_BYTES + 1]).await;
     assert_eq!(refused, too_large);
     assert_eq!(server.recorder.seen().len(), 1);
