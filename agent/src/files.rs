@@ -36,7 +36,8 @@ pub fn append_line<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
 }
 
 fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let folder = path.parent().unwrap_or_else(|| Path::new("."));
+    // A bare file name has an empty parent, which stands for the current folder.
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     let beside = path.with_extension("writing");
     let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(mode).open(&beside)?;
     file.write_all(bytes)?;
@@ -59,5 +60,14 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_bare_file_name_is_written_to_the_current_folder() {
+        let name = Path::new("files-test-bare-name.json");
+        replace(name, b"here").unwrap();
+        let read = std::fs::read(name).unwrap();
+        std::fs::remove_file(name).unwrap();
+        assert_eq!(read, b"here");
     }
 }

@@ -29,8 +29,8 @@ pub(crate) fn run(agent: &Agent, input: &Path, predictions: &Path) -> miette::Re
     let spec = SourceSpec { kind: SourceKind::Parquet, path: input.display().to_string(), delimiter: None };
     let source = source::open(&spec, Path::new("."));
     let schema = &domain.schema;
-    let view =
-        View::new(&*source, &contract, schema, DomainKey::new(&domain.secret("units"))).into_diagnostic()?;
+    let key = DomainKey::new(&domain.secret("units"));
+    let view = View::unlabelled(&*source, &contract, schema, key).into_diagnostic()?;
     let classes = &schema.target().classes;
     let mut fields = vec![Field::new("label", DataType::Utf8, false)];
     fields.extend(
