@@ -124,7 +124,8 @@ impl Serving {
         let adapter = manifest.adapter.filter(|_| held.served.tokens == Tokens::On);
         let version = ServedVersion {
             name: held.served.to_string(),
-            digest: held.manifest.to_string(),
+            // Another choice from the same publication is another version.
+            digest: Digest::of(format!("{} {}", held.manifest, held.served).as_bytes()).to_string(),
             base: weights.to_string(),
             adapter: adapter.map(|digest| digest.to_string()),
             promoted_at_ms: held.promoted_ms,

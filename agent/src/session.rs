@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rand::rngs::OsRng;
 use rand::{Rng, TryRngCore};
-use tabmesh_privacy::ledger::RefusalRule;
+use tabmesh_privacy::ledger::{ChainedEntry as Entry, RefusalRule};
 use tabmesh_proto::client::{ClientError, MeshClient, SessionSender};
 use tabmesh_proto::connect::{CoordinatorAddress, Dial, connect};
 use tabmesh_proto::message::{
@@ -145,21 +145,20 @@ impl<D: Dial + Clone> Link<D> {
     /// States the ledger: entries are figures of plans and digests, nothing that depends on rows.
     async fn mirror(&self, client: &MeshClient) -> Result<(), SessionError> {
         let domain = &self.work.domain;
-        let statement = {
+        let mut statements = Vec::new();
+        {
             let books = self.work.books();
-            let entries: Vec<ChainedEntry> = books
-                .entries()
-                .iter()
-                .map(|entry| ChainedEntry {
-                    seq: entry.seq,
-                    prev: entry.prev,
-                    payload: entry.payload.clone(),
-                })
-                .collect();
-            let product = books.product().to_owned();
-            LedgerStatement::sign(product, entries, &domain.identity, &domain.key)?
-        };
-        client.mirror_ledger(statement).await?;
+            for piece in books.entries().chunks(ENTRIES_PER_STATEMENT) {
+                let chained =
+                    |e: &Entry| ChainedEntry { seq: e.seq, prev: e.prev, payload: e.payload.clone() };
+                let entries = piece.iter().map(chained).collect();
+                let product = books.product().to_owned();
+                statements.push(LedgerStatement::sign(product, entries, &domain.identity, &domain.key)?);
+            }
+        }
+        for statement in statements {
+            client.mirror_ledger(statement).await?;
+        }
         Ok(())
     }
 
@@ -294,6 +293,8 @@ fn code_of(rule: RefusalRule) -> AssignmentRefusal {
     }
 }
 
+/// Ledger entries in one statement.
+const ENTRIES_PER_STATEMENT: usize = 512;
 /// First pause before connecting again.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Longest pause before connecting again.
