@@ -191,7 +191,7 @@ impl Collections {
             }
             self.save(submission.collection, &next)?;
             entry.state = next;
-            entry.changed.notify_waiters();
+            entry.changed.notify_one();
         }
         Ok(Some(outcome))
     }
@@ -231,7 +231,7 @@ impl Collections {
                 (Arc::clone(&entry.changed), entry.state.due_in_ms(now_ms))
             };
             let due = Duration::from_millis(u64::try_from(due_ms).unwrap_or(0).clamp(1, LONGEST_WAIT_MS));
-            // Whoever changes the state in between is seen by the next look: the wait is bounded.
+            // A change in between leaves a permit behind, so it is seen at once; there is one waiter, the pipeline.
             let _ = tokio::time::timeout(due, changed.notified()).await;
         }
     }
@@ -248,7 +248,7 @@ impl Collections {
         let state = Open::Round(Box::new(next.clone()));
         self.save(id, &state)?;
         entry.state = state;
-        entry.changed.notify_waiters();
+        entry.changed.notify_one();
         Ok(next)
     }
 
@@ -261,7 +261,7 @@ impl Collections {
             let next = entry.state.cancel(by, (self.clock)());
             self.save(*id, &next)?;
             entry.state = next;
-            entry.changed.notify_waiters();
+            entry.changed.notify_one();
         }
         Ok(())
     }

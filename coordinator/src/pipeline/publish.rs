@@ -9,6 +9,7 @@ use tabmesh_privacy::budget::{Delta, Epsilon, Rho};
 use tabmesh_proto::message::AssignmentKind;
 use tabmesh_store::Kind;
 
+use super::release::Released;
 use super::rounds::AdapterState;
 use super::{assignment_id, schema_of};
 use crate::error::CoordinatorError;
@@ -28,6 +29,7 @@ pub(super) fn run(mesh: &Arc<Mesh>, submitted: &Submitted, job: &Job) -> Result<
         None => None,
         Some(state) => {
             let state: AdapterState = mesh.get_json(stored(state), "adapter state")?;
+            let state = state.caught_up(job)?;
             let digest = mesh.blobs.put(&state.artefact(&tuned.to_string())?)?;
             mesh.share(&digest)?;
             mesh.register(Kind::Adapter, digest, vec![stored(tuned)])?;
@@ -35,7 +37,7 @@ pub(super) fn run(mesh: &Arc<Mesh>, submitted: &Submitted, job: &Job) -> Result<
         }
     };
     let budget = plan.budget()?;
-    let used = used(&budget, products.sums.len(), products.rounds_published);
+    let used = used(&budget, &Released::load(mesh, submitted, job)?, products.rounds_published);
     let figure = |error: tabmesh_privacy::budget::BudgetError| CoordinatorError::Step(error.to_string());
     let manifest = Manifest {
         version: MANIFEST_VERSION,
@@ -84,8 +86,8 @@ pub(super) fn run(mesh: &Arc<Mesh>, submitted: &Submitted, job: &Job) -> Result<
 }
 
 /// What the stages and rounds with a result cost.
-fn used(budget: &tabmesh_federation::plan::PlanBudget, stages: usize, rounds: u32) -> Rho {
+fn used(budget: &tabmesh_federation::plan::PlanBudget, released: &Released, rounds: u32) -> Rho {
     let add = |sum: Rho, rho: &Rho| sum.checked_add(*rho).unwrap_or(budget.total);
-    let release = budget.per_stage.iter().take(stages).fold(Rho::ZERO, add);
+    let release = released.stages.iter().map(|stage| &stage.query.rho).fold(Rho::ZERO, add);
     (0..rounds).fold(release, |sum, _| add(sum, &budget.per_round))
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tabmesh_federation::aggregate::optimiser::ServerOptimiser;
 use tabmesh_federation::aggregate::{Aggregate, Contributions, Rule, Updates};
 use tabmesh_federation::descriptor::{RoundDescriptor, RoundInputs};
-use tabmesh_federation::id::{Digest as NamedDigest, RoundId};
+use tabmesh_federation::id::{AgentId, Digest as NamedDigest, RoundId};
 use tabmesh_federation::job::{Job, JobEvent};
 use tabmesh_federation::phase::abandon::AbandonReason;
 use tabmesh_federation::plan::ClipNorm;
@@ -37,6 +37,16 @@ pub(super) struct AdapterState {
 }
 
 impl AdapterState {
+    /// The state after the abandoned rounds too: the schedule goes on, the iterate stays.
+    pub(super) fn caught_up(mut self, job: &Job) -> Result<Self, CoordinatorError> {
+        let ended = job.products().rounds_published + job.products().rounds_abandoned;
+        while self.optimiser.done() < ended {
+            let skipped = self.optimiser.skip(&self.values);
+            self.optimiser = skipped.map_err(|error| CoordinatorError::Step(error.to_string()))?;
+        }
+        Ok(self)
+    }
+
     /// The adapter as published: the mean of the last iterates.
     pub(super) fn artefact(&self, base: &str) -> Result<Vec<u8>, CoordinatorError> {
         let values = self.optimiser.averaged(&self.values).iter().map(|v| *v as f32).collect();
@@ -104,7 +114,7 @@ pub(super) async fn run(
     mesh.collections.settled(round).await?;
     mesh.outbox.withdraw(&peers, &id)?;
     let before = state(mesh, submitted, job).await?;
-    let ended = finish(mesh, submitted, &descriptor, &before, round);
+    let ended = finish(mesh, submitted, job, &descriptor, &before, round);
     let event = match ended {
         Ok(adapter) => JobEvent::RoundPublished { index, adapter },
         Err(RoundEnd::Abandoned(cause)) => JobEvent::RoundAbandoned { index, cause },
@@ -129,6 +139,7 @@ impl<E: Into<CoordinatorError>> From<E> for RoundEnd {
 fn finish(
     mesh: &Mesh,
     submitted: &Submitted,
+    job: &Job,
     descriptor: &RoundDescriptor,
     before: &AdapterState,
     id: RoundId,
@@ -150,11 +161,15 @@ fn finish(
     };
     let rounds = &submitted.plan.rounds;
     let rule = Rule::new(rounds.aggregation, rounds.trim);
-    let totals = BTreeMap::new();
+    // The divisor counts those whose updates are in, by their noisy totals of the release.
+    let released = released_totals(mesh, submitted, job)?;
+    let totals: BTreeMap<AgentId, f64> =
+        released.into_iter().filter(|(agent, _)| collection.values().contains_key(agent)).collect();
+    let divisor = totals.values().sum::<f64>().max(1.0);
     let updates = Updates {
         contributions: Contributions::Separate(collection.values()),
         scale: descriptor.scale as f64,
-        divisor: descriptor.divisor as f64,
+        divisor,
         totals: &totals,
     };
     let step = |error: String| RoundEnd::Failed(CoordinatorError::Step(error));
@@ -177,11 +192,13 @@ async fn state(
     job: &Job,
 ) -> Result<AdapterState, CoordinatorError> {
     if let Some(digest) = job.products().adapter {
-        return mesh.get_json(stored(digest), "adapter state");
+        return mesh.get_json::<AdapterState>(stored(digest), "adapter state")?.caught_up(job);
     }
     let key = format!("adapter/{}", submitted.digest).into_bytes();
     if let Some(record) = mesh.records.get(&key)? {
-        return mesh.get_json(String::from_utf8_lossy(&record).parse()?, "adapter state");
+        let state: AdapterState =
+            mesh.get_json(String::from_utf8_lossy(&record).parse()?, "adapter state")?;
+        return state.caught_up(job);
     }
     let work = {
         let (mesh, submitted, job) = (Arc::clone(mesh), Arc::clone(submitted), job.clone());
@@ -221,6 +238,20 @@ fn initial(mesh: &Mesh, submitted: &Submitted, job: &Job) -> Result<AdapterState
         clip_norm,
         optimiser: ServerOptimiser::new(rounds.optimiser, rounds.count, len),
     })
+}
+
+/// Noisy number of units of each agent, from the label counts of stage 1.
+fn released_totals(
+    mesh: &Mesh,
+    submitted: &Submitted,
+    job: &Job,
+) -> Result<BTreeMap<AgentId, f64>, CoordinatorError> {
+    let released = Released::load(mesh, submitted, job)?;
+    let name = |(agent, total): (&String, &f64)| {
+        let agent = AgentId::new(agent.clone()).map_err(|error| CoordinatorError::Step(error.to_string()))?;
+        Ok((agent, total.max(1.0)))
+    };
+    released.stage(1)?.totals.iter().map(name).collect()
 }
 
 fn descriptor_key(id: RoundId) -> Vec<u8> {
