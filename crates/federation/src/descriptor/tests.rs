@@ -1,3 +1,5 @@
+//! Attacks on round descriptors, and the figures that must follow from a plan.
+
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use rand::SeedableRng;

@@ -1,3 +1,5 @@
+//! Plans that parse, and every fault with its place.
+
 #![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests; exact equality is meant where it stands")]
 
 use super::*;

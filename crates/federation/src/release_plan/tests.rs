@@ -1,3 +1,5 @@
+//! Queries as derived, and attacks on them.
+
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use tabmesh_contract::schema::{NumericDomain, Target};

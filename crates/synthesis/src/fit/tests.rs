@@ -1,3 +1,5 @@
+//! The fitted distribution against the one that made the tables.
+
 #![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests")]
 
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! Marginal operations against naive twins.
+
 #![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests")]
 
 use proptest::prelude::*;

@@ -1,3 +1,5 @@
+//! The quality measure on rows with a known distance.
+
 #![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests")]
 
 use rand::SeedableRng;

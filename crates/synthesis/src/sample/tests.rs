@@ -1,3 +1,5 @@
+//! Drawn rows against the model, with stated error rates.
+
 #![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests")]
 
 use rand::SeedableRng;

@@ -1,3 +1,5 @@
+//! The spanning tree against a brute-force search.
+
 #![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests")]
 
 use rand::{Rng, SeedableRng};
