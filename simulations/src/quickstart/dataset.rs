@@ -5,9 +5,14 @@
 //! ranges double as clipping bounds of a private release. The tables are part of the program, so nothing has to
 //! be fetched or found; `data/census_income/README.md` says where they come from.
 
+use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use hyper::body::Bytes;
+use parquet::arrow::ArrowWriter;
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use tabmesh_contract::schema::{
     Feature, FeatureId, FeatureKind, FeatureSchema, NumericDomain, Scale, SchemaError, Target,
 };
@@ -51,28 +56,38 @@ impl Domain {
         self.test
     }
 
-    /// Writes the training table to `path`, making its folder.
+    /// Writes the training table, or its first `rows` rows, to `path`, making its folder.
     ///
     /// # Errors
     /// The folder or file can't be written.
-    pub fn write_train(&self, path: &Path) -> Result<()> {
-        write(path, self.train)
+    pub fn write_train(&self, path: &Path, rows: Option<usize>) -> Result<()> {
+        write(path, self.train, rows)
     }
 
-    /// Writes the test table to `path`, making its folder.
+    /// Writes the test table, or its first `rows` rows, to `path`, making its folder.
     ///
     /// # Errors
     /// The folder or file can't be written.
-    pub fn write_test(&self, path: &Path) -> Result<()> {
-        write(path, self.test)
+    pub fn write_test(&self, path: &Path, rows: Option<usize>) -> Result<()> {
+        write(path, self.test, rows)
     }
 }
 
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+fn write(path: &Path, bytes: &'static [u8], rows: Option<usize>) -> Result<()> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).with_context(|| format!("can't make folder {}", folder.display()))?;
     }
-    std::fs::write(path, bytes).with_context(|| format!("can't write {}", path.display()))
+    let context = || format!("can't write {}", path.display());
+    let Some(rows) = rows else { return std::fs::write(path, bytes).with_context(context) };
+    let builder = ParquetRecordBatchReaderBuilder::try_new(Bytes::from_static(bytes))?;
+    let schema = Arc::clone(builder.schema());
+    let mut writer = ArrowWriter::try_new(File::create(path).with_context(context)?, schema, None)?;
+    let reader = builder.with_limit(rows).build()?;
+    for batch in reader {
+        writer.write(&batch?)?;
+    }
+    writer.close()?;
+    Ok(())
 }
 
 macro_rules! domain {
@@ -376,7 +391,7 @@ pub(crate) mod tests {
     use super::*;
 
     fn batches(path: &Path) -> Vec<RecordBatch> {
-        let file = std::fs::File::open(path).unwrap();
+        let file = File::open(path).unwrap();
         let reader = ParquetRecordBatchReaderBuilder::try_new(file).unwrap().build().unwrap();
         reader.map(Result::unwrap).collect()
     }
@@ -426,8 +441,8 @@ pub(crate) mod tests {
             .map(|domain| {
                 let (train, test) =
                     (folder.path().join("a/train.parquet"), folder.path().join("b/test.parquet"));
-                domain.write_train(&train).unwrap();
-                domain.write_test(&test).unwrap();
+                domain.write_train(&train, None).unwrap();
+                domain.write_test(&test, None).unwrap();
                 (domain, batches(&train), batches(&test))
             })
             .collect()

@@ -144,14 +144,15 @@ impl Default for PlanChoices {
     }
 }
 
-/// Writes all tables, contracts and local policies: what exists before any process is started.
+/// Writes all tables, contracts and local policies: what exists before any process is started. `rows` shortens every table to
+/// its first rows.
 ///
 /// # Errors
 /// A file or folder that can't be written.
-pub fn write_domains(layout: &Layout) -> Result<()> {
+pub fn write_domains(layout: &Layout, rows: Option<usize>) -> Result<()> {
     for domain in &DOMAINS {
-        domain.write_train(&layout.train_table(domain.id))?;
-        domain.write_test(&layout.test_table(domain.id))?;
+        domain.write_train(&layout.train_table(domain.id), rows)?;
+        domain.write_test(&layout.test_table(domain.id), rows)?;
         write_contract(layout, domain)?;
         write_policy(layout, domain)?;
     }
@@ -497,7 +498,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let layout = Layout::at(root.path());
         pki::write(&layout.certificates(), &roles(), time::OffsetDateTime::UNIX_EPOCH).unwrap();
-        write_domains(&layout).unwrap();
+        write_domains(&layout, None).unwrap();
         let base = root.path().join("base.safetensors");
         std::fs::write(&base, b"weights").unwrap();
         write_coordinator(&layout, &base, 2).unwrap();

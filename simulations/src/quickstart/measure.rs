@@ -41,7 +41,7 @@ pub fn rows(layout: &Layout, domain: &Domain, table: &Path, schema: &FeatureSche
     Ok(all)
 }
 
-/// Predicts one domain's test rows by every variant; `most` limits the rows on either side.
+/// Predicts one domain's test rows by every variant.
 ///
 /// # Errors
 /// A table, artefact or agent can't be used.
@@ -51,13 +51,10 @@ pub fn domain(
     domain: &Domain,
     address: &str,
     seed: u64,
-    most: usize,
 ) -> Result<Predictions> {
     let schema = schema()?;
     let train = rows(layout, domain, &layout.train_table(domain.id), &schema)?;
     let test = rows(layout, domain, &layout.test_table(domain.id), &schema)?;
-    let first = |rows: TypedBatch| rows.take(&(0..most.min(rows.rows())).collect::<Vec<_>>());
-    let (train, test) = (first(train), first(test));
     let labels: Vec<u8> = test.labels.iter().map(|l| l.map_or(0, |l| u8::try_from(l).unwrap_or(1))).collect();
     let loaded = loaded(layout, pki, domain, &schema)?;
     let mut by_variant = BTreeMap::new();

@@ -167,13 +167,12 @@ async fn whole(options: &Options, root: &Path) -> Result<()> {
     promoted(&mut deployment).await?;
     steps.end("7 serve: every agent has chosen and serves");
 
-    let most = if options.fast { FAST_ROWS } else { usize::MAX };
     let seed = options.seed.unwrap_or(1);
     let mut scoring = Vec::new();
     for (domain, address) in DOMAINS.iter().zip(&deployment.agent_addresses) {
         let (layout, pki, address) = (deployment.layout.clone(), deployment.pki.clone(), address.clone());
         scoring.push(tokio::task::spawn_blocking(move || {
-            measure::domain(&layout, &pki, domain, &address, seed, most)
+            measure::domain(&layout, &pki, domain, &address, seed)
         }));
     }
     let mut predictions = Vec::new();
@@ -220,7 +219,7 @@ fn start(options: &Options, root: &Path) -> Result<Deployment> {
     let base = root.join("models").join("base.safetensors");
     std::fs::create_dir_all(root.join("models"))?;
     std::fs::write(&base, BASE_MODEL)?;
-    deployment::write_domains(&layout)?;
+    deployment::write_domains(&layout, options.fast.then_some(FAST_ROWS))?;
     deployment::write_coordinator(&layout, &base, 2)?;
     let choices = if options.fast {
         PlanChoices { corpus_rows: 4_000, pretrain_steps: 12, rounds: 3, ..PlanChoices::default() }
@@ -446,7 +445,7 @@ impl Deployment {
     }
 }
 
-/// Rows of each table that the short form scores with.
-const FAST_ROWS: usize = 500;
+/// Rows of each table in the short form, for agents, trees and scoring alike.
+const FAST_ROWS: usize = 1_000;
 /// How long a start-up or a promotion may take.
 const PATIENCE: Duration = Duration::from_secs(180);
