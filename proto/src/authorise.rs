@@ -12,14 +12,14 @@ use std::{
     task::{Context, Poll},
 };
 
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::timeout};
 use tonic::{Status, body::Body, codegen::http};
 use tower::{Layer, Service};
 
 use crate::{
     accept::PeerIdentity,
     identity::{Role, SpiffeId},
-    limits::MAX_SUBMISSIONS_IN_FLIGHT,
+    limits::{MAX_SUBMISSIONS_IN_FLIGHT, SUBMISSION_WAIT},
     status::WireError,
 };
 
@@ -124,6 +124,7 @@ pub struct Authorised<S> {
 impl<S> Service<http::Request<Body>> for Authorised<S>
 where
     S: Service<http::Request<Body>, Response = http::Response<Body>, Error = Infallible>,
+    S: Clone + Send + 'static,
     S::Future: Send + 'static,
 {
     type Response = http::Response<Body>;
@@ -148,18 +149,18 @@ where
             tracing::warn!(remote = %peer.remote, %denied, "request denied");
             return refused(WireError::from(&denied));
         }
-        let mut permit = None;
-        if matches!(method, SUBMIT_RELEASE | SUBMIT_UPDATE) {
-            match Arc::clone(&self.submissions).try_acquire_owned() {
-                Ok(acquired) => permit = Some(acquired),
-                Err(_) => return refused(WireError::Busy),
-            }
+        if !matches!(method, SUBMIT_RELEASE | SUBMIT_UPDATE) {
+            return Box::pin(self.inner.call(request));
         }
-        let answer = self.inner.call(request);
+        // Vectors wait their turn unread: a whole cohort answers at once, and what waits costs a header only.
+        let turn = timeout(SUBMISSION_WAIT, Arc::clone(&self.submissions).acquire_owned());
+        let next = self.inner.clone();
+        let mut ready = std::mem::replace(&mut self.inner, next);
         Box::pin(async move {
-            let answer = answer.await;
-            drop(permit);
-            answer
+            let Ok(Ok(_permit)) = turn.await else {
+                return Ok(Status::from(WireError::Busy).into_http());
+            };
+            ready.call(request).await
         })
     }
 }
@@ -170,6 +171,8 @@ const SUBMIT_UPDATE: &str = "/tabmesh.v1.Mesh/SubmitUpdate";
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::time::Duration;
 
     use super::*;
 
@@ -222,6 +225,55 @@ mod tests {
             let denied = Denied::Role { peer: peer(Role::Auditor), method: method.clone() };
             assert_eq!(authorise(&method, &peer(Role::Auditor)), Err(denied));
         }
+    }
+
+    /// Answers once the gate is open.
+    #[derive(Clone)]
+    struct Held {
+        began: Arc<AtomicUsize>,
+        gate: tokio::sync::watch::Receiver<bool>,
+    }
+
+    impl Service<http::Request<Body>> for Held {
+        type Response = http::Response<Body>;
+        type Error = Infallible;
+        type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>> + Send>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, _: http::Request<Body>) -> Self::Future {
+            let mut held = self.clone();
+            Box::pin(async move {
+                held.began.fetch_add(1, Ordering::SeqCst);
+                let _ = held.gate.wait_for(|open| *open).await;
+                Ok(http::Response::new(Body::default()))
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn submissions_beyond_the_bound_wait_for_their_turn() {
+        let (release, gate) = tokio::sync::watch::channel(false);
+        let began = Arc::new(AtomicUsize::new(0));
+        let inner = Held { began: Arc::clone(&began), gate };
+        let layer = AuthoriseLayer::new();
+        let mut calls = Vec::new();
+        for _ in 0..=MAX_SUBMISSIONS_IN_FLIGHT {
+            let mut request = http::Request::new(Body::default());
+            *request.uri_mut() = SUBMIT_UPDATE.parse().unwrap();
+            let remote = "127.0.0.1:1".parse().unwrap();
+            request.extensions_mut().insert(PeerIdentity { id: peer(Role::Agent), remote });
+            calls.push(tokio::spawn(layer.layer(inner.clone()).call(request)));
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(began.load(Ordering::SeqCst), MAX_SUBMISSIONS_IN_FLIGHT);
+        release.send(true).unwrap();
+        for call in calls {
+            assert_eq!(call.await.unwrap().unwrap().status(), http::StatusCode::OK);
+        }
+        assert_eq!(began.load(Ordering::SeqCst), MAX_SUBMISSIONS_IN_FLIGHT + 1);
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub const MAX_SESSIONS: usize = 2048;
 pub const MAX_STREAMS_PER_CONNECTION: u32 = 32;
 /// Most submissions being received at once: bounds memory at about this many times [`MAX_MESH_MESSAGE_BYTES`].
 pub const MAX_SUBMISSIONS_IN_FLIGHT: usize = 8;
+/// How long a noised vector waits for its turn before it is refused as busy.
+pub const SUBMISSION_WAIT: Duration = Duration::from_secs(60);
 /// Most bytes of one request's headers.
 pub const MAX_HEADER_BYTES: u32 = 16 * 1024;
 /// Frames waiting for one session's peer to read them.
