@@ -56,6 +56,14 @@ enum Command {
         #[arg(long, value_enum, default_value_t = Output::Text)]
         output: Output,
     },
+    /// Writes a contract in the Open Data Contract Standard's form (v3.1), whichever form it is in.
+    Convert {
+        /// The contract file.
+        contract: PathBuf,
+        /// Where to write the document; standard output without it.
+        #[arg(long, short)]
+        output: Option<PathBuf>,
+    },
     /// Predicts a Parquet file of rows with the promoted model, without any connection.
     Predict {
         /// Configuration file.
@@ -65,8 +73,8 @@ enum Command {
         #[arg(long)]
         input: PathBuf,
         /// Where to write the probabilities (Parquet).
-        #[arg(long)]
-        predictions: PathBuf,
+        #[arg(long, short)]
+        output: PathBuf,
         #[command(flatten)]
         dev: Development,
     },
@@ -127,8 +135,9 @@ const EXAMPLES: &str = "\
 Examples:
   tabmesh-agent config example > agent.yaml
   tabmesh-agent check contract.yaml --policy policy.yaml
+  tabmesh-agent convert contract.yaml --output contract.odcs.yaml
   tabmesh-agent run --config agent.yaml
-  tabmesh-agent predict --config agent.yaml --input rows.parquet --predictions out.parquet
+  tabmesh-agent predict --config agent.yaml --input rows.parquet --output out.parquet
   tabmesh-agent budget --config agent.yaml --html budget.html";
 
 /// Runs the command line and gives the process's exit code: 0 done, 1 failed, 2 wrong usage.
@@ -167,9 +176,10 @@ fn dispatch(command: Command) -> miette::Result<ExitCode> {
         Command::Check { contract, policy, cohort, output } => {
             command::check::run(&contract, policy.as_deref(), cohort, output, now_ms())
         }
-        Command::Predict { config, input, predictions, dev } => {
+        Command::Convert { contract, output } => command::convert::run(&contract, output.as_deref()),
+        Command::Predict { config, input, output, dev } => {
             let agent = open(&config, dev)?;
-            command::predict::run(&agent, &input, &predictions)
+            command::predict::run(&agent, &input, &output)
         }
         Command::Budget { config, html, json, output } => {
             let config = Config::load(&config)?;

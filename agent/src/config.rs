@@ -45,9 +45,6 @@ pub struct Config {
     /// The agent's name, as in the certificate's SPIFFE id.
     #[garde(length(min = 1, max = 128))]
     pub name: String,
-    /// Labels that plans choose cohorts by.
-    #[serde(default)]
-    pub tags: Vec<String>,
     /// Folder of ledger, payloads, artefacts and logs.
     pub data_dir: PathBuf,
     /// The data-product contract (ODCS v3 or the short manifest).
@@ -248,7 +245,6 @@ const EXAMPLE: &str = "\
 # tabmesh-agent run --config agent.yaml
 domain: payments
 name: payments-1
-tags: [emea]
 data_dir: data
 contract: contract.yaml
 policy: policy.yaml

@@ -1,6 +1,6 @@
 //! The coordinator: admits contracts, runs plans, keeps what agents released, publishes signed models.
 //!
-//! One process, started by [`cli::main`]; [`run`] is the whole server on a listener, a store and a clock of the caller.
+//! One process, started by [`cli::main`]; [`run`] is the whole server on a listener and [`Surroundings`] of the caller.
 //! Agents open every connection; the coordinator never dials.
 
 #![forbid(unsafe_code)]
@@ -14,6 +14,7 @@ pub mod config;
 pub mod error;
 mod mesh;
 mod mirror;
+pub mod null_rounds;
 mod outbox;
 mod pipeline;
 mod plans;
@@ -26,6 +27,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
+use rand::RngCore;
 use ring::signature::Ed25519KeyPair;
 use tabmesh_contract::policy::PolicyBundle;
 use tabmesh_privacy::signature::SigningKey;
@@ -55,7 +57,17 @@ pub struct Switches {
     pub insecure_dev: bool,
 }
 
-/// Serves until `shutdown`: the whole coordinator on a listener, a record store and a clock of the caller.
+/// What a coordinator takes from the world besides its connections.
+pub struct Surroundings {
+    /// Where its records are.
+    pub records: Arc<dyn Records>,
+    /// The time.
+    pub clock: Clock,
+    /// Randomness for the ids of assignments and rounds; no secret is drawn from it.
+    pub ids: Box<dyn RngCore + Send>,
+}
+
+/// Serves until `shutdown`: the whole coordinator on a listener and surroundings of the caller.
 ///
 /// # Errors
 /// [`CoordinatorError`] if files of the configuration can't be used, the store is damaged, or the transport fails as a
@@ -64,30 +76,36 @@ pub async fn run<L: Listener, F: Future<Output = ()> + Send>(
     config: Config,
     switches: Switches,
     listener: L,
-    records: Arc<dyn Records>,
-    clock: Clock,
+    surroundings: Surroundings,
     shutdown: F,
 ) -> Result<(), CoordinatorError> {
     let tls = server_tls(&config, switches)?;
-    let mesh = Arc::new(open(config, switches, records, clock, tls.id().clone())?);
+    let mesh = Arc::new(open(config, switches, surroundings, tls.id().clone())?);
     for digest in mesh.plans.unfinished() {
         tracing::info!(plan = %digest, "resuming");
         tokio::spawn(pipeline::drive(Arc::clone(&mesh), digest));
     }
+    answer(mesh, &tls, listener, shutdown).await
+}
+
+/// Answers agents, operators and auditors until `shutdown`.
+async fn answer<L: Listener, F: Future<Output = ()> + Send>(
+    mesh: Arc<Mesh>,
+    tls: &ServerTls,
+    listener: L,
+    shutdown: F,
+) -> Result<(), CoordinatorError> {
     let services = Services {
         mesh: Arc::new(service::mesh::MeshCalls(Arc::clone(&mesh))),
         operator: Arc::new(service::operator::OperatorCalls(Arc::clone(&mesh))),
         auditor: Arc::new(service::auditor::AuditorCalls(Arc::clone(&mesh))),
     };
-    let stop = {
-        let mesh = Arc::clone(&mesh);
-        async move {
-            shutdown.await;
-            mesh.stop_tuning();
-            mesh.outbox.close_all(GoodbyeReason::ShuttingDown);
-        }
+    let stop = async move {
+        shutdown.await;
+        mesh.stop_tuning();
+        mesh.outbox.close_all(GoodbyeReason::ShuttingDown);
     };
-    serve(incoming(listener, &tls, AcceptOptions::default()), services, stop)
+    serve(incoming(listener, tls, AcceptOptions::default()), services, stop)
         .await
         .map_err(|error| transport("serving", &error))
 }
@@ -121,10 +139,10 @@ pub fn open_records(config: &Config) -> Result<Arc<dyn Records>, CoordinatorErro
 fn open(
     config: Config,
     switches: Switches,
-    records: Arc<dyn Records>,
-    clock: Clock,
+    surroundings: Surroundings,
     identity: tabmesh_proto::identity::SpiffeId,
 ) -> Result<Mesh, CoordinatorError> {
+    let Surroundings { records, clock, ids } = surroundings;
     let blobs = Arc::new(BlobStore::open(&config.data_dir.join("blobs"))?);
     let pkcs8 = read("signing key", &config.signing_key)?;
     let bad_key = |reason: String| CoordinatorError::File {
@@ -156,6 +174,7 @@ fn open(
         tuning_stop: AtomicBool::new(false),
         insecure_dev: switches.insecure_dev,
         audit: Mutex::new(audit),
+        ids: Mutex::new(ids),
         config,
         clock,
         key,

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rand::RngCore;
 use ring::signature::Ed25519KeyPair;
 use serde::Serialize;
 use tabmesh_contract::policy::PolicyBundle;
@@ -62,6 +63,8 @@ pub(crate) struct Mesh {
     /// Whether development certificates and fixed seeds are accepted.
     pub(crate) insecure_dev: bool,
     pub(crate) audit: Mutex<Log>,
+    /// Randomness for ids.
+    pub(crate) ids: Mutex<Box<dyn RngCore + Send>>,
 }
 
 impl Mesh {

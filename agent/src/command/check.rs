@@ -12,8 +12,7 @@ use serde_json::{Value, json};
 use tabmesh_contract::contract::{Contract, Purpose};
 use tabmesh_contract::policy::{Aggregation, Decision, DecisionKind, Request};
 use tabmesh_contract::profile::{Distinct, TableProfile};
-use tabmesh_contract::quality::{self, Measure, QualityRule, Unit, Verdict};
-use tabmesh_contract::slo;
+use tabmesh_contract::quality::{Measure, QualityRule, Unit, Verdict};
 use tabmesh_federation::plan::Plan;
 use tabmesh_federation::release_plan::Release;
 use tabmesh_privacy::mechanism::Noise;
@@ -22,7 +21,7 @@ use tabmesh_privacy::release::ReleaseQuery;
 use crate::cli::Output;
 use crate::config::LocalPolicy;
 use crate::domain;
-use crate::source;
+use crate::source::{self, TableCheck};
 
 /// Checks contract, table, quality, service levels and policy; the exit code is 0 only if all of it passes.
 pub(crate) fn run(
@@ -37,9 +36,9 @@ pub(crate) fn run(
     let policy = policy.map(LocalPolicy::load).transpose()?;
     let folder = contract_path.parent().unwrap_or_else(|| Path::new("."));
     let source = source::open_contract(&contract, folder).into_diagnostic()?;
-    source.schema_check(&contract).into_diagnostic()?;
-    let profile = source::profile(&*source, &contract).into_diagnostic()?;
-    let findings = findings(&contract, &profile, now_ms);
+    let check = TableCheck::run(&*source, &contract, now_ms).into_diagnostic()?;
+    let profile = &check.profile;
+    let findings = findings(&check);
     let (epsilon, delta) = policy
         .as_ref()
         .map_or((DEFAULT_EPSILON, DEFAULT_DELTA), |p| (p.grant.epsilon.get(), p.grant.delta.get()));
@@ -53,7 +52,7 @@ pub(crate) fn run(
     let max_rows_per_unit = contract.privacy.unit.max_rows();
     let release = Release { schema: &schema, plan: &plan, digest, budget, max_rows_per_unit };
     let first = release.stage_one().into_diagnostic()?;
-    let passed = findings.iter().all(|f| f.verdict != Verdict::Failed) && decisions.iter().all(|d| d.allow);
+    let passed = check.passed() && decisions.iter().all(|d| d.allow);
     match output {
         Output::Json => {
             let answer = json!({
@@ -63,6 +62,8 @@ pub(crate) fn run(
                 "columns": profile.columns().iter().map(|c| json!({
                     "name": c.name(), "nulls": c.nulls(), "invalid": c.invalid(), "min": c.min(), "max": c.max(),
                 })).collect::<Vec<Value>>(),
+                "problems": check.problems(&contract),
+                "warnings": check.warnings(&contract),
                 "checks": findings.iter().map(Finding::json).collect::<Vec<Value>>(),
                 "policy": decisions.iter().map(Decision::log_entry).collect::<Vec<Value>>(),
                 "release": { "epsilon": epsilon, "delta": delta, "features": schema.features().len(),
@@ -71,8 +72,14 @@ pub(crate) fn run(
             println!("{}", serde_json::to_string_pretty(&answer).into_diagnostic()?);
         }
         Output::Text => {
-            print_profile(&contract, &profile);
+            print_profile(&contract, profile);
             print_findings(&findings);
+            for problem in check.problems(&contract) {
+                println!("problem: {problem}");
+            }
+            for warning in check.warnings(&contract) {
+                println!("warning: {warning}");
+            }
             print_decisions(&decisions);
             print_release(&plan, &first, schema.features().len(), epsilon, delta);
             println!("\n{}", if passed { "everything passed" } else { "NOT passed: see above" });
@@ -94,16 +101,16 @@ impl Finding {
     }
 }
 
-fn findings(contract: &Contract, profile: &TableProfile, now_ms: i64) -> Vec<Finding> {
-    let rules = quality::judge(&contract.quality, profile).into_iter().map(|outcome| Finding {
+fn findings(check: &TableCheck) -> Vec<Finding> {
+    let rules = check.quality.iter().map(|outcome| Finding {
         what: describe(&outcome.rule),
         measured: outcome.measured,
-        verdict: outcome.verdict,
+        verdict: outcome.verdict.clone(),
     });
-    let levels = slo::judge(&contract.slo, profile, now_ms).into_iter().map(|outcome| Finding {
+    let levels = check.slo.iter().map(|outcome| Finding {
         what: format!("{} {}", outcome.objective.as_str(), outcome.promised),
         measured: outcome.measured,
-        verdict: outcome.verdict,
+        verdict: outcome.verdict.clone(),
     });
     rules.chain(levels).collect()
 }

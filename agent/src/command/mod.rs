@@ -2,4 +2,5 @@
 
 pub(crate) mod budget;
 pub(crate) mod check;
+pub(crate) mod convert;
 pub(crate) mod predict;

@@ -17,7 +17,7 @@ use crate::serve::Predictor;
 use crate::source::{self, DomainKey, View};
 
 /// Predicts every row of `input`, in order. The output is written beside and renamed: whole or not at all.
-pub(crate) fn run(agent: &Agent, input: &Path, predictions: &Path) -> miette::Result<ExitCode> {
+pub(crate) fn run(agent: &Agent, input: &Path, output: &Path) -> miette::Result<ExitCode> {
     if !agent.serving.restore().into_diagnostic()? {
         return Err(miette!(
             help = "run the agent until the coordinator has published",
@@ -37,7 +37,7 @@ pub(crate) fn run(agent: &Agent, input: &Path, predictions: &Path) -> miette::Re
         classes.iter().map(|class| Field::new(format!("probability_{class}"), DataType::Float32, false)),
     );
     let written = Arc::new(Schema::new(fields));
-    let beside = predictions.with_extension("writing");
+    let beside = output.with_extension("writing");
     let file = File::create(&beside).into_diagnostic().wrap_err_with(|| beside.display().to_string())?;
     let mut writer = ArrowWriter::try_new(file, Arc::clone(&written), None).into_diagnostic()?;
     let bar = ProgressBar::new_spinner().with_style(
@@ -63,9 +63,9 @@ pub(crate) fn run(agent: &Agent, input: &Path, predictions: &Path) -> miette::Re
         bar.inc(batch.rows() as u64);
     }
     writer.close().into_diagnostic()?;
-    std::fs::rename(&beside, predictions).into_diagnostic()?;
+    std::fs::rename(&beside, output).into_diagnostic()?;
     bar.finish_and_clear();
-    eprintln!("wrote {} ({} rows)", predictions.display(), bar.position());
+    eprintln!("wrote {} ({} rows)", output.display(), bar.position());
     Ok(ExitCode::SUCCESS)
 }
 

@@ -3,7 +3,7 @@
 //! The outcome is computed from private rows and stays in the domain. A check informs; it never writes a range, a
 //! category or a class into the contract.
 
-use tabmesh_contract::contract::Contract;
+use tabmesh_contract::contract::{Contract, Role};
 use tabmesh_contract::profile::{Distinct, TableProfile};
 use tabmesh_contract::quality::{self, Measure, QualityOutcome, Severity, Verdict};
 use tabmesh_contract::schema::PrivacyUnit;
@@ -92,6 +92,14 @@ impl TableCheck {
             if let Verdict::Skipped(why) = &outcome.verdict {
                 lines.push(format!("{}: skipped, {why}", outcome.objective.as_str()));
             }
+        }
+        if let Some(target) = contract.column_with_role(Role::Target)
+            && self.profile.column(&target.name).is_some_and(|p| p.distinct() == Distinct::Exactly(1))
+        {
+            lines.push(format!(
+                "column `{}` has one class: gradients teach nothing and no choice of a model can be judged",
+                target.name
+            ));
         }
         let unused = contract.columns.iter().zip(self.profile.columns());
         for (column, profile) in unused.filter(|(_, p)| p.values() == 0 && p.nulls() > 0) {

@@ -409,6 +409,19 @@ fn rows_to_predict_need_no_label() {
 }
 
 #[test]
+fn a_check_warns_of_a_table_with_one_class() {
+    let one = [ROWS[0], ROWS[3], ROWS[6]];
+    for arm in [Arm::csv(&one), Arm::parquet(arrays(&one))] {
+        let check = TableCheck::run(&*arm.source, &arm.contract, 0).unwrap();
+        let warnings = check.warnings(&arm.contract);
+        assert!(warnings.iter().any(|w| w.contains("`label` has one class")), "{warnings:?}");
+    }
+    let arm = Arm::csv(&ROWS);
+    let warnings = TableCheck::run(&*arm.source, &arm.contract, 0).unwrap().warnings(&arm.contract);
+    assert!(!warnings.iter().any(|w| w.contains("one class")), "{warnings:?}");
+}
+
+#[test]
 fn a_check_says_what_is_broken_and_what_is_only_worth_knowing() {
     for arm in Arm::both() {
         let hour = 3_600_000;

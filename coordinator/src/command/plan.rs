@@ -49,8 +49,13 @@ pub(crate) async fn run(action: PlanAction) -> miette::Result<ExitCode> {
         }
         PlanAction::Cancel { id, client } => {
             let operator = OperatorClient::new(client.connect().await?);
-            show(&[operator.cancel_plan(&parse(&id)?).await.into_diagnostic()?], Output::Text)?;
-            Ok(ExitCode::SUCCESS)
+            let summary = operator.cancel_plan(&parse(&id)?).await.into_diagnostic()?;
+            let cancelled = summary.phase.starts_with("cancelled");
+            show(&[summary], Output::Text)?;
+            if !cancelled {
+                eprintln!("the plan was over before; nothing was stopped");
+            }
+            Ok(if cancelled { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
     }
 }

@@ -4,11 +4,13 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use miette::{IntoDiagnostic, WrapErr};
+use rand::TryRngCore;
+use rand::rngs::OsRng;
 use tokio::net::TcpListener;
 
 use crate::config::Config;
 use crate::mesh::Clock;
-use crate::{Switches, open_records, run as serve};
+use crate::{Surroundings, Switches, open_records, run as serve};
 
 /// Serves until Ctrl-C, SIGTERM, or the closing of standard input.
 pub(crate) async fn run(
@@ -27,7 +29,8 @@ pub(crate) async fn run(
         tell(path, &local.to_string()).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
     }
     tracing::info!(address = %local, "listening");
-    serve(config, switches, listener, records, clock, stop(until_stdin_closes)).await?;
+    let surroundings = Surroundings { records, clock, ids: Box::new(OsRng.unwrap_err()) };
+    serve(config, switches, listener, surroundings, stop(until_stdin_closes)).await?;
     Ok(ExitCode::SUCCESS)
 }
 

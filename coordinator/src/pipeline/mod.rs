@@ -6,15 +6,13 @@
 pub(crate) mod corpus;
 mod publish;
 mod release;
-mod rounds;
+pub(crate) mod rounds;
 mod tune;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rand::TryRngCore;
-use rand::rngs::OsRng;
 use tabmesh_contract::schema::FeatureSchema;
 use tabmesh_federation::documents::{PlanAnnouncement, PlanClosing};
 use tabmesh_federation::id::{AgentId, CollectionId, PlanDigest};
@@ -28,7 +26,7 @@ use tabmesh_proto::message::{AssignmentKind, Id};
 
 use crate::catalog::Admitted;
 use crate::error::CoordinatorError;
-use crate::mesh::Mesh;
+use crate::mesh::{Mesh, locked};
 use crate::plans::Submitted;
 
 /// Drives a plan to its end.
@@ -101,7 +99,9 @@ async fn select_cohort(mesh: &Arc<Mesh>, submitted: &Submitted) -> Result<JobEve
     let offered: Vec<Candidate> = members
         .iter()
         .filter_map(|(agent, admitted)| {
-            let tags = [admitted.contract.domain.clone()].into();
+            // The domain is a tag of its own.
+            let mut tags = admitted.contract.tags.clone();
+            tags.insert(admitted.contract.domain.clone());
             Some(Candidate { agent: agent_id(agent).ok()?, tags })
         })
         .collect();
@@ -189,7 +189,7 @@ pub(crate) fn quorum(mesh: &Mesh, plan: &Plan) -> Quorum {
 
 /// A new id above an earlier one.
 pub(crate) fn collection_id(mesh: &Mesh, after: Option<CollectionId>) -> CollectionId {
-    CollectionId::new(mesh.now_ms(), &mut OsRng.unwrap_err(), after)
+    CollectionId::new(mesh.now_ms(), &mut **locked(&mesh.ids), after)
 }
 
 /// A new assignment id above an earlier one.

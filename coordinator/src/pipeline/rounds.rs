@@ -1,16 +1,16 @@
 //! Federated rounds: descriptor out, noised gradients in, one server step, durable at each turn.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use tabmesh_federation::aggregate::optimiser::ServerOptimiser;
 use tabmesh_federation::aggregate::{Aggregate, Contributions, Rule, Updates};
 use tabmesh_federation::descriptor::{RoundDescriptor, RoundInputs};
-use tabmesh_federation::id::{AgentId, Digest as NamedDigest, RoundId};
+use tabmesh_federation::id::{AgentId, Digest as NamedDigest, PlanDigest, RoundId};
 use tabmesh_federation::job::{Job, JobEvent};
 use tabmesh_federation::phase::abandon::AbandonReason;
-use tabmesh_federation::plan::ClipNorm;
+use tabmesh_federation::plan::{ClipNorm, Plan};
 use tabmesh_federation::round::{Phase, Round, RoundEvent};
 use tabmesh_proto::message::AssignmentKind;
 use tabmesh_store::Digest;
@@ -28,15 +28,22 @@ use crate::plans::Submitted;
 
 /// The adapter between rounds: keys, current iterate, optimiser, clip norm.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct AdapterState {
-    keys: Vec<String>,
-    width: usize,
-    values: Vec<f64>,
-    clip_norm: f64,
+pub(crate) struct AdapterState {
+    pub(crate) keys: Vec<String>,
+    pub(crate) width: usize,
+    pub(crate) values: Vec<f64>,
+    pub(crate) clip_norm: f64,
     optimiser: ServerOptimiser,
 }
 
 impl AdapterState {
+    /// A zero adapter before the first round.
+    pub(crate) fn zero(keys: Vec<String>, width: usize, clip_norm: f64, plan: &Plan) -> Self {
+        let len = keys.len() * width;
+        let optimiser = ServerOptimiser::new(plan.rounds.optimiser, plan.rounds.count, len);
+        Self { keys, width, values: vec![0.0; len], clip_norm, optimiser }
+    }
+
     /// The state after the abandoned rounds too: the schedule goes on, the iterate stays.
     pub(super) fn caught_up(mut self, job: &Job) -> Result<Self, CoordinatorError> {
         let ended = job.products().rounds_published + job.products().rounds_abandoned;
@@ -82,16 +89,25 @@ pub(super) async fn open(
         noisy_total,
         noisy_total_sd,
     };
-    let id = inputs.id;
-    let descriptor = RoundDescriptor::new(inputs, &submitted.plan, submitted.digest)?;
-    let bytes = descriptor.to_bytes();
-    let digest = mesh.blobs.put(&bytes)?;
-    mesh.records.put(&descriptor_key(id), digest.to_string().as_bytes())?;
-    let announcement =
-        descriptor.announcement(named(digest), quorum(mesh, &submitted.plan), &submitted.plan)?;
-    let round = Round::new(submitted.digest, index, announcement);
+    let round = announce(mesh, inputs, &submitted.plan, submitted.digest)?;
+    Ok(JobEvent::RoundOpened { index, round })
+}
+
+/// Stores a round's descriptor and opens its collection.
+pub(crate) fn announce(
+    mesh: &Mesh,
+    inputs: RoundInputs,
+    plan: &Plan,
+    digest: PlanDigest,
+) -> Result<RoundId, CoordinatorError> {
+    let (id, index) = (inputs.id, inputs.index);
+    let descriptor = RoundDescriptor::new(inputs, plan, digest)?;
+    let stored = mesh.blobs.put(&descriptor.to_bytes())?;
+    mesh.records.put(&descriptor_key(id), stored.to_string().as_bytes())?;
+    let announcement = descriptor.announcement(named(stored), quorum(mesh, plan), plan)?;
+    let round = Round::new(digest, index, announcement);
     mesh.collections.open(id, Open::Round(Box::new(round)))?;
-    Ok(JobEvent::RoundOpened { index, round: id })
+    Ok(id)
 }
 
 /// Announces a round, waits for the agents, takes the server's step.
@@ -103,19 +119,11 @@ pub(super) async fn run(
     round: RoundId,
 ) -> Result<JobEvent, CoordinatorError> {
     mesh.collections.resume(round)?;
-    let record = mesh.records.get(&descriptor_key(round))?.unwrap_or_default();
-    let digest: Digest = String::from_utf8_lossy(&record).parse()?;
-    let bytes = mesh.blobs.get(&digest)?;
-    let descriptor = RoundDescriptor::from_bytes(&bytes)?;
-    let peers = spiffe_ids(job.roster())?;
-    let id = round.to_string().parse()?;
-    mesh.collections.apply(round, RoundEvent::Opened)?;
-    mesh.outbox.assign(&peers, &id, AssignmentKind::Round, &bytes)?;
-    mesh.collections.settled(round).await?;
-    mesh.outbox.withdraw(&peers, &id)?;
+    let descriptor = collect(mesh, round, job.roster()).await?;
     let before = state(mesh, submitted, job).await?;
-    let ended = finish(mesh, submitted, job, &descriptor, &before, round);
-    let event = match ended {
+    // The divisor counts those whose updates are in, by their noisy totals of the release.
+    let totals = released_totals(mesh, submitted, job)?;
+    let event = match finish(mesh, &submitted.plan, totals, &descriptor, &before, round) {
         Ok(adapter) => JobEvent::RoundPublished { index, adapter },
         Err(RoundEnd::Abandoned(cause)) => JobEvent::RoundAbandoned { index, cause },
         Err(RoundEnd::Failed(error)) => return Err(error),
@@ -124,9 +132,29 @@ pub(super) async fn run(
     Ok(event)
 }
 
+/// Sends a round's descriptor to its roster and waits until its collection is settled.
+pub(crate) async fn collect(
+    mesh: &Mesh,
+    round: RoundId,
+    roster: &BTreeSet<AgentId>,
+) -> Result<RoundDescriptor, CoordinatorError> {
+    let record = mesh.records.get(&descriptor_key(round))?.unwrap_or_default();
+    let digest: Digest = String::from_utf8_lossy(&record).parse()?;
+    let bytes = mesh.blobs.get(&digest)?;
+    let peers = spiffe_ids(roster)?;
+    let id = round.to_string().parse()?;
+    mesh.collections.apply(round, RoundEvent::Opened)?;
+    mesh.outbox.assign(&peers, &id, AssignmentKind::Round, &bytes)?;
+    mesh.collections.settled(round).await?;
+    mesh.outbox.withdraw(&peers, &id)?;
+    Ok(RoundDescriptor::from_bytes(&bytes)?)
+}
+
 /// Why a round has no result.
-enum RoundEnd {
+pub(crate) enum RoundEnd {
+    /// It ended without enough updates, or by word.
     Abandoned(AbandonReason),
+    /// Something broke here.
     Failed(CoordinatorError),
 }
 
@@ -136,10 +164,11 @@ impl<E: Into<CoordinatorError>> From<E> for RoundEnd {
     }
 }
 
-fn finish(
+/// Aggregates what was collected and takes the server's step; gives the digest of the adapter's new state.
+pub(crate) fn finish(
     mesh: &Mesh,
-    submitted: &Submitted,
-    job: &Job,
+    plan: &Plan,
+    totals: BTreeMap<AgentId, f64>,
     descriptor: &RoundDescriptor,
     before: &AdapterState,
     id: RoundId,
@@ -159,12 +188,9 @@ fn finish(
             return Err(RoundEnd::Abandoned(AbandonReason::Failed { what }));
         }
     };
-    let rounds = &submitted.plan.rounds;
-    let rule = Rule::new(rounds.aggregation, rounds.trim);
-    // The divisor counts those whose updates are in, by their noisy totals of the release.
-    let released = released_totals(mesh, submitted, job)?;
+    let rule = Rule::new(plan.rounds.aggregation, plan.rounds.trim);
     let totals: BTreeMap<AgentId, f64> =
-        released.into_iter().filter(|(agent, _)| collection.values().contains_key(agent)).collect();
+        totals.into_iter().filter(|(agent, _)| collection.values().contains_key(agent)).collect();
     let divisor = totals.values().sum::<f64>().max(1.0);
     let updates = Updates {
         contributions: Contributions::Separate(collection.values()),
@@ -230,14 +256,7 @@ fn initial(mesh: &Mesh, submitted: &Submitted, job: &Job) -> Result<AdapterState
             context.norm_quantile(&prepared, &tokens, &units, CLIP_PERCENTILE)?.max(SMALLEST_CLIP)
         }
     };
-    let len = tokens.values().len();
-    Ok(AdapterState {
-        keys: tokens.keys().to_vec(),
-        width: tokens.width(),
-        values: vec![0.0; len],
-        clip_norm,
-        optimiser: ServerOptimiser::new(rounds.optimiser, rounds.count, len),
-    })
+    Ok(AdapterState::zero(tokens.keys().to_vec(), tokens.width(), clip_norm, &submitted.plan))
 }
 
 /// Noisy number of units of each agent, from the label counts of stage 1.

@@ -29,6 +29,8 @@ pub struct Contract {
     pub version: String,
     /// Domain that owns the product.
     pub domain: String,
+    /// Labels that plans choose cohorts by.
+    pub tags: BTreeSet<String>,
     /// Who answers for it.
     pub owner: String,
     /// Columns in the order declared.

@@ -22,6 +22,8 @@ pub(crate) struct Manifest {
     #[serde(default)]
     domain: Option<Spanned<String>>,
     #[serde(default)]
+    tags: Option<Vec<String>>,
+    #[serde(default)]
     description: Option<String>,
     schema: Spanned<Vec<Column>>,
     #[serde(default)]
@@ -206,7 +208,7 @@ impl Manifest {
             data_product: Some(self.name.value.clone()),
             name: Some(self.name),
             tenant: None,
-            tags: None,
+            tags: self.tags,
             description: self.description.map(|purpose| json!({ "purpose": purpose })),
             schema: at(self.schema.referenced, vec![table]),
             team: Some(json!({ "members": [{ "username": self.owner.value, "role": "owner" }] })),

@@ -92,6 +92,7 @@ pub(crate) fn contract(
         name: name.value.clone(),
         version: odcs.version.value.clone(),
         domain,
+        tags: odcs.tags.iter().flatten().cloned().collect(),
         owner: owner(odcs.team.as_ref()),
         columns,
         privacy,
