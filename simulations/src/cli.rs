@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::bench::{self, Bench};
 use crate::{process, quickstart};
 
 /// Runs whole Tabmesh deployments on one machine, on shipped data, and measures them.
@@ -37,6 +38,14 @@ enum Command {
         seed: Option<u64>,
         /// Form of the result.
         #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Measures: each subcommand answers one question, on this machine.
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+        /// Form of the result.
+        #[arg(long, value_enum, default_value_t = Output::Text, global = true)]
         output: Output,
     },
     /// Development certificates.
@@ -94,6 +103,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Quickstart { dir, keep, hold, fast, seed, output } => {
             quickstart::run(quickstart::Options { dir, keep, hold, fast, seed, output })
         }
+        Command::Bench { what, output } => bench::run(what, output),
         Command::Certs { action: CertsAction::Dev { out, domains } } => {
             let mut roles = vec![quickstart::pki::Role::Coordinator];
             roles.push(quickstart::deployment::operator());

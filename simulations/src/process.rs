@@ -11,10 +11,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::bench;
+
 /// Word that makes this program take a role.
 const ROLE: &str = "role";
 
-/// Runs another binary's command line if the arguments say `role coordinator …` or `role agent …`.
+/// Runs another binary's command line if the arguments say `role coordinator …` or `role agent …`, or a part of a measurement.
 #[must_use]
 pub fn take_role(args: &[OsString]) -> Option<ExitCode> {
     if args.get(1)? != ROLE {
@@ -24,6 +26,7 @@ pub fn take_role(args: &[OsString]) -> Option<ExitCode> {
     match args.get(2)?.to_str()? {
         "coordinator" => Some(tabmesh_coordinator::cli::main(rest)),
         "agent" => Some(tabmesh_agent::cli::main(rest)),
+        "bench-rounds" => Some(bench::rounds::take_part(&rest.skip(1).collect::<Vec<_>>())),
         _ => None,
     }
 }
@@ -37,16 +40,19 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts this program as `role` with the given arguments, its log in a file.
+    /// Starts a program of this crate as `role` with the given arguments; its log is added to a file.
     ///
     /// # Errors
     /// The program or the log file can't be opened.
-    pub fn start(name: &str, role: &str, args: &[OsString], log: &Path) -> Result<Self> {
+    pub fn start(program: &Path, name: &str, role: &str, args: &[OsString], log: &Path) -> Result<Self> {
         if let Some(folder) = log.parent() {
             std::fs::create_dir_all(folder)?;
         }
-        let file = File::create(log).with_context(|| format!("log file {}", log.display()))?;
-        let program = std::env::current_exe().context("finding this program's own file")?;
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| format!("log file {}", log.display()))?;
         let child = Command::new(program)
             .arg(ROLE)
             .arg(role)
@@ -75,8 +81,18 @@ impl Process {
     /// Peak resident memory so far, in MiB; nothing once it has ended or where `/proc` is missing.
     #[must_use]
     pub fn peak_rss_mib(&self) -> Option<f64> {
+        self.status_mib("VmHWM:")
+    }
+
+    /// Resident memory now, in MiB; nothing once it has ended or where `/proc` is missing.
+    #[must_use]
+    pub fn rss_mib(&self) -> Option<f64> {
+        self.status_mib("VmRSS:")
+    }
+
+    fn status_mib(&self, field: &str) -> Option<f64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).ok()?;
-        let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+        let line = status.lines().find(|line| line.starts_with(field))?;
         let kib: f64 = line.split_whitespace().nth(1)?.parse().ok()?;
         Some(kib / 1024.0)
     }

@@ -101,6 +101,18 @@ impl Layout {
         self.root.join("held_out").join(format!("{domain}.parquet"))
     }
 
+    /// The operator's client profile.
+    #[must_use]
+    pub fn operator_profile(&self) -> PathBuf {
+        self.root.join("operator.yaml")
+    }
+
+    /// The auditor's client profile.
+    #[must_use]
+    pub fn auditor_profile(&self) -> PathBuf {
+        self.root.join("auditor.yaml")
+    }
+
     /// The plan.
     #[must_use]
     pub fn plan(&self) -> PathBuf {
@@ -175,12 +187,23 @@ pub fn write_policy(layout: &Layout, domain: &Domain) -> Result<()> {
     put(&layout.policy(domain.id), &policy_yaml(domain))
 }
 
-/// Writes the coordinator's configuration; it listens on a free port of the loopback interface.
+/// Writes the coordinator's configuration; `listen` is `host:port`, where port 0 lets the system choose.
 ///
 /// # Errors
 /// The file can't be written.
-pub fn write_coordinator(layout: &Layout, base_model: &Path, threads: usize) -> Result<()> {
-    put(&layout.coordinator_config(), &coordinator_yaml(base_model, threads))
+pub fn write_coordinator(layout: &Layout, base_model: &Path, threads: usize, listen: &str) -> Result<()> {
+    put(&layout.coordinator_config(), &coordinator_yaml(base_model, threads, listen))
+}
+
+/// Writes the client profiles of operator and auditor, for `tabmesh-coordinator … --client FILE`.
+///
+/// # Errors
+/// A file can't be written.
+pub fn write_clients(layout: &Layout, coordinator_address: &str) -> Result<()> {
+    for (role, path) in [(operator(), layout.operator_profile()), (auditor(), layout.auditor_profile())] {
+        put(&path, &client_yaml(&role, coordinator_address))?;
+    }
+    Ok(())
 }
 
 /// Writes a domain's agent configuration; `coordinator_address` is `host:port`.
@@ -322,14 +345,36 @@ minimum_cohort: 3
     )
 }
 
-fn coordinator_yaml(base_model: &Path, threads: usize) -> String {
+fn client_yaml(role: &Role, coordinator_address: &str) -> String {
+    let pki = PkiFolder::at("certs");
+    let tls = pki.tls(role, Usage::Client);
+    format!(
+        "\
+# tabmesh-coordinator plan status --client operator.yaml; tabmesh-coordinator report write --client auditor.yaml
+address: {address}
+spiffe_id: {coordinator}
+tls:
+  ca: {ca}
+  cert: {cert}
+  key: {key}
+insecure_dev: true
+",
+        address = quoted(coordinator_address),
+        coordinator = Role::Coordinator.spiffe_id(),
+        ca = path(&pki.authority()),
+        cert = path(&tls.certificate),
+        key = path(&tls.key),
+    )
+}
+
+fn coordinator_yaml(base_model: &Path, threads: usize, listen: &str) -> String {
     let pki = PkiFolder::at("../certs");
     let tls = pki.tls(&Role::Coordinator, Usage::Server);
     format!(
         "\
 # tabmesh-coordinator serve --config coordinator.yaml
 deployment: quickstart
-listen: 127.0.0.1:0              # the system chooses a port
+listen: {listen}              # with port 0 the system chooses one
 address_file: {ADDRESS_FILE}
 data_dir: data
 tls:
@@ -341,6 +386,7 @@ base_model: {base}
 threads: {threads}
 heartbeat_interval_ms: 1000
 ",
+        listen = quoted(listen),
         ca = path(&pki.authority()),
         cert = path(&tls.certificate),
         key = path(&tls.key),
@@ -501,7 +547,7 @@ mod tests {
         write_domains(&layout, None).unwrap();
         let base = root.path().join("base.safetensors");
         std::fs::write(&base, b"weights").unwrap();
-        write_coordinator(&layout, &base, 2).unwrap();
+        write_coordinator(&layout, &base, 2, "127.0.0.1:0").unwrap();
         write_plan(&layout, &PlanChoices::default()).unwrap();
 
         let config = tabmesh_coordinator::config::Config::load(&layout.coordinator_config()).unwrap();

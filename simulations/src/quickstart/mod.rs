@@ -1,6 +1,7 @@
 //! A whole deployment on one machine, on shipped data.
 
 pub mod dataset;
+pub mod deployed;
 pub mod deployment;
 pub mod measure;
 pub mod pki;

@@ -1,9 +1,7 @@
 //! The quickstart: a deployment made, started, run through the whole flow, measured, reported, stopped.
 
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use comfy_table::Table;
@@ -12,18 +10,16 @@ use serde_json::{Value, json};
 use tabmesh_privacy::budget::Epsilon;
 use tabmesh_privacy::report::{Report, SignedReport, render_html, verify};
 use tabmesh_privacy::signature::VerifyingKey;
-use tabmesh_proto::client::{AuditorClient, OperatorClient};
-use tabmesh_proto::connect::{CoordinatorAddress, Link, TcpDial, connect};
-use tabmesh_proto::identity::DevelopmentCa;
+use tabmesh_proto::client::OperatorClient;
 use tabmesh_proto::message::PlanEvent;
-use tabmesh_proto::tls::{ClientTls, DefaultTimeProvider, TlsFiles, TlsMaterial, TlsPolicy};
 
 use super::dataset::{DOMAINS, schema};
-use super::deployment::{self, Layout, PlanChoices};
-use super::pki::{self, PkiFolder, Role, Usage};
+use super::deployed::{Deployment, Setup};
+use super::deployment::PlanChoices;
+use super::pki::Role;
 use super::{measure, predict};
 use crate::cli::Output;
-use crate::process::{Process, now};
+use crate::process::now;
 use crate::score::{DomainScores, MacroScores, ScoreTable};
 
 /// What the command line asks for.
@@ -42,9 +38,6 @@ pub struct Options {
     /// Form of the result.
     pub output: Output,
 }
-
-/// The base model that ships with the repository.
-const BASE_MODEL: &[u8] = include_bytes!("../../../models/nano/base.safetensors");
 
 /// Runs the quickstart; an error means that something did not work.
 ///
@@ -144,27 +137,24 @@ struct Outcome {
     version: &'static str,
 }
 
-/// A running deployment.
-struct Deployment {
-    layout: Layout,
-    pki: PkiFolder,
-    coordinator: Process,
-    coordinator_address: String,
-    agents: Vec<Process>,
-    agent_addresses: Vec<String>,
-}
-
 async fn whole(options: &Options, root: &Path) -> Result<()> {
     let mut steps = Steps::new();
-    let mut deployment = start(options, root)?;
-    let operator = OperatorClient::new(link(&deployment, &deployment::operator()).await?);
-    admitted(&operator, &mut deployment).await?;
+    let plan = if options.fast {
+        PlanChoices { corpus_rows: 4_000, pretrain_steps: 12, rounds: 3, ..PlanChoices::default() }
+    } else {
+        PlanChoices::default()
+    };
+    let program = std::env::current_exe().context("finding this program's own file")?;
+    let rows = options.fast.then_some(FAST_ROWS);
+    let mut deployment = Deployment::start(root, Setup { program, rows, plan, seed: options.seed })?;
+    let operator = deployment.operator().await?;
+    deployment.admitted(&operator).await?;
     steps.end("1 contracts: six agents admitted");
 
     let plan = std::fs::read(deployment.layout.plan())?;
     let summary = operator.submit_plan(plan).await.context("the plan was not admitted")?;
     follow(&operator, &summary.plan_id, &mut deployment, &mut steps).await?;
-    promoted(&mut deployment).await?;
+    deployment.promoted().await?;
     steps.end("7 serve: every agent has chosen and serves");
 
     let seed = options.seed.unwrap_or(1);
@@ -186,8 +176,8 @@ async fn whole(options: &Options, root: &Path) -> Result<()> {
     let (report, files) = report(&deployment, root).await?;
     steps.end("8 report written and verified");
 
-    let processes = std::iter::once(&deployment.coordinator)
-        .chain(&deployment.agents)
+    let processes = deployment
+        .processes()
         .map(|p| ProcessLine { role: p.role().to_owned(), pid: p.pid(), peak_rss_mib: p.peak_rss_mib() })
         .collect();
     let outcome = Outcome {
@@ -210,81 +200,6 @@ async fn whole(options: &Options, root: &Path) -> Result<()> {
         tokio::signal::ctrl_c().await?;
     }
     Ok(())
-}
-
-/// Writes the deployment folder and starts its processes.
-fn start(options: &Options, root: &Path) -> Result<Deployment> {
-    let layout = Layout::at(root);
-    let pki = pki::write(&layout.certificates(), &deployment::roles(), time::OffsetDateTime::now_utc())?;
-    let base = root.join("models").join("base.safetensors");
-    std::fs::create_dir_all(root.join("models"))?;
-    std::fs::write(&base, BASE_MODEL)?;
-    deployment::write_domains(&layout, options.fast.then_some(FAST_ROWS))?;
-    deployment::write_coordinator(&layout, &base, 2)?;
-    let choices = if options.fast {
-        PlanChoices { corpus_rows: 4_000, pretrain_steps: 12, rounds: 3, ..PlanChoices::default() }
-    } else {
-        PlanChoices::default()
-    };
-    deployment::write_plan(&layout, &choices)?;
-    let logs = root.join("logs");
-    let args = |words: &[&str], config: PathBuf| {
-        let mut args: Vec<OsString> = words.iter().map(OsString::from).collect();
-        args.push(config.into());
-        args.push("--insecure-dev".into());
-        args.push("--until-stdin-closes".into());
-        args
-    };
-    let serve = args(&["serve", "--config"], layout.coordinator_config());
-    let mut coordinator =
-        Process::start("coordinator", "coordinator", &serve, &logs.join("coordinator.log"))?;
-    let coordinator_address = coordinator.wait_for_file(&layout.coordinator_address(), PATIENCE)?;
-    let mut agents = Vec::new();
-    for domain in &DOMAINS {
-        deployment::write_agent(&layout, domain, &coordinator_address)?;
-        let mut run = args(&["run", "--config"], layout.agent_config(domain.id));
-        if let Some(seed) = options.seed {
-            run.push("--reproducible-noise".into());
-            run.push(seed.to_string().into());
-        }
-        let name = format!("agent {}", domain.id);
-        agents.push(Process::start(&name, "agent", &run, &logs.join(format!("{}.log", domain.id)))?);
-    }
-    let mut agent_addresses = Vec::new();
-    for (domain, agent) in DOMAINS.iter().zip(&mut agents) {
-        agent_addresses.push(agent.wait_for_file(&layout.agent_address(domain.id), PATIENCE)?);
-    }
-    Ok(Deployment { layout, pki, coordinator, coordinator_address, agents, agent_addresses })
-}
-
-/// A connection in one of the deployment's roles.
-async fn link(deployment: &Deployment, role: &Role) -> Result<Link> {
-    let paths = deployment.pki.tls(role, Usage::Client);
-    let files = TlsFiles {
-        ca: deployment.pki.authority(),
-        certificate: paths.certificate,
-        key: paths.key,
-        crls: Vec::new(),
-    };
-    let policy = TlsPolicy { development: DevelopmentCa::Accept, time: Arc::new(DefaultTimeProvider) };
-    let tls = ClientTls::new(&TlsMaterial::read(&files)?, policy)?;
-    let address =
-        CoordinatorAddress::new(&deployment.coordinator_address, Role::Coordinator.spiffe_id().parse()?)?;
-    Ok(connect(&address, &tls, TcpDial).await?)
-}
-
-/// Waits until every agent is admitted and connected.
-async fn admitted(operator: &OperatorClient, deployment: &mut Deployment) -> Result<()> {
-    let began = now();
-    loop {
-        let agents = operator.list_agents().await?;
-        if agents.iter().filter(|agent| agent.connected).count() == DOMAINS.len() {
-            return Ok(());
-        }
-        deployment.check()?;
-        ensure!(began.elapsed() < PATIENCE, "{} of {} agents were admitted", agents.len(), DOMAINS.len());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
 }
 
 /// Follows a plan to its end and times its phases.
@@ -327,20 +242,6 @@ fn step_name(group: &str) -> &'static str {
     }
 }
 
-/// Waits until every agent serves a promoted version.
-async fn promoted(deployment: &mut Deployment) -> Result<()> {
-    let began = now();
-    for domain in &DOMAINS {
-        let path = deployment.layout.domain(domain.id).join("data").join("promoted.json");
-        while !path.exists() {
-            deployment.check()?;
-            ensure!(began.elapsed() < PATIENCE, "{} promotes nothing; see its log", domain.id);
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
-    Ok(())
-}
-
 /// Asks the first agent for one prediction.
 async fn one_prediction(deployment: &Deployment) -> Result<Value> {
     let (domain, address) = (&DOMAINS[0], &deployment.agent_addresses[0]);
@@ -355,8 +256,7 @@ async fn one_prediction(deployment: &Deployment) -> Result<Value> {
 
 /// Fetches the signed report, writes it as JSON and page, verifies both with the pinned key.
 async fn report(deployment: &Deployment, root: &Path) -> Result<(Report, ReportFiles)> {
-    let auditor = AuditorClient::new(link(deployment, &deployment::auditor()).await?);
-    let bytes = auditor.report_input(None).await?;
+    let bytes = deployment.auditor().await?.report_input(None).await?;
     let key = std::fs::read(deployment.pki.signing_public_key(&Role::Coordinator))?;
     let key: [u8; 32] = key.try_into().ok().context("the coordinator's public key has not 32 bytes")?;
     let key = VerifyingKey::from_bytes(key);
@@ -438,14 +338,5 @@ fn print(outcome: &Outcome, table: &ScoreTable, deployment: &Deployment, options
     }
 }
 
-impl Deployment {
-    fn check(&mut self) -> Result<()> {
-        self.coordinator.check()?;
-        self.agents.iter_mut().try_for_each(Process::check)
-    }
-}
-
 /// Rows of each table in the short form, for agents, trees and scoring alike.
 const FAST_ROWS: usize = 1_000;
-/// How long a start-up or a promotion may take.
-const PATIENCE: Duration = Duration::from_secs(180);

@@ -1,0 +1,157 @@
+//! Processes killed without warning in the middle of a round: the plan ends as if nothing had happened.
+//!
+//! The deployments are real: processes over mutual TLS, on the shipped tables cut short. SIGKILL leaves no time for any
+//! clean-up, so what is checked afterwards is what had been made durable before: nothing is debited twice, and under equal
+//! seeds the model is the one of an undisturbed run.
+
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+use std::collections::BTreeSet;
+
+use tabmesh_agent::publication::Artefacts;
+use tabmesh_federation::manifest::Trust;
+use tabmesh_privacy::ledger::{ChainedEntry, Entry, Purpose};
+use tabmesh_privacy::report::verify;
+use tabmesh_privacy::signature::VerifyingKey;
+use tabmesh_proto::client::OperatorClient;
+use tabmesh_proto::message::{Id, PlanEvent};
+use tabmesh_sim::quickstart::dataset::{DOMAINS, Participation};
+use tabmesh_sim::quickstart::deployed::{Deployment, Setup};
+use tabmesh_sim::quickstart::deployment::PlanChoices;
+use tabmesh_sim::quickstart::pki::Role;
+use tokio::sync::OnceCell;
+
+/// Rounds of the plan.
+const ROUNDS: u32 = 3;
+/// Stages of the release.
+const STAGES: u64 = 4;
+
+fn setup() -> Setup {
+    let plan = PlanChoices {
+        corpus_rows: 1_000,
+        pretrain_steps: 2,
+        rounds: ROUNDS,
+        deadline_s: 120,
+        ..PlanChoices::default()
+    };
+    Setup { program: env!("CARGO_BIN_EXE_tabmesh-sim").into(), rows: Some(200), plan, seed: Some(11) }
+}
+
+async fn submitted(deployment: &mut Deployment) -> (OperatorClient, Id) {
+    let operator = deployment.operator().await.unwrap();
+    deployment.admitted(&operator).await.unwrap();
+    let plan = std::fs::read(deployment.layout.plan()).unwrap();
+    let id = operator.submit_plan(plan).await.unwrap().plan_id;
+    (operator, id)
+}
+
+/// Reads events until one says `detail`, or the plan is over.
+async fn until(operator: &OperatorClient, id: &Id, detail: &str) -> Option<PlanEvent> {
+    let mut events = operator.watch_plan(id, 0).await.unwrap();
+    let mut last = None;
+    while let Some(event) = events.next().await.unwrap() {
+        let found = event.detail == detail;
+        last = Some(event);
+        if found {
+            break;
+        }
+    }
+    last
+}
+
+fn ledger(deployment: &Deployment, domain: &str) -> Vec<ChainedEntry> {
+    let folder = deployment.layout.domain(domain).join("data").join("books");
+    tabmesh_agent::books::read_entries(&folder).unwrap()
+}
+
+/// Debits by purpose and step; a step that was debited twice stops the test.
+fn debits(entries: &[ChainedEntry]) -> BTreeSet<(Purpose, u64)> {
+    let mut steps = BTreeSet::new();
+    for entry in entries {
+        if let Entry::Commit(commit) = Entry::from_json(&entry.payload).unwrap() {
+            assert!(steps.insert((commit.purpose, commit.step)), "{commit:?} was debited twice");
+        }
+    }
+    steps
+}
+
+/// Digests of what was published: base, corpus-tuned weights, adapter, preprocessing.
+type Published = Vec<Option<String>>;
+
+fn published(deployment: &Deployment) -> Published {
+    let key = std::fs::read(deployment.pki.signing_public_key(&Role::Coordinator)).unwrap();
+    let data = deployment.layout.domain(DOMAINS[0].id).join("data");
+    let key = VerifyingKey::from_bytes(key.try_into().unwrap());
+    let artefacts = Artefacts::open(&data, key, Trust::InsecureDev).unwrap();
+    let (_, manifest) = artefacts.current().unwrap().unwrap();
+    assert!(manifest.adapter.is_some(), "the rounds gave an adapter");
+    let named = [Some(manifest.base), Some(manifest.tuned), manifest.adapter, Some(manifest.corpus)];
+    named.iter().map(|digest| digest.map(|digest| digest.to_string())).collect()
+}
+
+/// What an undisturbed run publishes.
+async fn undisturbed() -> &'static Published {
+    static REFERENCE: OnceCell<Published> = OnceCell::const_new();
+    let run = || async {
+        let root = tempfile::tempdir().unwrap();
+        let mut deployment = Deployment::start(root.path(), setup()).unwrap();
+        let (operator, id) = submitted(&mut deployment).await;
+        assert_eq!(until(&operator, &id, "").await.unwrap().phase, "done");
+        settled(&mut deployment).await;
+        published(&deployment)
+    };
+    REFERENCE.get_or_init(run).await
+}
+
+/// Every member paid for every stage and round once, and the signed report recomputes from the mirrored ledgers.
+async fn settled(deployment: &mut Deployment) {
+    deployment.promoted().await.unwrap();
+    let stages = (1..=STAGES).map(|stage| (Purpose::Release, stage));
+    let expected: BTreeSet<_> =
+        stages.chain((0..u64::from(ROUNDS)).map(|round| (Purpose::Round, round))).collect();
+    for domain in &DOMAINS {
+        let paid = debits(&ledger(deployment, domain.id));
+        match domain.participation {
+            Participation::Member => assert_eq!(paid, expected, "{}", domain.id),
+            Participation::Newcomer => assert!(paid.is_empty(), "{}", domain.id),
+        }
+    }
+    let report = deployment.auditor().await.unwrap().report_input(None).await.unwrap();
+    let report = verify(&report, None).unwrap().report;
+    for section in &report.products {
+        assert!(section.spent.rho <= section.granted.rho, "{}", section.product);
+        assert_eq!(section.charged.rho, section.spent.rho, "{}: nothing stays reserved", section.product);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_killed_in_a_round_answers_it_once_after_its_restart() {
+    let root = tempfile::tempdir().unwrap();
+    let mut deployment = Deployment::start(root.path(), setup()).unwrap();
+    let (operator, id) = submitted(&mut deployment).await;
+    until(&operator, &id, "round 2 asked").await.unwrap();
+    deployment.agents[0].kill().unwrap();
+    let before = ledger(&deployment, DOMAINS[0].id);
+    deployment.restart_agent(0).unwrap();
+    let last = until(&operator, &id, "").await.unwrap();
+    assert_eq!(last.phase, "done", "{last:?}");
+    settled(&mut deployment).await;
+    let after = ledger(&deployment, DOMAINS[0].id);
+    assert_eq!(after[..before.len()], before[..], "the ledger goes on where it was");
+    assert_eq!(&published(&deployment), undisturbed().await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_coordinator_killed_in_a_round_goes_on_with_it_after_its_restart() {
+    let root = tempfile::tempdir().unwrap();
+    let mut deployment = Deployment::start(root.path(), setup()).unwrap();
+    let (operator, id) = submitted(&mut deployment).await;
+    until(&operator, &id, "round 2 asked").await.unwrap();
+    deployment.coordinator.kill().unwrap();
+    deployment.restart_coordinator().unwrap();
+    let operator = deployment.operator().await.unwrap();
+    let last = until(&operator, &id, "").await.unwrap();
+    assert_eq!(last.phase, "done", "{last:?}");
+    settled(&mut deployment).await;
+    assert_eq!(&published(&deployment), undisturbed().await);
+}

@@ -1,0 +1,191 @@
+//! Non-interference: the whole loop on neighbouring tables with equal seeds differs in nothing but the noised payload.
+//!
+//! Three agents and a coordinator run in this process over mutual TLS; a relay sees what each agent says and hears. Where
+//! the tables differ in a gate row alone, which only the choice of the served model sees, every byte everywhere must be
+//! equal. Where they differ in a training row, in all labels or in all rows, what differs must be the noised vectors
+//! and what is computed from them: equal numbers of calls, messages and status codes, equal sizes, equal contents.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test stops at the first surprise")]
+
+mod mesh;
+mod said;
+mod tap;
+
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::{Arc, Mutex};
+
+use tabmesh_federation::descriptor::RoundDescriptor;
+use tabmesh_privacy::release::ReleaseQuery;
+use tabmesh_sim::quickstart::{deployment, pki};
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::mesh::{AGENTS, Outcome, Table};
+use crate::said::{Said, fields, said};
+use crate::tap::Call;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn neighbouring_tables_differ_in_nothing_but_the_noised_payload() {
+    let log = Log::default();
+    tracing_subscriber::fmt().without_time().with_ansi(false).with_writer(log.clone()).init();
+    let root = tempfile::tempdir().unwrap();
+    let now = time::OffsetDateTime::now_utc();
+    let mut outcomes = Vec::new();
+    let tables = [
+        Table::Plain,
+        Table::OneMoreAtTheGate,
+        Table::OneMore,
+        Table::OneLess,
+        Table::OneClass,
+        Table::Empty,
+    ];
+    let addresses = free_addresses();
+    let certificates = root.path().join("certs");
+    let pki = pki::write(&certificates, &deployment::roles(), now).unwrap();
+    for (number, table) in tables.into_iter().enumerate() {
+        // Each run has its folder; all share the certificates.
+        let folder = root.path().join(format!("run-{number}"));
+        std::fs::create_dir_all(&folder).unwrap();
+        std::os::unix::fs::symlink(&certificates, folder.join("certs")).unwrap();
+        outcomes.push((table, mesh::run(&folder, &pki, &addresses, table, &log.0).await));
+    }
+    let (_, plain) = &outcomes[0];
+    assert!(plain.calls.iter().all(|calls| vectors(calls).len() == 6), "four stages and two rounds each");
+    for (table, other) in &outcomes[1..] {
+        match table {
+            Table::OneMoreAtTheGate => all_equal(plain, other),
+            _ => equal_but_for_the_noise(plain, other, *table),
+        }
+    }
+    let differs =
+        outcomes[2..].iter().filter(|(_, other)| vectors(&other.calls[0]) != vectors(&plain.calls[0]));
+    assert_eq!(differs.count(), 4, "the tables must show in the noised payload, or this test sees nothing");
+}
+
+/// Addresses that nobody listens at; every run uses the same.
+fn free_addresses() -> Vec<SocketAddr> {
+    let listeners: Vec<TcpListener> =
+        (0..AGENTS).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+    listeners.iter().map(|listener| listener.local_addr().unwrap()).collect()
+}
+
+/// Every byte on every link, every line logged, every record kept.
+fn all_equal(plain: &Outcome, other: &Outcome) {
+    for agent in 0..AGENTS {
+        assert_eq!(plain.calls[agent].len(), other.calls[agent].len(), "calls of agent {agent}");
+        for (call, (a, b)) in plain.calls[agent].iter().zip(&other.calls[agent]).enumerate() {
+            assert_eq!(a.up.headers, b.up.headers, "request headers of call {call} of agent {agent}");
+            assert_eq!(a.down.headers, b.down.headers, "status of call {call} of agent {agent}");
+            // The bytes themselves would fill the screen.
+            assert!(a.up.messages == b.up.messages, "call {call} of agent {agent}: it says other bytes");
+            assert!(a.down.messages == b.down.messages, "call {call} of agent {agent}: it hears other bytes");
+        }
+    }
+    assert_eq!(plain.log, other.log);
+    assert!(plain.files == other.files, "the coordinator keeps other records");
+    assert!(plain.report == other.report, "the report has other bytes");
+}
+
+fn equal_but_for_the_noise(plain: &Outcome, other: &Outcome, table: Table) {
+    for agent in 0..AGENTS {
+        let (a, b) = (&plain.calls[agent], &other.calls[agent]);
+        assert_eq!(a.len(), b.len(), "{table:?}: calls of agent {agent}");
+        for (number, (a, b)) in a.iter().zip(b).enumerate() {
+            let place = format!("{table:?}: call {number} of agent {agent}");
+            assert_eq!(a.up.headers, b.up.headers, "{place}: request headers");
+            assert_eq!(a.down.headers, b.down.headers, "{place}: status");
+            let covered = |call: &Call| -> Vec<Said> {
+                call.up.messages.iter().map(|m| said(m)).map(length_is_checked_apart).collect()
+            };
+            assert_eq!(covered(a), covered(b), "{place}: what the agent says");
+            if covered(a) != [Said::Fetch] {
+                assert_eq!(a.down.messages.len(), b.down.messages.len(), "{place}: answers");
+            }
+        }
+        sizes_are_those_asked_for(&other.calls[agent], &format!("{table:?}, agent {agent}"));
+    }
+    let words =
+        |lines: &[String]| -> Vec<String> { lines.iter().map(|line| without_figures(line)).collect() };
+    assert_eq!(words(&plain.log), words(&other.log), "{table:?}: what the coordinator logs");
+    assert_eq!(
+        plain.files.keys().collect::<Vec<_>>(),
+        other.files.keys().collect::<Vec<_>>(),
+        "{table:?}: what the coordinator keeps"
+    );
+}
+
+/// Sizes of later vectors follow from earlier ones; each is held against what was asked.
+fn length_is_checked_apart(said: Said) -> Said {
+    match said {
+        Said::Vector { rest, .. } => Said::Vector { rest, bytes: 0 },
+        other => other,
+    }
+}
+
+/// Noised payloads by assignment.
+fn vectors(calls: &[Call]) -> Vec<(String, Vec<u8>)> {
+    let messages = calls.iter().flat_map(|call| &call.up.messages);
+    let vector = |message: &Vec<u8>| {
+        matches!(said(message), Said::Vector { .. }).then(|| {
+            let fields = fields(message).unwrap();
+            let field = |wanted: u64| fields.iter().find(|(n, _)| *n == wanted).unwrap().1.clone();
+            (String::from_utf8(field(1)).unwrap(), field(5))
+        })
+    };
+    messages.filter_map(vector).collect()
+}
+
+/// Every vector has eight bytes for every cell or coordinate that its assignment asks for.
+fn sizes_are_those_asked_for(calls: &[Call], place: &str) {
+    let frames = calls.iter().flat_map(|call| &call.down.messages);
+    let mut asked = std::collections::BTreeMap::new();
+    for frame in frames {
+        let Some(assignment) = fields(frame).and_then(|f| f.into_iter().find(|(n, _)| *n == 2)) else {
+            continue;
+        };
+        let Some(assignment) = fields(&assignment.1) else { continue };
+        let field = |wanted: u64| assignment.iter().find(|(n, _)| *n == wanted).map(|(_, v)| v.as_slice());
+        let (Some(id), Some(document)) = (field(1), field(3)) else { continue };
+        let query = ReleaseQuery::from_json(document).ok().map(|query| query.cells_total());
+        let round = RoundDescriptor::from_bytes(document).ok().map(|descriptor| descriptor.len());
+        if let Some(cells) = query.or(round) {
+            asked.insert(String::from_utf8(id.to_vec()).unwrap(), cells * 8);
+        }
+    }
+    for (id, payload) in vectors(calls) {
+        assert_eq!(Some(&payload.len()), asked.get(&id), "{place}: {id}");
+    }
+}
+
+/// A line without digests and numbers: those of later steps are computed from the noised counts.
+fn without_figures(line: &str) -> String {
+    let words =
+        line.split(' ').map(|word| if word.contains(|c: char| c.is_ascii_digit()) { "#" } else { word });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// Keeps what the coordinator logs.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<String>>>);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let line = String::from_utf8_lossy(bytes);
+        if line.contains("tabmesh_coordinator") {
+            self.0.lock().unwrap().push(line.into_owned());
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Log {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}

@@ -1,0 +1,176 @@
+//! A relay between one agent and the coordinator that sees both sides' plain bytes.
+//!
+//! It holds the coordinator's server certificate and the agent's client certificate, as nobody outside a test does, and
+//! takes HTTP/2 apart into streams and gRPC messages. Flow control, settings and pings depend on timing and are left out.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use rustls::pki_types::ServerName;
+use tabmesh_proto::identity::DevelopmentCa;
+use tabmesh_proto::tls::{ClientTls, DefaultTimeProvider, ServerTls, TlsFiles, TlsMaterial, TlsPolicy};
+use tabmesh_sim::quickstart::pki::{PkiFolder, Role, Usage};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+/// One direction of one HTTP/2 stream.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Direction {
+    /// Header blocks: method, path, status and whatever else, without the date.
+    pub(crate) headers: Vec<Vec<String>>,
+    /// gRPC messages.
+    pub(crate) messages: Vec<Vec<u8>>,
+}
+
+/// One call: what the agent said and what it was answered.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Call {
+    /// From the agent.
+    pub(crate) up: Direction,
+    /// To the agent.
+    pub(crate) down: Direction,
+}
+
+type Bytes = Arc<Mutex<Vec<u8>>>;
+
+/// A running relay.
+pub(crate) struct Tap {
+    accepting: tokio::task::AbortHandle,
+    connections: Arc<Mutex<Vec<(Bytes, Bytes)>>>,
+}
+
+impl Tap {
+    /// Starts a relay at `address` to `coordinator` in the name of `agent`.
+    pub(crate) async fn start(
+        pki: &PkiFolder,
+        agent: &Role,
+        address: SocketAddr,
+        coordinator: SocketAddr,
+    ) -> Self {
+        let policy = || TlsPolicy { development: DevelopmentCa::Accept, time: Arc::new(DefaultTimeProvider) };
+        let material = |role: &Role, usage| {
+            let paths = pki.tls(role, usage);
+            let (ca, certificate, key) = (pki.authority(), paths.certificate, paths.key);
+            TlsMaterial::read(&TlsFiles { ca, certificate, key, crls: Vec::new() }).unwrap()
+        };
+        let server = ServerTls::new(&material(&Role::Coordinator, Usage::Server), policy()).unwrap();
+        let client = ClientTls::new(&material(agent, Usage::Client), policy()).unwrap();
+        let acceptor = TlsAcceptor::from(server.subscribe().borrow().clone());
+        let connector = TlsConnector::from(client.subscribe().borrow().clone());
+        let listener = TcpListener::bind(address).await.unwrap();
+        let connections: Arc<Mutex<Vec<(Bytes, Bytes)>>> = Arc::default();
+        let seen = Arc::clone(&connections);
+        let accepting = tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let (acceptor, connector) = (acceptor.clone(), connector.clone());
+                let (up, down) = (Bytes::default(), Bytes::default());
+                seen.lock().unwrap().push((Arc::clone(&up), Arc::clone(&down)));
+                tokio::spawn(async move {
+                    let Ok(near) = acceptor.accept(stream).await else { return };
+                    let Ok(far) = TcpStream::connect(coordinator).await else { return };
+                    let name = ServerName::IpAddress(coordinator.ip().into());
+                    let Ok(far) = connector.connect(name, far).await else { return };
+                    let (near_read, near_write) = tokio::io::split(near);
+                    let (far_read, far_write) = tokio::io::split(far);
+                    tokio::join!(copy(near_read, far_write, up), copy(far_read, near_write, down));
+                });
+            }
+        });
+        Self { accepting: accepting.abort_handle(), connections }
+    }
+
+    /// Bytes seen so far, both ways, to tell when a link has gone quiet.
+    pub(crate) fn volume(&self) -> usize {
+        let seen = self.connections.lock().unwrap();
+        seen.iter().map(|(up, down)| up.lock().unwrap().len() + down.lock().unwrap().len()).sum()
+    }
+
+    /// Every call so far, connection by connection, in the order they were opened.
+    pub(crate) fn calls(&self) -> Vec<Call> {
+        let seen = self.connections.lock().unwrap();
+        let mut calls = Vec::new();
+        for (up, down) in seen.iter() {
+            let up = up.lock().unwrap();
+            let mut streams: BTreeMap<u32, Call> = BTreeMap::new();
+            for (stream, direction) in directions(up.strip_prefix(PREFACE).unwrap_or_default()) {
+                streams.entry(stream).or_default().up = direction;
+            }
+            for (stream, direction) in directions(&down.lock().unwrap()) {
+                streams.entry(stream).or_default().down = direction;
+            }
+            calls.extend(streams.into_values());
+        }
+        calls
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+async fn copy<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(mut from: R, mut to: W, record: Bytes) {
+    let mut buffer = vec![0; 64 << 10];
+    while let Ok(read) = from.read(&mut buffer).await {
+        let piece = &buffer[..read];
+        if read == 0 {
+            break;
+        }
+        record.lock().unwrap().extend_from_slice(piece);
+        if to.write_all(piece).await.is_err() || to.flush().await.is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown().await;
+}
+
+/// Streams of one direction (RFC 9113, section 4.1), each with its header blocks and messages.
+fn directions(mut bytes: &[u8]) -> BTreeMap<u32, Direction> {
+    let mut data: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
+    // Header compression has one state for a connection's direction.
+    let mut decoder = fluke_hpack::Decoder::new();
+    let mut all: BTreeMap<u32, Direction> = BTreeMap::new();
+    while let Some((head, rest)) = bytes.split_first_chunk::<9>() {
+        let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
+        if rest.len() < length {
+            break;
+        }
+        let (frame, rest) = rest.split_at(length);
+        let stream = u32::from_be_bytes([head[5] & 0x7f, head[6], head[7], head[8]]);
+        match head[3] {
+            DATA => data.entry(stream).or_default().extend_from_slice(frame),
+            HEADERS => {
+                let block = decoder.decode(frame).unwrap();
+                let text = |(name, value): &(Vec<u8>, Vec<u8>)| {
+                    format!("{}: {}", String::from_utf8_lossy(name), String::from_utf8_lossy(value))
+                };
+                let timeless = block.iter().filter(|(name, _)| name != b"date");
+                all.entry(stream).or_default().headers.push(timeless.map(text).collect());
+            }
+            CONTINUATION => panic!("a header block of this protocol fits in one frame"),
+            RST_STREAM => all.entry(stream).or_default().headers.push(vec![format!("reset {frame:?}")]),
+            _ => {}
+        }
+        bytes = rest;
+    }
+    for (stream, data) in data {
+        let mut left = data.as_slice();
+        while let Some((head, rest)) = left.split_first_chunk::<5>() {
+            let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
+            assert_eq!(head[0], 0, "messages are not compressed");
+            let Some((message, rest)) = rest.split_at_checked(length) else { break };
+            all.entry(stream).or_default().messages.push(message.to_vec());
+            left = rest;
+        }
+    }
+    all
+}
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const CONTINUATION: u8 = 9;
