@@ -41,7 +41,7 @@ wire_errors! {
     /// The connection has no verified identity.
     Unauthenticated, Unauthenticated, Unauthenticated, "no verified identity";
     /// The peer's role may not call this.
-    Role, Role, PermissionDenied, "the role of this certificate may not call this: plans and agents are for operators, reports for auditors";
+    Role, Role, PermissionDenied, "the role of this certificate may not call this, plans and agents are for operators, reports for auditors";
     /// The message claims another domain, product or agent than the certificate allows.
     IdentityMismatch, IdentityMismatch, PermissionDenied, "message does not belong to this identity";
     /// The peers speak different protocol versions.
