@@ -15,6 +15,7 @@ use crate::{
     ops::{
         activation::{gate, gelu},
         attention::attention,
+        feed_forward::feed_forward,
         linear::linear,
         norm::layer_norm,
         rope,
@@ -125,9 +126,7 @@ impl Block {
         }
         let read = linear(&attention(&q, kv, self.heads)?, &self.out_proj.0, &self.out_proj.1)?;
         let x = if read.dims() == x.dims() { (read + x)? } else { read.broadcast_add(x)? };
-        let hidden = layer_norm(&x, &self.norm2.0, &self.norm2.1)?;
-        let hidden = gelu(&linear(&hidden, &self.linear1.0, &self.linear1.1)?)?;
-        Ok((linear(&hidden, &self.linear2.0, &self.linear2.1)? + x)?)
+        Ok(feed_forward(&x, &self.norm2, &self.linear1, &self.linear2)?)
     }
 
     /// Rotates the keys of a packed `(batch, length, 2 width)` tensor.

@@ -71,6 +71,12 @@ impl ModelConfig {
         }
     }
 
+    /// About one million parameters, up to ten classes; trained on a CPU within a working day.
+    #[must_use]
+    pub fn small() -> Self {
+        Self { icl_num_blocks: 6, max_classes: 10, ..Self::nano() }
+    }
+
     /// A configuration of a few thousand parameters, for tests.
     #[must_use]
     pub fn tiny() -> Self {
