@@ -12,7 +12,7 @@ use crate::{
     adapter::FeatureTokens,
     error::TfmError,
     features::text_vectors,
-    model::{Model, column::group, slot_sums},
+    model::{Model, slot_sums},
     table::EncodedTable,
 };
 
@@ -75,8 +75,11 @@ impl Context {
         if table.rows == 0 || table.rows > MAX_CONTEXT_ROWS {
             return Err(TfmError::mismatch("context rows", format!("1 to {MAX_CONTEXT_ROWS}"), table.rows));
         }
-        let labels = table.known_labels()?;
         let config = model.config();
+        if config.regression() {
+            return Err(TfmError::mismatch("model of a context", "a classifier", "a regression model"));
+        }
+        let labels = table.known_labels()?;
         let slots = match config.feature_text_dim {
             0 => None,
             dim => Some(model.text_slots(&text_vectors(&table.column_texts, dim), 1, table.columns)?),
@@ -86,7 +89,7 @@ impl Context {
             column_keys: table.column_keys.clone(),
             rows: table.rows,
             slots,
-            slot_sums: slot_sums(table.columns)?,
+            slot_sums: slot_sums(config.variant.grouping(), table.columns)?,
             views: Vec::with_capacity(2),
         };
         for swapped in [false, true] {
@@ -100,9 +103,10 @@ impl Context {
     fn view(&self, table: &EncodedTable, labels: &[u8], swapped: bool) -> Result<View, TfmError> {
         let parts = &self.model.parts;
         let one_hot = self.model.one_hot_rows(std::iter::once(labels), 1, table.rows)?;
-        let groups = group(&table.values, 1, table.rows, table.columns)?;
-        let cells = parts.column.input(&groups)?.broadcast_add(&parts.column.labels(&one_hot)?)?;
+        let groups = parts.column.groups(&table.values, 1, table.rows, table.columns)?;
+        let cells = parts.column.add_labels(parts.column.input(&groups)?, &one_hot)?;
         let (cells, columns) = parts.column.context(cells)?;
+        let cells = parts.column.output(cells, &groups)?;
         let cells = self.with_slots(cells.transpose(0, 1)?.contiguous()?)?;
         let mut vectors = Vec::new();
         for first in (0..table.rows).step_by(CHUNK_ROWS) {
@@ -205,8 +209,9 @@ impl Context {
     pub(crate) fn cells(&self, view: usize, values: &[f32]) -> Result<Tensor, TfmError> {
         let columns = self.column_keys.len();
         let parts = &self.model.parts;
-        let groups = group(values, 1, values.len() / columns, columns)?;
+        let groups = parts.column.groups(values, 1, values.len() / columns, columns)?;
         let cells = parts.column.query(parts.column.input(&groups)?, &self.views[view].columns)?;
+        let cells = parts.column.output(cells, &groups)?;
         self.with_slots(cells.transpose(0, 1)?.contiguous()?)
     }
 

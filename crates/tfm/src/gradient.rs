@@ -11,7 +11,7 @@ use crate::{
     adapter::FeatureTokens,
     context::{CHUNK_ROWS, Context},
     error::TfmError,
-    model::column::GROUP_SHIFTS,
+    model::variant::Grouping,
     table::EncodedTable,
 };
 
@@ -19,9 +19,10 @@ use crate::{
 pub struct PreparedRows {
     rows: usize,
     columns: usize,
+    grouping: Grouping,
     width: usize,
     labels: Vec<u8>,
-    /// Cells `(rows, columns, E)` of each view.
+    /// Cells `(rows, slots, E)` of each view.
     cells: Vec<Vec<f32>>,
 }
 
@@ -129,6 +130,7 @@ impl Context {
         Ok(PreparedRows {
             rows: rows.rows,
             columns: rows.columns,
+            grouping: self.model().config().variant.grouping(),
             width,
             labels: rows.known_labels()?,
             cells,
@@ -271,8 +273,9 @@ impl Iterator for RowGradients<'_> {
 
 impl RowGradients<'_> {
     fn chunk(&self, first: usize, count: usize) -> Result<GradientChunk, TfmError> {
-        let PreparedRows { columns, width, ref labels, ref cells, .. } = *self.rows;
-        let (size, shape) = (columns * width, (count, columns, width));
+        let PreparedRows { columns, grouping, width, ref labels, ref cells, .. } = *self.rows;
+        let slots = grouping.slots(columns);
+        let (size, shape) = (slots * width, (count, slots, width));
         // Gradients of intermediate tensors are dropped on the way back; a zero variable keeps the one at the cells.
         let tap = Var::zeros(shape, candle_core::DType::F32, &Device::Cpu)?;
         let offset = tap.as_tensor().broadcast_add(&self.delta)?;
@@ -299,23 +302,24 @@ impl RowGradients<'_> {
         let losses = values.iter().zip(labels).map(|(v, y)| log_loss(*v, *y)).collect();
         let outer = Tensor::from_vec(outer, count, &Device::Cpu)?;
         let gradients = (logits * outer)?.sum_all()?.backward()?;
-        let slots: Vec<f32> = match gradients.get(&tap) {
+        let slots_gradient: Vec<f32> = match gradients.get(&tap) {
             Some(g) => g.flatten_all()?.to_vec1()?,
             None => vec![0.0; count * size],
         };
-        let mut columns_gradient = vec![0f32; count * size];
-        for (to, from) in columns_gradient.chunks_exact_mut(size).zip(slots.chunks_exact(size)) {
-            spread(from, to, columns, width);
+        let mut columns_gradient = vec![0f32; count * columns * width];
+        let rows = columns_gradient.chunks_exact_mut(columns * width);
+        for (to, from) in rows.zip(slots_gradient.chunks_exact(size)) {
+            spread(from, to, grouping, width);
         }
         Ok(GradientChunk { first_row: first, gradients: columns_gradient, losses })
     }
 }
 
-/// Pulls a row's slot gradients back to its columns: column `c` is part of every slot `j` with `c = j + shift`.
-fn spread(slots: &[f32], columns_gradient: &mut [f32], columns: usize, width: usize) {
+/// Pulls a row's slot gradients back to its columns, each of which may be part of several slots.
+fn spread(slots: &[f32], columns_gradient: &mut [f32], grouping: Grouping, width: usize) {
+    let columns = columns_gradient.len() / width;
     for (j, slot) in slots.chunks_exact(width).enumerate() {
-        for shift in GROUP_SHIFTS {
-            let column = (j + shift) % columns;
+        for column in grouping.members(j, columns).flatten() {
             for (to, g) in columns_gradient[column * width..][..width].iter_mut().zip(slot) {
                 *to += g;
             }

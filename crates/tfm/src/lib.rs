@@ -9,18 +9,27 @@
 pub mod adapter;
 pub mod checkpoint;
 pub mod context;
+pub mod ensemble;
 pub mod error;
 pub mod features;
 pub mod gradient;
+pub mod import;
 pub mod metrics;
 pub mod model;
 pub(crate) mod ops;
+pub mod preprocess;
 pub mod pretrain;
 pub mod prior;
+pub mod regression;
 pub mod table;
 
 pub use adapter::FeatureTokens;
 pub use context::{Context, Serving};
 pub use error::TfmError;
-pub use model::{Model, config::ModelConfig};
+pub use model::{
+    Model,
+    config::ModelConfig,
+    forward::{Targets, Task},
+    variant::Variant,
+};
 pub use table::{Coding, EncodedTable, Preprocessing};

@@ -442,7 +442,7 @@ impl EncodedTable {
 }
 
 /// Standardised codes of the levels of one feature.
-struct LevelCodes<'a> {
+pub(crate) struct LevelCodes<'a> {
     totals: [f64; 2],
     counts: &'a [[f64; 2]],
     odds: (f64, f64),
@@ -450,7 +450,7 @@ struct LevelCodes<'a> {
 }
 
 impl<'a> LevelCodes<'a> {
-    fn new(totals: [f64; 2], counts: &'a [[f64; 2]]) -> Self {
+    pub(crate) fn new(totals: [f64; 2], counts: &'a [[f64; 2]]) -> Self {
         let mut codes = Self { totals, counts, odds: (0.0, 1.0), frequency: (0.0, 1.0) };
         let weights: Vec<f64> = counts.iter().map(|c| c[0].max(0.0) + c[1].max(0.0)).collect();
         let odds = (0..counts.len()).map(|l| codes.raw_odds(l, None));
@@ -480,12 +480,17 @@ impl<'a> LevelCodes<'a> {
         self.counts(level, own).iter().sum::<f64>().ln_1p()
     }
 
-    fn odds(&self, level: usize, own: Option<u8>) -> f32 {
+    pub(crate) fn odds(&self, level: usize, own: Option<u8>) -> f32 {
         clip((self.raw_odds(level, own) - self.odds.0) / self.odds.1)
     }
 
-    fn frequency(&self, level: usize, own: Option<u8>) -> f32 {
+    pub(crate) fn frequency(&self, level: usize, own: Option<u8>) -> f32 {
         clip((self.raw_frequency(level, own) - self.frequency.0) / self.frequency.1)
+    }
+
+    /// Deviation of the raw log-odds over the levels, weighted by their rows.
+    pub(crate) fn odds_deviation(&self) -> f64 {
+        self.odds.1
     }
 }
 

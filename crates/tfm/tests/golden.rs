@@ -1,54 +1,112 @@
-//! Forward pass against the public package.
+//! Forward pass against the public package, stage by stage.
 //!
-//! `v2_clf_tiny.safetensors` holds random weights, made-up tables and the outputs of PyPI tabicl 2.2.0 on torch
-//! 2.15.0 with mixed precision off. Tolerance 1e-4, as the file's noise floor is 1.4e-5.
+//! The fixtures hold random weights, made-up tables, and activations and outputs of PyPI tabicl 2.2.0 on torch 2.15.0
+//! with mixed precision off. Tolerance 1e-4 for values up to about 50, as the files' noise floor is 1.4e-5; the
+//! checkpoint has the weights of `v2_clf_tiny.safetensors`.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeMap;
 
-use safetensors::SafeTensors;
-use tabmesh_tfm::{Model, ModelConfig, checkpoint, model::Tables};
+use serde_json::Value;
+use tabmesh_tfm::{Model, Targets, Task, import::PublicFile, regression::Quantiles};
 
-fn floats(container: &SafeTensors<'_>, name: &str) -> Vec<f32> {
-    let data = container.tensor(name).unwrap().data().to_vec();
-    data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+const TOLERANCE: f32 = 1e-4;
+
+/// Largest difference, and the stage it is at.
+fn worst(pairs: &[(String, Vec<f32>, Vec<f32>)]) -> (f32, &str) {
+    pairs.iter().fold((0.0, ""), |worst, (stage, got, expected)| {
+        assert_eq!(got.len(), expected.len(), "{stage}");
+        let apart = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        if apart > worst.0 { (apart, stage) } else { worst }
+    })
+}
+
+/// Checks a model against the cases of a golden file and gives the number of compared tensors.
+fn check(model: &Model, golden: &PublicFile) -> usize {
+    let stored = |case: &str, name: &str| golden.tensors.get(&format!("__io.{case}.{name}"));
+    let cases: Vec<Value> = serde_json::from_str(&golden.metadata["cases"]).unwrap();
+    let mut compared = 0;
+    for case in cases {
+        let size = |key: &str| usize::try_from(case[key].as_u64().unwrap()).unwrap();
+        let (context, columns, classes) = (size("n"), size("H"), size("K"));
+        let name = case["name"].as_str().unwrap();
+        let y = stored(name, "y").unwrap().1.clone();
+        let targets = if model.config().regression() {
+            Targets::Values(y)
+        } else {
+            Targets::Classes { classes, labels: y.iter().map(|v| *v as usize).collect() }
+        };
+        let values = stored(name, "X").unwrap().1.clone();
+        let task = Task { rows: context + size("m"), columns, context, values, targets };
+        let mut got: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
+        let outputs = model
+            .observed_outputs(&task, &mut |stage, shape, values| {
+                got.insert(stage.to_owned(), (shape.to_vec(), values));
+            })
+            .unwrap();
+        let plain = model.outputs(&task).unwrap();
+        let mut pairs = vec![("outputs without observation".to_owned(), plain, outputs.clone())];
+        if model.config().regression() {
+            let rows = Quantiles::rows(outputs, model.config().outputs()).unwrap();
+            let alphas: Vec<f64> = serde_json::from_str(&golden.metadata["alphas"]).unwrap();
+            let each = |f: &dyn Fn(&Quantiles) -> Vec<f32>| rows.iter().flat_map(f).collect::<Vec<f32>>();
+            let one = |v: f64| vec![v as f32];
+            for (stage, values) in [
+                ("quantiles", each(&|q| q.values().to_vec())),
+                ("mean", each(&|q| one(q.mean()))),
+                ("median", each(&|q| one(q.at(0.5)))),
+                ("quantiles_at_alphas", each(&|q| alphas.iter().map(|a| q.at(*a) as f32).collect())),
+            ] {
+                pairs.push((stage.to_owned(), values, stored(name, stage).unwrap().1.clone()));
+            }
+            // The variance is checked relatively.
+            let variance = &stored(name, "variance").unwrap().1;
+            let relative = rows.iter().zip(variance).map(|(q, v)| q.variance() as f32 / v).collect();
+            pairs.push(("variance".into(), relative, vec![1.0; variance.len()]));
+        } else {
+            // Logarithms of a class tree's small probabilities magnify rounding.
+            let scale = if case["hierarchical"] == true { 0.5 } else { 1.0 };
+            let scaled = |v: &[f32]| v.iter().map(|v| v * scale).collect();
+            pairs.push(("logits".into(), scaled(&outputs), scaled(&stored(name, "logits").unwrap().1)));
+        }
+        let stages = ["col_block.", "col", "row_block.", "row", "icl_block.", "decoder"];
+        for (full, (shape, expected)) in &golden.tensors {
+            let Some(stage) = full.strip_prefix(&format!("__io.{name}.")) else { continue };
+            if stages.iter().any(|s| if s.ends_with('.') { stage.starts_with(s) } else { stage == *s }) {
+                let (found, values) = &got[stage];
+                assert_eq!(found, shape, "{name} {stage}");
+                pairs.push((stage.to_owned(), values.clone(), expected.clone()));
+            }
+        }
+        let (apart, stage) = worst(&pairs);
+        assert!(apart < TOLERANCE, "case {name}: {apart} at {stage}");
+        compared += pairs.len();
+    }
+    compared
 }
 
 #[test]
-fn logits_match_the_public_package() {
-    let bytes = include_bytes!("fixtures/v2_clf_tiny.safetensors");
-    let (_, metadata) = SafeTensors::read_metadata(bytes).unwrap();
-    let metadata = metadata.metadata().clone().unwrap();
-    let config: ModelConfig = serde_json::from_str(&metadata["config"]).unwrap();
-    let container = SafeTensors::deserialize(bytes).unwrap();
-    let weights: BTreeMap<_, _> = container
-        .tensors()
-        .into_iter()
-        .filter(|(name, _)| !name.starts_with("__io."))
-        .map(|(name, view)| (name.clone(), (view.shape().to_vec(), floats(&container, &name))))
-        .collect();
-    let model: Model = checkpoint::model_from_named(&config, weights).unwrap();
-    let cases: Vec<serde_json::Value> = serde_json::from_str(&metadata["cases"]).unwrap();
-    let mut checked = 0;
-    for case in cases {
-        let size = |key: &str| usize::try_from(case[key].as_u64().unwrap()).unwrap();
-        let (n, m, columns, classes) = (size("n"), size("m"), size("H"), size("K"));
-        if classes > config.max_classes {
-            continue;
-        }
-        let name = case["name"].as_str().unwrap();
-        let mut labels: Vec<u8> =
-            floats(&container, &format!("__io.{name}.y")).iter().map(|v| *v as u8).collect();
-        labels.resize(n + m, 0);
-        let values = floats(&container, &format!("__io.{name}.X"));
-        let tables = Tables { tables: 1, rows: n + m, columns, context: n, values, labels, texts: None };
-        let got = model.forward(&tables).unwrap();
-        let expected = floats(&container, &format!("__io.{name}.decoder"));
-        assert_eq!(got.len(), expected.len());
-        let worst = got.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-        assert!(worst < 1e-4, "case {name}: largest difference {worst}");
-        checked += 1;
-    }
-    assert_eq!(checked, 6);
+fn first_classifier_matches_the_public_package() {
+    let file = PublicFile::read(include_bytes!("fixtures/v1_clf_tiny.safetensors")).unwrap();
+    assert_eq!(check(&file.model(None).unwrap(), &file), 7 * 8 + 6 * 3);
+}
+
+#[test]
+fn second_classifier_matches_the_public_package() {
+    let file = PublicFile::read(include_bytes!("fixtures/v2_clf_tiny.safetensors")).unwrap();
+    assert_eq!(check(&file.model(None).unwrap(), &file), 6 * 12 + 7);
+}
+
+#[test]
+fn regressor_matches_the_public_package() {
+    let file = PublicFile::read(include_bytes!("fixtures/v2_reg_tiny.safetensors")).unwrap();
+    assert_eq!(check(&file.model(None).unwrap(), &file), 5 * 15);
+}
+
+#[test]
+fn checkpoint_gives_the_outputs_of_its_safetensors_form() {
+    let golden = PublicFile::read(include_bytes!("fixtures/v2_clf_tiny.safetensors")).unwrap();
+    let file = PublicFile::read(include_bytes!("fixtures/v2_clf_tiny.ckpt")).unwrap();
+    assert_eq!(check(&file.model(None).unwrap(), &golden), 6 * 12 + 7);
 }

@@ -2,9 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::variant::Variant;
 use crate::error::TfmError;
 
-/// Sizes of an in-context tabular model. Field names are those of the public package's classifier (second version).
+/// Sizes and switches of an in-context tabular model. Field names are those of the public package.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
     /// Width of a cell, `E`.
@@ -29,7 +30,7 @@ pub struct ModelConfig {
     pub icl_nhead: usize,
     /// Feed-forward width over block width.
     pub ff_factor: usize,
-    /// Classes the model can tell apart in one pass.
+    /// Classes the model can tell apart in one pass; 0 = a regression model, which puts out quantiles.
     pub max_classes: usize,
     /// Hidden width of the softmax-scaling networks.
     #[serde(default = "public_ssmax_hidden")]
@@ -37,6 +38,9 @@ pub struct ModelConfig {
     /// Length of the hashed feature-text vector; 0 = the model reads no feature texts (imported weights).
     #[serde(default)]
     pub feature_text_dim: usize,
+    /// Switches between the published variants; files that leave them out hold the second version's classifier.
+    #[serde(flatten)]
+    pub variant: Variant,
 }
 
 /// Hidden width of the softmax-scaling networks in the public package.
@@ -63,7 +67,14 @@ impl ModelConfig {
             max_classes: 2,
             ssmax_hidden: 32,
             feature_text_dim: 64,
+            variant: Variant::default(),
         }
+    }
+
+    /// About one million parameters, up to ten classes; trained on a CPU within a working day.
+    #[must_use]
+    pub fn small() -> Self {
+        Self { icl_num_blocks: 6, max_classes: 10, ..Self::nano() }
     }
 
     /// A configuration of a few thousand parameters, for tests.
@@ -91,6 +102,24 @@ impl ModelConfig {
         self.embed_dim * self.row_num_cls
     }
 
+    /// Whether the model puts out quantiles of a number instead of class scores.
+    #[must_use]
+    pub fn regression(&self) -> bool {
+        self.max_classes == 0
+    }
+
+    /// Width of an encoded label: one-hot over the classes, or one number.
+    #[must_use]
+    pub fn label_width(&self) -> usize {
+        self.max_classes.max(1)
+    }
+
+    /// Outputs per query row: class scores or quantiles.
+    #[must_use]
+    pub fn outputs(&self) -> usize {
+        if self.regression() { self.variant.num_quantiles } else { self.max_classes }
+    }
+
     /// Checks every size against its limit and the divisibility rules.
     ///
     /// # Errors
@@ -107,7 +136,7 @@ impl ModelConfig {
             ("icl_num_blocks", self.icl_num_blocks, 1, MAX_BLOCKS),
             ("icl_nhead", self.icl_nhead, 1, MAX_HEADS),
             ("ff_factor", self.ff_factor, 1, MAX_FF_FACTOR),
-            ("max_classes", self.max_classes, 2, MAX_CLASSES),
+            ("max_classes", self.max_classes, 0, MAX_CLASSES),
             ("ssmax_hidden", self.ssmax_hidden, 1, MAX_SSMAX_HIDDEN),
             ("feature_text_dim", self.feature_text_dim, 0, MAX_TEXT_DIM),
         ];
@@ -116,6 +145,10 @@ impl ModelConfig {
                 return Err(bad(field, "within its limits", got));
             }
         }
+        if self.max_classes == 1 {
+            return Err(bad("max_classes", "0 or at least 2", self.max_classes));
+        }
+        self.variant.check()?;
         if !self.embed_dim.is_multiple_of(self.col_nhead) {
             return Err(bad("col_nhead", "a divisor of embed_dim", self.col_nhead));
         }

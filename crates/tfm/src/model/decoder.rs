@@ -1,4 +1,4 @@
-//! Decoder: row vectors to class scores.
+//! Decoder: row vectors to class scores or quantiles.
 
 use candle_core::Tensor;
 
@@ -22,13 +22,13 @@ impl Decoder {
     pub(crate) fn new(source: &mut dyn Source, config: &ModelConfig) -> Result<Self, TfmError> {
         let width = config.row_width();
         Ok(Self {
-            norm: norm(source, "icl_predictor.ln", width)?,
+            norm: norm(source, "icl_predictor.ln", width, config.variant.bias_free_ln)?,
             hidden: affine(source, "icl_predictor.decoder.0", 2 * width, width)?,
-            output: affine(source, "icl_predictor.decoder.2", config.max_classes, 2 * width)?,
+            output: affine(source, "icl_predictor.decoder.2", config.outputs(), 2 * width)?,
         })
     }
 
-    /// Class scores `(.., max_classes)` of row vectors `(.., D)`.
+    /// Class scores or quantiles `(.., outputs)` of row vectors `(.., D)`.
     pub(crate) fn scores(&self, rows: &Tensor) -> Result<Tensor, TfmError> {
         let normed = layer_norm(rows, &self.norm.0, &self.norm.1)?;
         let hidden = gelu(&linear(&normed, &self.hidden.0, &self.hidden.1)?)?;

@@ -5,6 +5,7 @@ use candle_core::Tensor;
 use super::{
     attention::{Block, BlockSizes},
     config::ModelConfig,
+    forward::Observe,
     params::{Source, affine},
 };
 use crate::{error::TfmError, ops::linear::linear};
@@ -22,17 +23,20 @@ impl IclStage {
             width,
             heads: config.icl_nhead,
             ff_factor: config.ff_factor,
-            ssmax_hidden: Some(config.ssmax_hidden),
+            ssmax: config.variant.icl_ssmax,
+            ssmax_hidden: config.ssmax_hidden,
+            bias_free_ln: config.variant.bias_free_ln,
+            interleaved: false,
         };
         let blocks = (0..config.icl_num_blocks)
             .map(|i| Block::new(source, &format!("icl_predictor.tf_icl.blocks.{i}"), sizes))
             .collect::<Result<_, _>>()?;
-        Ok(Self { label: affine(source, "icl_predictor.y_encoder", width, config.max_classes)?, blocks })
+        Ok(Self { label: affine(source, "icl_predictor.y_encoder", width, config.label_width())?, blocks })
     }
 
-    /// Label embeddings `(tables, context, D)` from one-hot labels `(tables, context, classes)`.
-    pub(crate) fn labels(&self, one_hot: &Tensor) -> Result<Tensor, TfmError> {
-        Ok(linear(one_hot, &self.label.0, &self.label.1)?)
+    /// Label embeddings `(tables, context, D)` from encoded labels `(tables, context, label width)`.
+    pub(crate) fn labels(&self, encoded: &Tensor) -> Result<Tensor, TfmError> {
+        Ok(linear(encoded, &self.label.0, &self.label.1)?)
     }
 
     /// Query rows `(tables, queries, D)` after reading the context, from all rows `(tables, rows, D)`.
@@ -47,6 +51,22 @@ impl IclStage {
             } else {
                 block.attend(&rows, &normed, &kv, None, context)?
             };
+        }
+        Ok(rows)
+    }
+
+    /// All rows `(1, rows, D)` after the last block, where `observe` sees them after each.
+    pub(crate) fn observed(
+        &self,
+        mut rows: Tensor,
+        context: usize,
+        observe: Observe<'_>,
+    ) -> Result<Tensor, TfmError> {
+        for (i, block) in self.blocks.iter().enumerate() {
+            let normed = block.normed(&rows)?;
+            let kv = block.keys_values(&normed.narrow(1, 0, context)?)?;
+            rows = block.attend(&rows, &normed, &kv, None, context)?;
+            observe(&format!("icl_block.{i}"), &rows)?;
         }
         Ok(rows)
     }

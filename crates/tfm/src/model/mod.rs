@@ -1,16 +1,20 @@
 //! The in-context tabular model: column stage, row stage, in-context stage, decoder.
 //!
-//! Layout and parameter names follow the second TabICL classifier (arXiv 2502.05564 and its successor), so public
-//! weights load unchanged. Feature tokens (a projection of hashed feature texts, zero at the start) are ours; they
+//! Layout and parameter names follow TabICL (arXiv 2502.05564 and its successor): the classifiers of both versions
+//! and the second version's regressor, told apart by [`variant::Variant`], so public weights load unchanged. Feature
+//! tokens (a projection of hashed feature texts, zero at the start) are ours; they
 //! are added to a column's cells between the column and the row stage.
 
 pub(crate) mod attention;
 pub(crate) mod column;
 pub mod config;
 pub(crate) mod decoder;
+pub mod forward;
 pub(crate) mod icl;
+pub mod many;
 pub(crate) mod params;
 pub(crate) mod row;
+pub mod variant;
 
 use std::collections::BTreeMap;
 
@@ -18,12 +22,13 @@ use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha20Rng;
 
 use self::{
-    column::{ColumnStage, GROUP_SHIFTS, group},
+    column::ColumnStage,
     config::ModelConfig,
     decoder::Decoder,
     icl::IclStage,
     params::{Given, Init, Random, Source},
     row::RowStage,
+    variant::Grouping,
 };
 use crate::{error::TfmError, ops::linear::linear};
 
@@ -53,6 +58,9 @@ impl Tables {
     /// [`TfmError::Mismatch`] naming what doesn't fit.
     pub fn check(&self, config: &ModelConfig) -> Result<(), TfmError> {
         let Self { tables, rows, columns, context, .. } = *self;
+        if config.regression() {
+            return Err(TfmError::mismatch("model of classes", "a classifier", "a regression model"));
+        }
         if tables == 0 || columns == 0 || context == 0 || context >= rows {
             let got = format!("{tables} tables, {columns} columns, {context} of {rows} rows as context");
             return Err(TfmError::mismatch("table sizes", "at least 1 of each and one query row", got));
@@ -170,24 +178,23 @@ impl Model {
         let width = self.config.embed_dim;
         let parts = &self.parts;
         let one_hot = self.one_hot(tables)?;
-        let groups = group(&tables.values, b, rows, columns)?;
-        let labels = parts.column.labels(&one_hot)?.pad_with_zeros(1, 0, rows - context)?.unsqueeze(1)?;
-        let cells =
-            parts.column.input(&groups)?.reshape((b, columns, rows, width))?.broadcast_add(&labels)?;
-        let cells = parts.column.embed(cells.reshape((b * columns, rows, width))?, context)?;
-        let mut cells = cells.reshape((b, columns, rows, width))?.transpose(1, 2)?.contiguous()?;
+        let groups = parts.column.groups(&tables.values, b, rows, columns)?;
+        let slots = groups.dim(0)? / b;
+        let cells = parts.column.add_labels(parts.column.input(&groups)?, &one_hot)?;
+        let cells = parts.column.output(parts.column.embed(cells, context)?, &groups)?;
+        let mut cells = cells.reshape((b, slots, rows, width))?.transpose(1, 2)?.contiguous()?;
         if let (Some(texts), Some(_)) = (&tables.texts, &parts.text) {
             let tokens = self.text_slots(texts, b, columns)?.unsqueeze(1)?;
             cells = cells.broadcast_add(&tokens)?;
         }
-        let vectors = parts.row.rows(&cells.reshape((b * rows, columns, width))?)?;
+        let vectors = parts.row.rows(&cells.reshape((b * rows, slots, width))?)?;
         let vectors = vectors.reshape((b, rows, self.config.row_width()))?;
         let labels = parts.icl.labels(&one_hot)?.pad_with_zeros(1, 0, rows - context)?;
         let queries = parts.icl.queries((vectors + labels)?, context)?;
         parts.decoder.scores(&queries)
     }
 
-    /// Feature tokens by slot `(tables, columns, E)` from hashed texts `(tables, columns, feature_text_dim)`.
+    /// Feature tokens by slot `(tables, slots, E)` from hashed texts `(tables, columns, feature_text_dim)`.
     pub(crate) fn text_slots(
         &self,
         texts: &[f32],
@@ -201,8 +208,9 @@ impl Model {
         let texts = Tensor::from_slice(texts, shape, &Device::Cpu)?;
         let bias = Tensor::zeros(self.config.embed_dim, candle_core::DType::F32, &Device::Cpu)?;
         let tokens = linear(&texts, weight, &bias)?.reshape((tables, columns, self.config.embed_dim))?;
-        let sums =
-            slot_sums(columns)?.unsqueeze(0)?.broadcast_as((tables, columns, columns))?.contiguous()?;
+        let grouping = self.config.variant.grouping();
+        let shape = (tables, grouping.slots(columns), columns);
+        let sums = slot_sums(grouping, columns)?.unsqueeze(0)?.broadcast_as(shape)?.contiguous()?;
         Ok(sums.matmul(&tokens)?)
     }
 
@@ -246,16 +254,16 @@ impl Parts {
     }
 }
 
-/// The 0/1 matrix `(columns, columns)` that sums column tokens into slots: row `j` counts columns `j + 1`, `j + 2`,
-/// `j + 4` modulo the number of columns.
-pub(crate) fn slot_sums(columns: usize) -> Result<Tensor, TfmError> {
-    let mut sums = vec![0f32; columns * columns];
-    for j in 0..columns {
-        for shift in GROUP_SHIFTS {
-            sums[j * columns + (j + shift) % columns] += 1.0;
+/// The matrix `(slots, columns)` that sums column tokens into slots: how often each slot holds each column.
+pub(crate) fn slot_sums(grouping: Grouping, columns: usize) -> Result<Tensor, TfmError> {
+    let slots = grouping.slots(columns);
+    let mut sums = vec![0f32; slots * columns];
+    for slot in 0..slots {
+        for column in grouping.members(slot, columns).flatten() {
+            sums[slot * columns + column] += 1.0;
         }
     }
-    Ok(Tensor::from_vec(sums, (columns, columns), &Device::Cpu)?)
+    Ok(Tensor::from_vec(sums, (slots, columns), &Device::Cpu)?)
 }
 
 /// Whether a tensor is trained; the rotary frequencies are constants that the file format carries.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use rand::Rng;
 use rand_chacha::ChaCha20Rng;
 
@@ -92,9 +92,18 @@ pub(crate) fn affine(
     Ok((weight, bias))
 }
 
-/// A layer norm's gain and bias.
-pub(crate) fn norm(source: &mut dyn Source, name: &str, width: usize) -> Result<(Tensor, Tensor), TfmError> {
+/// A layer norm's gain and bias; without a bias of its own the norm adds a constant zero, which no file holds.
+pub(crate) fn norm(
+    source: &mut dyn Source,
+    name: &str,
+    width: usize,
+    bias_free: bool,
+) -> Result<(Tensor, Tensor), TfmError> {
     let gain = source.tensor(&format!("{name}.weight"), &[width], Init::One)?;
-    let bias = source.tensor(&format!("{name}.bias"), &[width], Init::Zero)?;
+    let bias = if bias_free {
+        Tensor::zeros(width, DType::F32, &Device::Cpu)?
+    } else {
+        source.tensor(&format!("{name}.bias"), &[width], Init::Zero)?
+    };
     Ok((gain, bias))
 }

@@ -1,11 +1,13 @@
 //! Multi-head attention core `softmax(Q K^T / sqrt(head_dim)) V` on interleaved heads, without transposed copies.
 //!
-//! Probabilities are recomputed in the backward pass, so nothing of size `queries x keys` is kept. Short sequences
-//! (cells of a row, inducing points) run in register loops; long ones (rows of a table) in blocked products.
+//! Probabilities are recomputed in the backward pass, so nothing of size `queries x keys` is kept. Few keys (cells of
+//! a row, inducing points) and few queries (inducing points that read a column) run in register loops; long sequences
+//! (rows of a table) in blocked products.
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, backend::BackendStorage, bail};
 
 use super::{
+    lanes,
     math::{dot, softmax},
     values, wanted, with_values,
 };
@@ -23,13 +25,13 @@ struct Attention {
 
 /// Sizes of one call.
 #[derive(Clone, Copy)]
-struct Sizes {
-    batch: usize,
+pub(super) struct Sizes {
+    pub(super) batch: usize,
     shared_query: bool,
-    queries: usize,
-    keys: usize,
-    width: usize,
-    heads: usize,
+    pub(super) queries: usize,
+    pub(super) keys: usize,
+    pub(super) width: usize,
+    pub(super) heads: usize,
 }
 
 impl Sizes {
@@ -47,18 +49,36 @@ impl Sizes {
         self.width / self.heads
     }
 
-    fn scale(self) -> f32 {
+    pub(super) fn scale(self) -> f32 {
         1.0 / (self.head_dim() as f32).sqrt()
     }
 
-    fn query_start(self, batch: usize) -> usize {
+    pub(super) fn query_start(self, batch: usize) -> usize {
         if self.shared_query { 0 } else { batch * self.queries * self.width }
     }
 
-    fn blocked(self) -> bool {
-        (self.queries >= BLOCKED_FROM && self.keys >= BLOCKED_FROM)
-            || !matches!(self.head_dim(), 4 | 8 | 16 | 32)
+    fn kernel(self) -> Kernel {
+        if !matches!(self.head_dim(), 4 | 8 | 16 | 32) {
+            Kernel::Products
+        } else if self.keys <= lanes::MAX_KEYS {
+            Kernel::FewKeys
+        } else if self.queries >= BLOCKED_FROM {
+            Kernel::Products
+        } else {
+            Kernel::FewQueries
+        }
     }
+}
+
+/// Which loops a call runs in.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kernel {
+    /// Eight queries side by side, for cells of a row and inducing points as keys.
+    FewKeys,
+    /// Loops over keys, for inducing points as queries.
+    FewQueries,
+    /// Blocked matrix products, for rows of a table.
+    Products,
 }
 
 impl CustomOp2 for Attention {
@@ -75,15 +95,20 @@ impl CustomOp2 for Attention {
     ) -> Result<(CpuStorage, Shape)> {
         let sizes = Sizes::of(lq.dims(), lkv.dims(), self.heads)?;
         let mut out = vec![0f32; sizes.batch * sizes.queries * sizes.width];
-        if sizes.blocked() {
+        if sizes.kernel() == Kernel::Products {
             blocked::forward(sizes, (q, lq.start_offset()), (kv, lkv.start_offset()), &mut out)?;
         } else {
+            let few_keys = sizes.kernel() == Kernel::FewKeys;
             let (q, kv) = (values(q, lq)?, values(kv, lkv)?);
-            match sizes.head_dim() {
-                4 => small_forward::<4>(sizes, q, kv, &mut out),
-                8 => small_forward::<8>(sizes, q, kv, &mut out),
-                16 => small_forward::<16>(sizes, q, kv, &mut out),
-                _ => small_forward::<32>(sizes, q, kv, &mut out),
+            match (sizes.head_dim(), few_keys) {
+                (4, true) => lanes::forward::<4>(sizes, q, kv, &mut out),
+                (8, true) => lanes::forward::<8>(sizes, q, kv, &mut out),
+                (16, true) => lanes::forward::<16>(sizes, q, kv, &mut out),
+                (_, true) => lanes::forward::<32>(sizes, q, kv, &mut out),
+                (4, false) => small_forward::<4>(sizes, q, kv, &mut out),
+                (8, false) => small_forward::<8>(sizes, q, kv, &mut out),
+                (16, false) => small_forward::<16>(sizes, q, kv, &mut out),
+                (_, false) => small_forward::<32>(sizes, q, kv, &mut out),
             }
         }
         Ok((CpuStorage::F32(out), (sizes.batch, sizes.queries, sizes.width).into()))
@@ -101,18 +126,22 @@ impl CustomOp2 for Attention {
         let want_kv = wanted(kv);
         let mut dq = vec![0f32; q.elem_count()];
         let mut dkv = vec![0f32; if want_kv { kv.elem_count() } else { 0 }];
-        if sizes.blocked() {
+        if sizes.kernel() == Kernel::Products {
             blocked::backward(sizes, q, kv, &grad, &mut dq, want_kv.then_some(&mut dkv))?;
         } else {
             with_values(q, |q| {
                 with_values(kv, |kv| {
                     with_values(&grad, |g| {
                         let dkv = want_kv.then_some(dkv.as_mut_slice());
-                        match sizes.head_dim() {
-                            4 => small_backward::<4>(sizes, q, kv, g, &mut dq, dkv),
-                            8 => small_backward::<8>(sizes, q, kv, g, &mut dq, dkv),
-                            16 => small_backward::<16>(sizes, q, kv, g, &mut dq, dkv),
-                            _ => small_backward::<32>(sizes, q, kv, g, &mut dq, dkv),
+                        match (sizes.head_dim(), sizes.kernel() == Kernel::FewKeys) {
+                            (4, true) => lanes::backward::<4>(sizes, q, kv, g, &mut dq, dkv),
+                            (8, true) => lanes::backward::<8>(sizes, q, kv, g, &mut dq, dkv),
+                            (16, true) => lanes::backward::<16>(sizes, q, kv, g, &mut dq, dkv),
+                            (_, true) => lanes::backward::<32>(sizes, q, kv, g, &mut dq, dkv),
+                            (4, false) => small_backward::<4>(sizes, q, kv, g, &mut dq, dkv),
+                            (8, false) => small_backward::<8>(sizes, q, kv, g, &mut dq, dkv),
+                            (16, false) => small_backward::<16>(sizes, q, kv, g, &mut dq, dkv),
+                            (_, false) => small_backward::<32>(sizes, q, kv, g, &mut dq, dkv),
                         }
                         Ok(())
                     })
@@ -127,7 +156,7 @@ impl CustomOp2 for Attention {
 
 /// `HD` consecutive values as an array.
 #[inline(always)]
-fn lane<const HD: usize>(values: &[f32], at: usize) -> [f32; HD] {
+pub(super) fn lane<const HD: usize>(values: &[f32], at: usize) -> [f32; HD] {
     let mut lane = [0f32; HD];
     lane.copy_from_slice(&values[at..at + HD]);
     lane
@@ -387,7 +416,7 @@ mod blocked {
 const BLOCKED_FROM: usize = 24;
 
 #[cfg(test)]
-mod tests {
+pub(in crate::ops) mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use candle_core::{Device, Tensor, Var};
 
@@ -395,7 +424,7 @@ mod tests {
     use crate::ops::{activation, linear::linear, norm::layer_norm, rope};
 
     /// Values of a fixed linear congruential sequence in `[-1, 1)`.
-    fn noise(seed: u64, dims: &[usize]) -> Tensor {
+    pub(in crate::ops) fn noise(seed: u64, dims: &[usize]) -> Tensor {
         let mut state = seed;
         let count = dims.iter().product();
         let values: Vec<f32> = (0..count)
@@ -408,7 +437,7 @@ mod tests {
     }
 
     /// Compares the analytic gradient of `sum(f(inputs) * weights)` with central differences.
-    fn check(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Tensor) {
+    pub(in crate::ops) fn check(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Tensor) {
         let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
         let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
         let out = f(&tensors);
@@ -445,6 +474,9 @@ mod tests {
     fn gradients_match_central_differences() {
         check(&[noise(1, &[3, 5, 16]), noise(2, &[3, 7, 32])], |t| attention(&t[0], &t[1], 2).unwrap());
         check(&[noise(3, &[1, 5, 16]), noise(4, &[3, 7, 32])], |t| attention(&t[0], &t[1], 4).unwrap());
+        check(&[noise(3, &[1, 5, 16]), noise(4, &[2, 70, 32])], |t| attention(&t[0], &t[1], 2).unwrap());
+        check(&[noise(3, &[2, 11, 16]), noise(4, &[2, 9, 32])], |t| attention(&t[0], &t[1], 1).unwrap());
+        check(&[noise(5, &[2, 30, 8]), noise(6, &[2, 70, 16])], |t| attention(&t[0], &t[1], 2).unwrap());
         check(&[noise(5, &[2, 140, 24]), noise(6, &[2, 30, 48])], |t| attention(&t[0], &t[1], 2).unwrap());
         check(&[noise(7, &[6, 5]), noise(8, &[4, 5]), noise(9, &[4])], |t| {
             linear(&t[0], &t[1], &t[2]).unwrap()
@@ -459,10 +491,10 @@ mod tests {
         check(&[noise(17, &[2, 5, 12])], |t| rope::rotate(&t[0], 2, &[1.0, 0.1]).unwrap());
     }
 
-    /// Both kernels against the textbook formula built from basic operations.
+    /// All kernels against the textbook formula built from basic operations.
     #[test]
-    fn both_kernels_match_basic_operations() {
-        for (queries, keys) in [(5, 7), (40, 33)] {
+    fn all_kernels_match_basic_operations() {
+        for (queries, keys) in [(5, 7), (19, 64), (5, 65), (40, 90)] {
             let (q, kv) = (noise(20, &[2, queries, 16]), noise(21, &[2, keys, 32]));
             let fused = attention(&q, &kv, 2).unwrap();
             let split = |t: &Tensor, rows: usize| {

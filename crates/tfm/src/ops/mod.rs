@@ -6,6 +6,8 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod feed_forward;
+mod lanes;
 pub(crate) mod linear;
 pub(crate) mod math;
 pub(crate) mod norm;

@@ -16,7 +16,7 @@ struct LayerNorm;
 
 /// Mean and inverse deviation of one row.
 #[inline]
-fn moments(row: &[f32]) -> (f32, f32) {
+pub(super) fn moments(row: &[f32]) -> (f32, f32) {
     let width = row.len() as f32;
     let mean = sum(row) / width;
     let mut lanes = [0f32; 8];

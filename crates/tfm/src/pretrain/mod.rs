@@ -68,8 +68,8 @@ impl PretrainConfig {
     #[must_use]
     pub fn scratch(model: ModelConfig, steps: u64, seed: u64) -> Self {
         Self {
+            prior: PriorConfig::for_classes(model.max_classes),
             model,
-            prior: PriorConfig::default(),
             steps,
             slices_per_step: 4,
             tables_per_slice: 2,
@@ -99,6 +99,13 @@ impl PretrainConfig {
         self.model.check()?;
         self.prior.check()?;
         let bad = |field, expected, got: String| Err(TfmError::BadConfig { field, expected, got });
+        if self.prior.max_classes > self.model.max_classes {
+            return bad(
+                "prior.max_classes",
+                "at most those of the model",
+                self.prior.max_classes.to_string(),
+            );
+        }
         if self.steps == 0 || self.steps > MAX_STEPS {
             return bad("steps", "from 1 to 100 million", self.steps.to_string());
         }
