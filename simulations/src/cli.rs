@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::{process, quickstart};
+use crate::{bench, process, quickstart};
 
 /// Runs whole Tabmesh deployments on one machine, on shipped data, and measures them.
 #[derive(Debug, Parser)]
@@ -38,6 +38,11 @@ enum Command {
         /// Form of the result.
         #[arg(long, value_enum, default_value_t = Output::Text)]
         output: Output,
+    },
+    /// Measurements.
+    Bench {
+        #[command(subcommand)]
+        what: bench::Bench,
     },
     /// Development certificates.
     Certs {
@@ -81,7 +86,7 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         }
     };
     match dispatch(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:?}");
             ExitCode::FAILURE
@@ -89,11 +94,13 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     }
 }
 
-fn dispatch(command: Command) -> anyhow::Result<()> {
+fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Quickstart { dir, keep, hold, fast, seed, output } => {
-            quickstart::run(quickstart::Options { dir, keep, hold, fast, seed, output })
+            quickstart::run(quickstart::Options { dir, keep, hold, fast, seed, output })?;
+            Ok(ExitCode::SUCCESS)
         }
+        Command::Bench { what } => bench::run(what),
         Command::Certs { action: CertsAction::Dev { out, domains } } => {
             let mut roles = vec![quickstart::pki::Role::Coordinator];
             roles.push(quickstart::deployment::operator());
@@ -101,7 +108,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
             roles.extend(domains.iter().map(|domain| quickstart::pki::Role::agent(domain)));
             quickstart::pki::write(&out, &roles, time::OffsetDateTime::now_utc())?;
             println!("development certificates for {} processes in {}", roles.len(), out.display());
-            Ok(())
+            Ok(ExitCode::SUCCESS)
         }
     }
 }

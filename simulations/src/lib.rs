@@ -1,8 +1,9 @@
-//! The simulation harness: shipped data, development deployments, baselines and tables of results.
+//! The simulation harness: shipped data, development deployments, baselines, measurements and tables of results.
 
 #![forbid(unsafe_code)]
 
 pub mod baseline;
+pub mod bench;
 pub mod cli;
 pub mod process;
 pub mod quickstart;
