@@ -56,6 +56,11 @@ enum Command {
     },
     /// Pre-trains a base model from the synthetic prior; resumes where a checkpoint ends.
     Pretrain(pretrain_job::Args),
+    /// Brings in, lists, describes and exports model files, by licence and purpose. Offline.
+    Model {
+        #[command(subcommand)]
+        action: command::model::ModelAction,
+    },
     /// Writes or verifies the privacy-budget report (role: auditor).
     Report {
         #[command(subcommand)]
@@ -179,6 +184,7 @@ Examples:
   tabmesh-coordinator serve --config coordinator.yaml
   tabmesh-coordinator plan validate plan.yaml
   tabmesh-coordinator plan submit plan.yaml --client operator.yaml
+  tabmesh-coordinator model import tabicl.ckpt --licence BSD-3-Clause --source https://example.org/tabicl.ckpt
   tabmesh-coordinator report write --client auditor.yaml --html report.html --json report.json
   tabmesh-coordinator report verify report.html --key coordinator.pub";
 
@@ -216,6 +222,7 @@ fn dispatch(command: Command) -> miette::Result<ExitCode> {
         Command::Plan { action } => runtime()?.block_on(command::plan::run(action)),
         Command::Agents { client, output } => runtime()?.block_on(command::agents::run(&client, output)),
         Command::Pretrain(args) => pretrain(&args),
+        Command::Model { action } => command::model::run(action, now_ms()),
         Command::Report { action } => runtime()?.block_on(command::report::run(action)),
         Command::Config { action: ConfigAction::Example } => {
             print!("{}", Config::example());

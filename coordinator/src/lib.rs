@@ -14,6 +14,7 @@ pub mod config;
 pub mod error;
 mod mesh;
 mod mirror;
+pub mod models;
 pub mod null_rounds;
 mod outbox;
 mod pipeline;
@@ -157,7 +158,7 @@ fn open(
     if let Some(torn) = torn {
         tracing::warn!(?torn, "a torn entry was cut from the audit log");
     }
-    let policy = policy(config.policy_bundle.as_deref())?;
+    let policy = policy_bundle(config.policy_bundle.as_deref())?;
     let sign = {
         let key = Arc::clone(&key);
         Arc::new(move |id, kind, document| Ok(Assignment::sign(id, kind, document, &identity, &key)?))
@@ -195,7 +196,8 @@ fn take_base(config: &Config, records: &Arc<dyn Records>, blobs: &BlobStore) -> 
     Ok(())
 }
 
-fn policy(folder: Option<&Path>) -> Result<PolicyBundle, CoordinatorError> {
+/// The policy bundle of a folder; the built-in one without a folder.
+pub(crate) fn policy_bundle(folder: Option<&Path>) -> Result<PolicyBundle, CoordinatorError> {
     let Some(folder) = folder else { return Ok(PolicyBundle::default()) };
     let refused =
         |reason: String| CoordinatorError::File { what: "policy bundle", path: folder.to_owned(), reason };

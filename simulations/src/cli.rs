@@ -90,7 +90,7 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         }
     };
     match dispatch(cli.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:?}");
             ExitCode::FAILURE
@@ -98,10 +98,11 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     }
 }
 
-fn dispatch(command: Command) -> anyhow::Result<()> {
+fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::Quickstart { dir, keep, hold, fast, seed, output } => {
-            quickstart::run(quickstart::Options { dir, keep, hold, fast, seed, output })
+            quickstart::run(quickstart::Options { dir, keep, hold, fast, seed, output })?;
+            Ok(ExitCode::SUCCESS)
         }
         Command::Bench { what, output } => bench::run(what, output),
         Command::Certs { action: CertsAction::Dev { out, domains } } => {
@@ -111,7 +112,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
             roles.extend(domains.iter().map(|domain| quickstart::pki::Role::agent(domain)));
             quickstart::pki::write(&out, &roles, time::OffsetDateTime::now_utc())?;
             println!("development certificates for {} processes in {}", roles.len(), out.display());
-            Ok(())
+            Ok(ExitCode::SUCCESS)
         }
     }
 }

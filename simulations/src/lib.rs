@@ -1,4 +1,4 @@
-//! The simulation harness: shipped data, development deployments, baselines and tables of results.
+//! The simulation harness: shipped data, development deployments, baselines, measurements and tables of results.
 
 #![forbid(unsafe_code)]
 

@@ -27,6 +27,7 @@ const LIBRARIES: &str = "*";
 const CONFINED: &[(&str, &[&str])] = &[
     ("candle-core", &["tabmesh-tfm"]),
     ("candle-nn", &["tabmesh-tfm"]),
+    ("zip", &["tabmesh-tfm"]),
     ("sled", &["tabmesh-store"]),
     ("opendp", &["tabmesh-privacy"]),
     ("regorus", &["tabmesh-contract"]),

@@ -17,6 +17,7 @@ release := decision("release")
 training := decision("training")
 
 required := {
+	"model": {"licence_unknown", "licence_forbids_purpose", "source_undeclared"},
 	"registration": {"pii_feature", "undeclared_range"},
 	"release": {
 		"pii_feature",

@@ -66,9 +66,16 @@ pub enum DecisionKind {
     Release,
     /// Taking part in federated rounds.
     Training,
+    /// Bringing in the weights of a model. A bundle without rules for it refuses.
+    Model,
 }
 
-names!(DecisionKind { Registration = "registration", Release = "release", Training = "training" });
+names!(DecisionKind {
+    Registration = "registration",
+    Release = "release",
+    Training = "training",
+    Model = "model",
+});
 
 impl DecisionKind {
     fn entry(self) -> &'static str {
@@ -76,6 +83,7 @@ impl DecisionKind {
             Self::Registration => "data.tabmesh.registration",
             Self::Release => "data.tabmesh.release",
             Self::Training => "data.tabmesh.training",
+            Self::Model => "data.tabmesh.model",
         }
     }
 }
@@ -103,6 +111,33 @@ pub struct Request {
     pub cohort: u32,
     /// How contributions are hidden.
     pub aggregation: Aggregation,
+}
+
+/// What the weights of a model are brought in for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModelPurpose {
+    /// Any use, including a company's own.
+    Commercial,
+    /// Research that is published or teaches.
+    Research,
+    /// Trying out, without use of the results.
+    Evaluation,
+}
+
+names!(ModelPurpose { Commercial = "commercial", Research = "research", Evaluation = "evaluation" });
+
+/// The input document of a [`DecisionKind::Model`] decision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct ModelImport<'a> {
+    /// SHA-256 of the file, hexadecimal.
+    pub digest: &'a str,
+    /// SPDX identifier of the weights' licence, or one of the bundle's own.
+    pub licence: &'a str,
+    /// Where the file comes from.
+    pub source: &'a str,
+    /// What it is for.
+    pub purpose: ModelPurpose,
 }
 
 /// The name of the rule that refused.
@@ -290,8 +325,13 @@ impl Default for PolicyBundle {
     /// The built-in rules and limits.
     fn default() -> Self {
         // Unwrap safety: the files are compiled in, and a test loads them.
-        Self::from_files(&[(DEFAULT_RULES_FILE, DEFAULT_RULES), (DEFAULT_LIMITS_FILE, DEFAULT_LIMITS)])
-            .expect("the built-in bundle loads: it is fixed at compile time and tested")
+        Self::from_files(&[
+            (DEFAULT_RULES_FILE, DEFAULT_RULES),
+            (DEFAULT_LIMITS_FILE, DEFAULT_LIMITS),
+            (MODEL_RULES_FILE, MODEL_RULES),
+            (LICENCES_FILE, LICENCES),
+        ])
+        .expect("the built-in bundle loads: it is fixed at compile time and tested")
     }
 }
 
@@ -390,6 +430,12 @@ impl PolicyBundle {
         self.decide(kind, &input(contract, request))
     }
 
+    /// Decides on bringing in a model's weights.
+    #[must_use]
+    pub fn decide_model(&self, import: &ModelImport<'_>) -> Decision {
+        self.decide(DecisionKind::Model, &json!({ "model": import }))
+    }
+
     fn evaluate(&self, kind: DecisionKind, input: &Value) -> Result<RegoValue, String> {
         let mut engine = self.engine.clone();
         engine.set_input_json(&input.to_string()).map_err(|error| error.to_string())?;
@@ -442,6 +488,14 @@ pub const DEFAULT_RULES: &str = include_str!("../policy/default.rego");
 pub const DEFAULT_LIMITS_FILE: &str = "limits.json";
 /// The built-in limits: ε by sensitivity, δ, cohort by aggregation.
 pub const DEFAULT_LIMITS: &str = include_str!("../policy/limits.json");
+/// File name of the built-in rules for models.
+pub const MODEL_RULES_FILE: &str = "models.rego";
+/// The built-in rules for models.
+pub const MODEL_RULES: &str = include_str!("../policy/models.rego");
+/// File name of the built-in licence terms.
+pub const LICENCES_FILE: &str = "licences.json";
+/// The built-in licence terms: purposes by licence.
+pub const LICENCES: &str = include_str!("../policy/licences.json");
 /// Most files of a bundle.
 pub const MAX_BUNDLE_FILES: usize = 64;
 /// Largest bundle, in bytes.

@@ -261,14 +261,23 @@ pub(crate) mod tests {
         adapter::FeatureTokens,
         error::TfmError,
         features::text_vectors,
-        model::{Model, Tables, config::ModelConfig},
+        model::{
+            Model, Tables,
+            config::ModelConfig,
+            variant::{FeatureGroup, Variant},
+        },
         table::EncodedTable,
     };
 
     /// A random model whose text projection and softmax scaling are not zero either.
     pub(crate) fn model() -> Model {
+        model_of(Variant::default())
+    }
+
+    /// As [`model`], of another variant.
+    pub(crate) fn model_of(variant: Variant) -> Model {
         let mut rng = ChaCha20Rng::seed_from_u64(21);
-        let model = Model::random(&ModelConfig::tiny(), &mut rng).unwrap();
+        let model = Model::random(&ModelConfig { variant, ..ModelConfig::tiny() }, &mut rng).unwrap();
         let tensors = model
             .tensors()
             .iter()
@@ -306,8 +315,15 @@ pub(crate) mod tests {
 
     #[test]
     fn cached_logits_equal_the_plain_forward_of_both_views() {
-        let (model, context, queries) = (model(), table(30, 5, 1), table(300, 5, 2));
-        let cached = Context::build(&model, &context).unwrap().logits(&queries, None).unwrap();
+        let groups = Variant { col_feature_group: FeatureGroup::Valid, ..Variant::default() };
+        for variant in [Variant::default(), Variant::first(), Variant::regressor(), groups] {
+            cached_equals_plain(&model_of(variant));
+        }
+    }
+
+    fn cached_equals_plain(model: &Model) {
+        let (context, queries) = (table(30, 5, 1), table(300, 5, 2));
+        let cached = Context::build(model, &context).unwrap().logits(&queries, None).unwrap();
         let mut plain = vec![0f64; queries.rows];
         for swap in [0u8, 1] {
             let mut labels: Vec<u8> = context.labels.iter().map(|l| l.unwrap() ^ swap).collect();

@@ -345,8 +345,9 @@ mod tests {
         adapter::FeatureTokens,
         context::{
             Context,
-            tests::{model, table, tokens},
+            tests::{model, model_of, table, tokens},
         },
+        model::variant::{FeatureGroup, Variant},
     };
 
     fn gradients(context: &Context, rows: &crate::table::EncodedTable, at: &FeatureTokens) -> Vec<f32> {
@@ -367,11 +368,15 @@ mod tests {
     }
 
     /// Central differences of the log loss of the served prediction, for 2, 3 and 6 columns (with few columns a
-    /// slot holds a column twice).
+    /// slot holds a column twice), and for models whose slots are single columns or blocks of columns.
     #[test]
     fn gradients_match_central_differences_of_the_served_loss() {
-        for columns in [2usize, 3, 6] {
-            let context = Context::build(&model(), &table(40, columns, 3)).unwrap();
+        let blocks = Variant { col_feature_group: FeatureGroup::Valid, ..Variant::default() };
+        let plain = Variant::default();
+        for (variant, columns) in
+            [(plain, 2usize), (plain, 3), (plain, 6), (Variant::first(), 4), (blocks, 5)]
+        {
+            let context = Context::build(&model_of(variant), &table(40, columns, 3)).unwrap();
             let (rows, at) = (table(3, columns, 8), tokens(columns, 9));
             let analytic = gradients(&context, &rows, &at);
             for (row, label) in rows.labels.iter().enumerate() {

@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 use tabmesh_contract::contract::Purpose;
 use tabmesh_contract::policy::{
     Aggregation, DEFAULT_LIMITS, DEFAULT_LIMITS_FILE, DEFAULT_RULES, DEFAULT_RULES_FILE, Decision,
-    DecisionKind, MAX_BUNDLE_BYTES, MAX_BUNDLE_FILES, PolicyBundle, PolicyError, RefusalCode, Request, input,
+    DecisionKind, MAX_BUNDLE_BYTES, MAX_BUNDLE_FILES, ModelImport, ModelPurpose, PolicyBundle, PolicyError,
+    RefusalCode, Request, input,
 };
 
 use crate::{SHORT, parse, with};
@@ -280,4 +281,32 @@ fn the_digest_is_of_names_and_texts_in_any_order() {
 fn a_bundle_can_be_shared_between_threads() {
     fn shared<T: Send + Sync>() {}
     shared::<PolicyBundle>();
+}
+
+#[test]
+fn models_come_in_by_licence_purpose_and_source() {
+    let bundle = PolicyBundle::default();
+    let import = ModelImport {
+        digest: "00",
+        licence: "CC-BY-NC-4.0",
+        source: "https://example.org/weights",
+        purpose: ModelPurpose::Research,
+    };
+    assert!(bundle.decide_model(&import).allow);
+    let commercial = bundle.decide_model(&ModelImport { purpose: ModelPurpose::Commercial, ..import });
+    assert_eq!(rules(&commercial), ["licence_forbids_purpose"]);
+    assert_eq!(commercial.reasons, ["licence CC-BY-NC-4.0 does not permit purpose commercial"]);
+    let free = ModelImport { licence: "BSD-3-Clause", purpose: ModelPurpose::Commercial, ..import };
+    assert!(bundle.decide_model(&free).allow);
+    let unknown = bundle.decide_model(&ModelImport { licence: "bsd", ..free });
+    assert_eq!(rules(&unknown), ["licence_forbids_purpose", "licence_unknown"]);
+    let unnamed = bundle.decide_model(&ModelImport { source: " ", ..free });
+    assert_eq!(rules(&unnamed), ["source_undeclared"]);
+    // Rules for models don't weaken the others, and a bundle without them brings in nothing.
+    assert!(!bundle.decide(DecisionKind::Model, &json!({})).allow);
+    let without = PolicyBundle::from_files(&[
+        (DEFAULT_RULES_FILE, DEFAULT_RULES),
+        (DEFAULT_LIMITS_FILE, DEFAULT_LIMITS),
+    ]);
+    assert!(without.is_ok_and(|bundle| !bundle.decide_model(&free).allow));
 }
