@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod baseline;
+pub mod bench;
 pub mod cli;
 pub mod process;
 pub mod quickstart;
