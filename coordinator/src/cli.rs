@@ -85,6 +85,17 @@ pub(crate) enum PlanAction {
         #[arg(long)]
         client: Option<PathBuf>,
     },
+    /// Prints what a plan would cost one privacy unit, step by step, before anything runs.
+    Cost {
+        /// The plan (YAML).
+        plan: PathBuf,
+        /// Form of the answer.
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+        /// Draw epsilon over the steps into this file.
+        #[arg(long)]
+        svg: Option<PathBuf>,
+    },
     /// Submits a plan and follows it to its end.
     Submit {
         /// The plan (YAML).
@@ -183,6 +194,7 @@ Examples:
   tabmesh-coordinator config example > coordinator.yaml
   tabmesh-coordinator serve --config coordinator.yaml
   tabmesh-coordinator plan validate plan.yaml
+  tabmesh-coordinator plan cost plan.yaml --svg cost.svg
   tabmesh-coordinator plan submit plan.yaml --client operator.yaml
   tabmesh-coordinator model import tabicl.ckpt --licence BSD-3-Clause --source https://example.org/tabicl.ckpt
   tabmesh-coordinator report write --client auditor.yaml --html report.html --json report.json

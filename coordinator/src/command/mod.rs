@@ -2,6 +2,7 @@
 
 pub(crate) mod agents;
 pub(crate) mod client;
+mod cost;
 pub(crate) mod model;
 pub(crate) mod plan;
 pub(crate) mod report;

@@ -1,4 +1,4 @@
-//! `tabmesh-coordinator plan`: schema, validate, submit, status, watch, cancel.
+//! `tabmesh-coordinator plan`: schema, validate, cost, submit, status, watch, cancel.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -11,6 +11,7 @@ use tabmesh_proto::client::OperatorClient;
 use tabmesh_proto::message::{Id, PlanSummary};
 
 use super::client::link;
+use super::cost;
 use crate::cli::{Output, PlanAction};
 
 /// Runs one of the plan commands.
@@ -21,6 +22,10 @@ pub(crate) async fn run(action: PlanAction) -> miette::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         PlanAction::Validate { plan, client } => validate(&plan, client.as_deref()).await,
+        PlanAction::Cost { plan: path, output, svg } => {
+            let (plan, digest) = Plan::parse(&read(&path)?, &path.display().to_string())?;
+            cost::run(&plan, digest, output, svg.as_deref())
+        }
         PlanAction::Submit { plan, client, detach, output } => {
             let yaml = read(&plan)?;
             check(&plan, &yaml)?;

@@ -13,10 +13,11 @@ mod entry;
 mod error;
 mod journal;
 mod state;
+pub mod window;
 
 pub use entry::{
-    ADJACENCY, Commit, Entry, Grant, MAX_APPROVALS, MAX_ENTRY_BYTES, MAX_FIELD_BYTES, Purpose, Refund,
-    RefusalRule, Refuse, Reserve,
+    ADJACENCY, Commit, Derive, Entry, Grant, MAX_APPROVALS, MAX_ENTRY_BYTES, MAX_FIELD_BYTES, Purpose,
+    Refund, RefusalRule, Refuse, Reserve,
 };
 pub use error::LedgerError;
 pub use journal::{ChainedEntry, GENESIS, Journal, JournalError, MemoryJournal, verify_chain};
@@ -282,6 +283,38 @@ impl<J: Journal> Ledger<J> {
         }
         self.record(&Entry::Grant(grant))?;
         Ok(rho)
+    }
+
+    /// Puts a new physical source under the account of the one its rows came from: after a split, a copy or a move of
+    /// the table. Must come before the new source's first grant. Saying the same again writes nothing.
+    ///
+    /// # Errors
+    /// [`LedgerError::Lineage`] if the new source has an account or another origin already, or would be its own origin;
+    /// [`LedgerError::Malformed`] for empty or oversized texts; or a storage failure.
+    pub fn derive(
+        &mut self,
+        source: &AccountKey,
+        origin: &str,
+        signer: &str,
+        time_ms: i64,
+    ) -> Result<(), LedgerError> {
+        if self.state.origins.get(source).is_some_and(|known| known.lineage == origin) {
+            return Ok(());
+        }
+        self.record(&Entry::Derive(Derive {
+            time_ms,
+            reproducible: self.reproducible,
+            entity_namespace: source.entity_namespace.clone(),
+            lineage: source.lineage.clone(),
+            derived_from: origin.to_owned(),
+            signer: signer.to_owned(),
+        }))
+    }
+
+    /// Everything the entries add up to.
+    #[must_use]
+    pub fn state(&self) -> &State {
+        &self.state
     }
 
     /// Sets budget aside for a plan, or writes a refusal.

@@ -1,5 +1,6 @@
 //! What must survive `kill -9` and power loss: small records, content-addressed blobs, append-only logs and the
-//! registry of model versions built on the first two.
+//! registry of model versions built on the first two. [`merkle`] trees and signed [`checkpoint`]s make a log provable to
+//! others.
 //!
 //! Everything here is synchronous, reads no clock and knows no domain type: callers pass times and bytes.
 //! Order of trust: the hash-chained [`log`] is the record of what was spent and decided; [`record`]s are an index
@@ -8,11 +9,13 @@
 #![forbid(unsafe_code)]
 
 pub mod blob;
+pub mod checkpoint;
 mod digest;
 mod disk;
 mod error;
 pub mod format;
 pub mod log;
+pub mod merkle;
 pub mod record;
 pub mod registry;
 

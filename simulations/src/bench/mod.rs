@@ -1,17 +1,21 @@
 //! `tabmesh-sim bench`: figures that answer a user's question, each by one command.
 
+pub mod accountant;
 pub mod golden;
 mod golden_tables;
+pub mod merkle;
 pub mod rounds;
+pub mod sampler;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Subcommand;
 
 use crate::cli::Output;
 
-/// What is measured.
+/// What is measured or compared.
 #[derive(Debug, Subcommand)]
 pub enum Bench {
     /// How long does a round take when training costs nothing? Real processes over mutual TLS.
@@ -34,15 +38,48 @@ pub enum Bench {
         #[arg(long)]
         dir: PathBuf,
     },
+    /// Computes the figures of privacy accounting vectors and compares them; fails unless all agree.
+    Accountant {
+        /// The vectors (CSV; columns and kinds as in the privacy crate's fixtures).
+        #[arg(long)]
+        vectors: PathBuf,
+    },
+    /// Draws noise vectors and prints draws per second of processor time.
+    Sampler {
+        /// Coordinates of a vector.
+        #[arg(long, default_value_t = 1_000_000)]
+        dimension: u32,
+    },
+    /// Verifies a log: hash chain and Merkle root over all entries, in seconds of processor time.
+    Merkle {
+        /// Entries of the log.
+        #[arg(long, default_value_t = 1_000_000)]
+        entries: u32,
+    },
 }
 
 /// Measures and prints.
 ///
 /// # Errors
-/// Whatever keeps it from giving a result, named by the file it is about.
+/// Whatever keeps it from giving a result, or which check failed.
 pub fn run(bench: Bench, output: Output) -> anyhow::Result<ExitCode> {
     match bench {
-        Bench::Rounds(options) => rounds::run(&options, output).map(|()| ExitCode::SUCCESS),
-        Bench::Golden { dir } => golden::run(&dir, output),
+        Bench::Golden { dir } => return golden::run(&dir, output),
+        Bench::Rounds(options) => rounds::run(&options, output)?,
+        Bench::Accountant { vectors } => accountant::run(&vectors, output)?,
+        Bench::Sampler { dimension } => sampler::run(dimension, output)?,
+        Bench::Merkle { entries } => merkle::run(entries, output)?,
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Nanoseconds of processor time this thread has used, by the kernel's count.
+///
+/// # Errors
+/// The kernel doesn't tell (it isn't Linux, or keeps no scheduler statistics).
+pub(crate) fn cpu_ns() -> anyhow::Result<u64> {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat")
+        .context("processor time is read from /proc/thread-self/schedstat")?;
+    let first = text.split_whitespace().next().context("empty /proc/thread-self/schedstat")?;
+    first.parse().context("/proc/thread-self/schedstat")
 }

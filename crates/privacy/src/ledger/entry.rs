@@ -111,6 +111,27 @@ pub struct Grant {
     pub signer: String,
 }
 
+/// A source of rows that came out of another one: a split, a copy, a move to another place.
+///
+/// From here on it has the other's account, so that no budget is spent twice on the same rows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Derive {
+    /// Time in milliseconds since 1970, UTC.
+    pub time_ms: i64,
+    /// Set where noise could be drawn again: reproducible, not private.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub reproducible: bool,
+    /// Who the units are, in both.
+    pub entity_namespace: String,
+    /// The new physical source.
+    pub lineage: String,
+    /// The physical source its rows come from.
+    pub derived_from: String,
+    /// Who says so.
+    pub signer: String,
+}
+
 /// Budget set aside for a plan.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -207,6 +228,8 @@ pub enum Entry {
     Refund(Refund),
     /// A refusal.
     Refuse(Refuse),
+    /// A source that came out of another one.
+    Derive(Derive),
 }
 
 impl Entry {
@@ -241,6 +264,7 @@ impl Entry {
             Self::Commit(entry) => entry.time_ms,
             Self::Refund(entry) => entry.time_ms,
             Self::Refuse(entry) => entry.time_ms,
+            Self::Derive(entry) => entry.time_ms,
         }
     }
 
@@ -253,6 +277,7 @@ impl Entry {
             Self::Commit(entry) => entry.reproducible,
             Self::Refund(entry) => entry.reproducible,
             Self::Refuse(entry) => entry.reproducible,
+            Self::Derive(entry) => entry.reproducible,
         }
     }
 
@@ -289,6 +314,12 @@ impl Entry {
             Self::Refuse(refuse) => {
                 text("plan digest", &refuse.plan_digest)?;
                 text("product", &refuse.product)
+            }
+            Self::Derive(derive) => {
+                text("entity namespace", &derive.entity_namespace)?;
+                text("lineage", &derive.lineage)?;
+                text("derived from", &derive.derived_from)?;
+                text("signer", &derive.signer)
             }
             Self::Commit(_) | Self::Refund(_) => Ok(()),
         }
@@ -341,6 +372,17 @@ mod tests {
             r#"{"entry":"refund","time_ms":1,"reproducible":true,"reservation":2,"rho":0}"#
         );
         assert!(Entry::from_json(&tainted.to_json()).unwrap().reproducible());
+        let derived = Entry::Derive(Derive {
+            time_ms: 7,
+            reproducible: false,
+            entity_namespace: "customers".to_owned(),
+            lineage: "db.table_a".to_owned(),
+            derived_from: "db.table".to_owned(),
+            signer: "owner".to_owned(),
+        });
+        let golden = r#"{"entry":"derive","time_ms":7,"entity_namespace":"customers","lineage":"db.table_a","derived_from":"db.table","signer":"owner"}"#;
+        assert_eq!(String::from_utf8(derived.to_json()).unwrap(), golden);
+        assert_eq!(Entry::from_json(golden.as_bytes()).unwrap(), derived);
     }
 
     #[test]

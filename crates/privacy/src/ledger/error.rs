@@ -30,6 +30,16 @@ pub enum LedgerError {
         /// ε of the grant.
         epsilon: crate::budget::Epsilon,
     },
+    /// The source can't be put under another one's account any more.
+    #[error(
+        "source {lineage:?} can't be derived from {derived_from:?}: it has an account or an origin of its own"
+    )]
+    Lineage {
+        /// The source.
+        lineage: String,
+        /// Where its rows were said to come from.
+        derived_from: String,
+    },
     /// The plan already has an open reservation of another size.
     #[error("plan {plan_digest} already has an open reservation of rho {reserved}")]
     PlanReserved {

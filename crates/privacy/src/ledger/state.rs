@@ -6,7 +6,7 @@
 //! integers.
 
 use super::LedgerError;
-use super::entry::{Commit, Entry, Grant, Purpose, Refund, Reserve};
+use super::entry::{Commit, Derive, Entry, Grant, Purpose, Refund, Reserve};
 use crate::accountant::zcdp;
 use crate::budget::{Epsilon, Rho};
 use crate::private::Digest;
@@ -89,8 +89,12 @@ pub struct State {
     pub accounts: BTreeMap<AccountKey, Account>,
     /// Account of each product: that of its latest grant.
     pub products: BTreeMap<String, AccountKey>,
+    /// Where sources that came out of others have their rows from; never a circle.
+    pub origins: BTreeMap<AccountKey, AccountKey>,
     /// Open reservations by number.
     pub reservations: BTreeMap<u64, OpenReservation>,
+    /// Account of every reservation there ever was.
+    pub charges: BTreeMap<u64, AccountKey>,
     /// Commits by payload digest.
     pub commits: BTreeMap<Digest, Committed>,
     /// Payload digest of the latest commit for each query digest.
@@ -109,6 +113,23 @@ impl State {
         self.accounts.get(key).map(|account| (key, account))
     }
 
+    /// The account of a source: that of the first source its rows came from.
+    #[must_use]
+    pub fn origin_of(&self, source: &AccountKey) -> AccountKey {
+        let mut here = source;
+        // Ends: an entry that closed a circle wasn't admitted.
+        while let Some(origin) = self.origins.get(here) {
+            here = origin;
+        }
+        here.clone()
+    }
+
+    /// The account a commit was charged to.
+    #[must_use]
+    pub fn charged_to(&self, committed: &Committed) -> Option<&AccountKey> {
+        self.charges.get(&committed.entry.reservation)
+    }
+
     /// Whether an entry may come next. Changes nothing.
     ///
     /// # Errors
@@ -121,6 +142,7 @@ impl State {
             Entry::Commit(commit) => self.admit_commit(commit),
             Entry::Refund(refund) => self.admit_refund(refund),
             Entry::Refuse(_) => Ok(()),
+            Entry::Derive(derive) => self.admit_derive(derive),
         }
     }
 
@@ -133,7 +155,7 @@ impl State {
         self.reproducible |= entry.reproducible();
         match entry {
             Entry::Grant(grant) => {
-                let key = key_of(grant);
+                let key = self.origin_of(&key_of(grant));
                 self.products.insert(grant.product.clone(), key.clone());
                 self.accounts.entry(key).or_default().grants.insert(grant.product.clone(), grant.clone());
             }
@@ -141,6 +163,7 @@ impl State {
                 let (key, _) = self.account_of(&reserve.product).ok_or_else(|| no_grant(&reserve.product))?;
                 let account = key.clone();
                 self.move_reserved(&account, reserve.rho, Rho::ZERO);
+                self.charges.insert(reserve.reservation, account.clone());
                 self.last_reservation = reserve.reservation;
                 let open = OpenReservation { entry: reserve.clone(), account, committed: Rho::ZERO };
                 self.reservations.insert(reserve.reservation, open);
@@ -152,6 +175,10 @@ impl State {
                 }
             }
             Entry::Refuse(_) => {}
+            Entry::Derive(derive) => {
+                let (source, origin) = keys_of(derive);
+                self.origins.insert(source, origin);
+            }
         }
         Ok(())
     }
@@ -185,6 +212,17 @@ impl State {
         if refund.rho == left { Ok(()) } else { Err(LedgerError::OverReserved { asked: refund.rho, left }) }
     }
 
+    // A source with an account keeps it: moving what was spent would need both owners' figures.
+    fn admit_derive(&self, derive: &Derive) -> Result<(), LedgerError> {
+        let (source, origin) = keys_of(derive);
+        let taken = self.accounts.contains_key(&source) || self.origins.contains_key(&source);
+        if taken || self.origin_of(&origin) == source {
+            let (lineage, derived_from) = (derive.lineage.clone(), derive.derived_from.clone());
+            return Err(LedgerError::Lineage { lineage, derived_from });
+        }
+        Ok(())
+    }
+
     fn open(&self, reservation: u64) -> Result<&OpenReservation, LedgerError> {
         self.reservations.get(&reservation).ok_or(LedgerError::NotReserved { reservation })
     }
@@ -216,6 +254,15 @@ impl State {
 // The account a grant is for.
 fn key_of(grant: &Grant) -> AccountKey {
     AccountKey { entity_namespace: grant.entity_namespace.clone(), lineage: grant.lineage.clone() }
+}
+
+// The new source and the one it came from.
+fn keys_of(derive: &Derive) -> (AccountKey, AccountKey) {
+    let key = |lineage: &String| AccountKey {
+        entity_namespace: derive.entity_namespace.clone(),
+        lineage: lineage.clone(),
+    };
+    (key(&derive.lineage), key(&derive.derived_from))
 }
 
 /// ε of a loss at the grant's δ; nothing where nothing was spent.

@@ -35,7 +35,7 @@ impl Journal for Flaky {
     }
 }
 
-fn grant(product: &str, lineage: &str, epsilon: f64) -> GrantRequest {
+pub(super) fn grant(product: &str, lineage: &str, epsilon: f64) -> GrantRequest {
     GrantRequest {
         product: product.to_owned(),
         entity_namespace: "customers".to_owned(),
@@ -47,7 +47,7 @@ fn grant(product: &str, lineage: &str, epsilon: f64) -> GrantRequest {
     }
 }
 
-fn plan(digest: &str, product: &str, rho: Rho) -> PlanRequest {
+pub(super) fn plan(digest: &str, product: &str, rho: Rho) -> PlanRequest {
     PlanRequest {
         plan_digest: digest.to_owned(),
         product: product.to_owned(),
@@ -59,7 +59,7 @@ fn plan(digest: &str, product: &str, rho: Rho) -> PlanRequest {
 }
 
 /// A payload of two coordinates and its commit request, for at most `rho`.
-fn payload(rho: Rho, query: u8) -> (Private<Vec<u8>>, CommitRequest) {
+pub(super) fn payload(rho: Rho, query: u8) -> (Private<Vec<u8>>, CommitRequest) {
     let mechanism = DiscreteGaussian::from_rho(1 << 20, rho).unwrap();
     let mut rng = ChaCha20Rng::seed_from_u64(u64::from(query));
     let bytes = mechanism.privatize(&[3, 4], &mut rng).encode();
@@ -148,6 +148,84 @@ fn renaming_a_product_or_asking_twice_gives_no_fresh_budget() {
         ledger.reserve(plan("a", "p", other), 7),
         Err(LedgerError::PlanReserved { plan_digest: "a".to_owned(), reserved: granted })
     );
+}
+
+#[test]
+fn a_split_or_moved_source_keeps_its_account() {
+    let key =
+        |lineage: &str| AccountKey { entity_namespace: "customers".to_owned(), lineage: lineage.to_owned() };
+    let mut ledger = ledger();
+    let granted = ledger.balance("p").unwrap().granted;
+    ledger.reserve(plan("a", "p", granted.share(1, 2)), 2).unwrap();
+    // The table is split in two, and one half is moved once more.
+    ledger.derive(&key("db.table_a"), "db.table", "owner", 3).unwrap();
+    ledger.derive(&key("db.table_b"), "db.table", "owner", 3).unwrap();
+    ledger.derive(&key("lake/table_b"), "db.table_b", "owner", 4).unwrap();
+    for (product, lineage) in [("pa", "db.table_a"), ("pb", "db.table_b"), ("pb-v2", "lake/table_b")] {
+        ledger.grant(grant(product, lineage, 3.0), 5).unwrap();
+        let balance = ledger.balance(product).unwrap();
+        assert_eq!(balance.account, key("db.table"), "{product}");
+        assert_eq!(balance.left, granted.saturating_sub(granted.share(1, 2)), "{product}");
+    }
+    let left = ledger.balance("pb-v2").unwrap().left;
+    ledger.reserve(plan("b", "pb-v2", left), 6).unwrap();
+    assert_eq!(ledger.balance("p").unwrap().left, Rho::ZERO, "what a half spends is spent for the whole");
+
+    let entries = ledger.entries().len();
+    ledger.derive(&key("db.table_a"), "db.table", "owner", 7).unwrap();
+    assert_eq!(ledger.entries().len(), entries, "saying the same again writes nothing");
+    ledger.grant(grant("q", "db.other", 3.0), 8).unwrap();
+    let refused = |lineage: &str, derived_from: &str| {
+        Err(LedgerError::Lineage { lineage: lineage.to_owned(), derived_from: derived_from.to_owned() })
+    };
+    // No way out of an account: not by another origin, not for a source that has spent, not in a circle.
+    for (source, origin) in [
+        ("db.table_a", "db.other"),
+        ("db.other", "db.table"),
+        ("db.table", "lake/table_b"),
+        ("db.new", "db.new"),
+    ] {
+        assert_eq!(ledger.derive(&key(source), origin, "owner", 9), refused(source, origin));
+    }
+    let state = ledger.state.clone();
+    assert_eq!(Ledger::open(ledger.into_journal()).unwrap().state, state, "replay rebuilds it");
+}
+
+// B2 under concurrency: many plans of the same size race for a budget that holds only some of them.
+#[test]
+fn threads_racing_for_the_last_of_a_budget_overspend_nothing() {
+    const THREADS: usize = 64;
+    let ledger = ledger();
+    let granted = ledger.balance("p").unwrap().granted;
+    let each = granted.share(1, 10);
+    let fits = (granted.units() / each.units()) as usize;
+    let ledger = std::sync::Mutex::new(ledger);
+    let start = std::sync::Barrier::new(THREADS);
+    let run = &|thread: usize| {
+        start.wait();
+        let digest = format!("plan {thread}");
+        let reservation = match ledger.lock().unwrap().reserve(plan(&digest, "p", each), 2) {
+            Ok(reservation) => reservation,
+            Err(LedgerError::OverBudget { .. }) => return None,
+            Err(other) => panic!("{other}"),
+        };
+        // Another thread may come in between every two steps.
+        let (bytes, request) = payload(each, thread as u8);
+        Some(ledger.lock().unwrap().commit(&reservation, request, &bytes, 3).unwrap().event().rho)
+    };
+    let spent: Vec<Rho> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS).map(|thread| scope.spawn(move || run(thread))).collect();
+        threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(spent.len(), fits, "all that fits is given, and no more");
+    let ledger = ledger.into_inner().unwrap();
+    let balance = ledger.balance("p").unwrap();
+    assert_eq!(balance.spent.units(), spent.iter().map(|rho| rho.units()).sum::<u64>());
+    assert!(balance.spent.units() + balance.reserved.units() <= granted.units());
+    assert!(balance.left < each);
+    let refusals = ledger.entries().len() - 1 - 2 * fits;
+    assert_eq!(refusals, THREADS - fits, "every refusal is on record");
+    assert_eq!(Ledger::open(ledger.into_journal()).unwrap().balance("p").unwrap(), balance);
 }
 
 #[test]

@@ -4,11 +4,18 @@
 //! the only way to a [`Private`] besides the ledger's restore. A new mechanism is a new file here and one arm of
 //! [`Mechanism`]; the conformance test at the bottom then runs over it.
 
+#[cfg(test)]
 mod bernoulli;
 pub mod discrete_gaussian;
+pub mod discrete_laplace;
 mod event;
+mod exponential;
+mod staircase;
+#[cfg(test)]
+mod twin;
 
 pub use discrete_gaussian::DiscreteGaussian;
+pub use discrete_laplace::DiscreteLaplace;
 pub use event::{MechanismEvent, SigmaSquared};
 
 use crate::budget::Rho;

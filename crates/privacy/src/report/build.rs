@@ -135,6 +135,8 @@ impl History {
                 self.refusals.push((refuse.product, refusal));
                 return Ok(());
             }
+            // Moves no budget; it stays in the record, where replay checks it.
+            Entry::Derive(_) => return Ok(()),
         };
         let (account, line) = match reservation {
             Some(open) => {

@@ -1,0 +1,277 @@
+//! `plan cost`: what a plan would cost one privacy unit, step by step, before anything runs.
+//!
+//! Every stage and round is discrete Gaussian noise on the whole cohort, so losses are exact integers of ρ. Three
+//! figures of ε stand side by side, all cumulative and at the plan's one δ: the zCDP conversion (the claim, and what the
+//! agents' filters enforce), the closed form for continuous Gaussian noise (a little below it, for comparison) and Rényi
+//! DP over a fixed set of orders (the independent second figure, never below the claim's exact value).
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::process::ExitCode;
+
+use comfy_table::Table;
+use miette::{IntoDiagnostic, WrapErr};
+use serde::Serialize;
+use tabmesh_federation::id::PlanDigest;
+use tabmesh_federation::plan::{Plan, PlanBudget};
+use tabmesh_privacy::accountant::phase::{Adjacency, Phase, Step};
+use tabmesh_privacy::accountant::{gdp, rdp, zcdp};
+use tabmesh_privacy::budget::{Delta, Epsilon, Rho};
+
+use crate::cli::Output;
+
+/// What a plan costs one unit.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct Cost {
+    plan: String,
+    digest: String,
+    adjacency: &'static str,
+    epsilon_granted: f64,
+    delta: f64,
+    /// In order of execution.
+    steps: Vec<StepCost>,
+    total: Total,
+}
+
+/// One release stage or round.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct StepCost {
+    step: String,
+    rho_units: u64,
+    rho: f64,
+    /// Standard deviation of the noise over the L2 sensitivity.
+    noise_multiplier: f64,
+    /// ε of this step by itself; these don't add up to the total.
+    epsilon_alone: f64,
+    /// ε of everything up to and including this step.
+    #[serde(flatten)]
+    so_far: Figures,
+}
+
+/// ε by each accountant.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+struct Figures {
+    epsilon_zcdp: f64,
+    epsilon_gaussian: f64,
+    epsilon_rdp: f64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+struct Total {
+    rho_units: u64,
+    #[serde(flatten)]
+    figures: Figures,
+    /// Of the ρ that the plan's ε and δ stand for.
+    share_of_budget: f64,
+}
+
+/// Prints a plan's cost, and draws it.
+pub(super) fn run(
+    plan: &Plan,
+    digest: PlanDigest,
+    output: Output,
+    svg: Option<&Path>,
+) -> miette::Result<ExitCode> {
+    let cost = cost(plan, digest)?;
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&cost).into_diagnostic()?),
+        Output::Text => print!("{}", text(&cost)),
+    }
+    if let Some(path) = svg {
+        std::fs::write(path, picture(&cost))
+            .into_diagnostic()
+            .wrap_err_with(|| format!("picture {}", path.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn cost(plan: &Plan, digest: PlanDigest) -> miette::Result<Cost> {
+    let budget = plan.budget()?;
+    let delta = Delta::new(plan.privacy.delta).into_diagnostic()?;
+    let mut steps: Vec<StepCost> = Vec::new();
+    let (mut spent, mut phases) = (Rho::ZERO, Vec::new());
+    for (step, rho) in parts(plan, &budget) {
+        // What was spent can't overflow: the shares are parts of one ρ.
+        spent = spent.checked_add(rho).ok_or_else(|| miette::miette!("rho of the plan is out of range"))?;
+        let sigma = (0.5 / rho.as_f64()).sqrt();
+        // Equal noise in a row is one phase: cheaper, and the same.
+        match phases.last_mut() {
+            Some((last, count)) if *last == rho => *count += 1,
+            _ => phases.push((rho, 1u64)),
+        }
+        steps.push(StepCost {
+            step,
+            rho_units: rho.units(),
+            rho: rho.as_f64(),
+            noise_multiplier: sigma,
+            epsilon_alone: zcdp::epsilon(rho, delta).get(),
+            so_far: figures(&phases, spent, delta)?,
+        });
+    }
+    let figures = figures(&phases, spent, delta)?;
+    let share_of_budget = spent.as_f64() / budget.total.as_f64();
+    Ok(Cost {
+        plan: plan.name.clone(),
+        digest: digest.to_string(),
+        adjacency: Adjacency::AddRemove.label(),
+        epsilon_granted: plan.privacy.epsilon,
+        delta: plan.privacy.delta,
+        steps,
+        total: Total { rho_units: spent.units(), figures, share_of_budget },
+    })
+}
+
+fn parts(plan: &Plan, budget: &PlanBudget) -> Vec<(String, Rho)> {
+    let stages = ["one-way counts", "label pairs", "structure", "tree"];
+    let release = stages.iter().zip(budget.per_stage).map(|(name, rho)| (format!("release: {name}"), rho));
+    let rounds = (1..=plan.rounds.count).map(|round| (format!("round {round}"), budget.per_round));
+    release.chain(rounds).collect()
+}
+
+fn figures(phases: &[(Rho, u64)], spent: Rho, delta: Delta) -> miette::Result<Figures> {
+    let phases: Vec<Phase> = phases
+        .iter()
+        .map(|(rho, count)| Phase::new(Step::Gaussian { sigma: (0.5 / rho.as_f64()).sqrt() }, *count))
+        .collect::<Result<_, _>>()
+        .into_diagnostic()?;
+    let renyi = rdp::epsilon(&phases, Adjacency::AddRemove, delta).into_diagnostic()?;
+    Ok(Figures {
+        epsilon_zcdp: zcdp::epsilon(spent, delta).get(),
+        epsilon_gaussian: gdp::epsilon(spent, delta).get(),
+        epsilon_rdp: Epsilon::get(renyi),
+    })
+}
+
+fn text(cost: &Cost) -> String {
+    let mut table = Table::new();
+    table.set_header(["step", "rho", "noise", "alone", "zCDP", "Gaussian", "RDP"]);
+    for step in &cost.steps {
+        let figures = step.so_far;
+        table.add_row([
+            step.step.clone(),
+            format!("{:.6}", step.rho),
+            format!("{:.2}", step.noise_multiplier),
+            format!("{:.4}", step.epsilon_alone),
+            format!("{:.4}", figures.epsilon_zcdp),
+            format!("{:.4}", figures.epsilon_gaussian),
+            format!("{:.4}", figures.epsilon_rdp),
+        ]);
+    }
+    let mut out = format!(
+        "{}: epsilon {} at delta {}, {}; noise in multiples of the sensitivity, epsilon cumulative\n{table}\n\n",
+        cost.plan, cost.epsilon_granted, cost.delta, cost.adjacency
+    );
+    let width = cost.steps.iter().map(|step| step.step.len()).max().unwrap_or(0);
+    for step in &cost.steps {
+        let epsilon = step.so_far.epsilon_zcdp;
+        // Between 0 and 1 of the bar; the cast saturates.
+        let filled = ((epsilon / cost.epsilon_granted).min(1.0) * BAR as f64).round() as usize;
+        let (bar, rest) = ("█".repeat(filled), "░".repeat(BAR - filled));
+        // Writing to a String can't fail.
+        let _ = writeln!(out, "{:width$} {bar}{rest} {epsilon:.3}", step.step);
+    }
+    let Figures { epsilon_zcdp, epsilon_gaussian, epsilon_rdp } = cost.total.figures;
+    let _ = writeln!(
+        out,
+        "\nin all: epsilon {epsilon_zcdp:.4} by zCDP (the claim), {epsilon_gaussian:.4} if the noise were continuous, \
+         {epsilon_rdp:.4} by Renyi DP; {:.1} % of the budget",
+        cost.total.share_of_budget * 100.0
+    );
+    out
+}
+
+/// Bars of ε over the steps, and a line at what was granted; needs nothing from outside.
+fn picture(cost: &Cost) -> String {
+    let highest = cost.total.figures.epsilon_rdp.max(cost.epsilon_granted) * 1.05;
+    let (width, height, margin) = (800.0, 300.0, 45.0);
+    let bar = (width - 2.0 * margin) / cost.steps.len().max(1) as f64;
+    let y = |epsilon: f64| height - margin - epsilon / highest * (height - 2.0 * margin);
+    let mut out = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" font-family=\"sans-serif\" font-size=\"12\">\n\
+         <title>{}: epsilon over the plan's steps</title>\n<rect width=\"{width}\" height=\"{height}\" fill=\"#fff\"/>\n",
+        escaped(&cost.plan)
+    );
+    for (at, step) in cost.steps.iter().enumerate() {
+        let x = margin + at as f64 * bar;
+        let Figures { epsilon_zcdp, epsilon_rdp, .. } = step.so_far;
+        for (epsilon, fill) in [(epsilon_rdp, "#c9d7e8"), (epsilon_zcdp, "#2f5d8a")] {
+            let _ = writeln!(
+                out,
+                "<rect x=\"{x:.2}\" y=\"{:.2}\" width=\"{:.2}\" height=\"{:.2}\" fill=\"{fill}\"><title>{}: {epsilon:.4}</title></rect>",
+                y(epsilon),
+                bar * 0.8,
+                height - margin - y(epsilon),
+                escaped(&step.step)
+            );
+        }
+    }
+    let granted = y(cost.epsilon_granted);
+    let _ = write!(
+        out,
+        "<line x1=\"{margin}\" x2=\"{:.0}\" y1=\"{granted:.2}\" y2=\"{granted:.2}\" stroke=\"#a33\" stroke-dasharray=\"5 4\"/>\n\
+         <text x=\"{margin}\" y=\"{:.2}\">granted: epsilon {} at delta {}</text>\n\
+         <text x=\"{margin}\" y=\"{:.0}\">steps of {}: four release stages, then rounds; dark zCDP, light Renyi DP</text>\n</svg>\n",
+        width - margin,
+        granted - 6.0,
+        cost.epsilon_granted,
+        cost.delta,
+        height - 15.0,
+        escaped(&cost.plan),
+    );
+    out
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+const BAR: usize = 40;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    fn priced(rounds: &str) -> Cost {
+        let yaml = format!("kind: TabmeshPlan\nname: income\ntarget: person.income\n{rounds}");
+        let (plan, digest) = Plan::parse(yaml.as_bytes(), "plan.yaml").unwrap();
+        cost(&plan, digest).unwrap()
+    }
+
+    #[test]
+    fn the_last_step_is_the_total_and_stays_within_what_was_granted() {
+        let cost = priced("rounds: {count: 7}\n");
+        assert_eq!(cost.steps.len(), 4 + 7);
+        let last = cost.steps.last().unwrap();
+        assert_eq!(last.so_far, cost.total.figures);
+        assert_eq!(cost.total.rho_units, cost.steps.iter().map(|step| step.rho_units).sum::<u64>());
+        assert!(last.so_far.epsilon_zcdp <= cost.epsilon_granted);
+        assert!(cost.total.share_of_budget > 0.999 && cost.total.share_of_budget <= 1.0);
+    }
+
+    #[test]
+    fn figures_grow_and_keep_their_order() {
+        let cost = priced("");
+        let mut last = 0.0;
+        for step in &cost.steps {
+            let Figures { epsilon_zcdp, epsilon_gaussian, epsilon_rdp } = step.so_far;
+            assert!(
+                epsilon_gaussian < epsilon_zcdp && epsilon_zcdp <= epsilon_rdp * (1.0 + 1e-9),
+                "{step:?}"
+            );
+            assert!(epsilon_zcdp > last, "{step:?}");
+            last = epsilon_zcdp;
+        }
+    }
+
+    #[test]
+    fn text_and_picture_show_every_step() {
+        let cost = priced("rounds: {count: 3}\n");
+        let text = text(&cost);
+        assert!(text.contains("round 3") && text.contains("release: tree") && text.contains('█'), "{text}");
+        let picture = picture(&cost);
+        assert_eq!(picture.matches("<rect x=").count(), 2 * (4 + 3));
+        assert!(picture.starts_with("<svg") && picture.ends_with("</svg>\n"));
+        assert_eq!(escaped("<a & \"b\">"), "&lt;a &amp; &quot;b&quot;&gt;");
+    }
+}

@@ -1,0 +1,85 @@
+//! The exact discrete Laplace on the integers, for vectors.
+//!
+//! P[X = x] ∝ exp(-|x|/t), t an exact fraction. On a query of L1 sensitivity Δ₁ it gives Δ₁/t-differential privacy
+//! (pure, for the unit and adjacency the sensitivity is stated for; whoever draws is trusted). The accountants' Laplace
+//! step is the continuous one and no bound for it: at Δ₁ = t = 1 the neighbours' total variation is 0.46 against 0.39.
+//! The ledger's currency charges Gaussian events only, so this isn't an arm of [`super::Mechanism`].
+
+use super::MechanismError;
+use super::staircase::{Shape, Staircase};
+use rand::{CryptoRng, RngCore};
+
+/// Discrete Laplace noise.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiscreteLaplace {
+    sampler: Staircase,
+    scale: (u64, u64),
+}
+
+impl DiscreteLaplace {
+    /// Noise of scale `num / den` in integer units.
+    ///
+    /// # Errors
+    /// [`MechanismError::Fraction`] for a zero, `num` from 2⁵⁸ or `den` above 2⁶⁰, or a scale outside 1/8 to 2²⁸.
+    pub fn new(num: u64, den: u64) -> Result<Self, MechanismError> {
+        let refused = MechanismError::Fraction { num: num.into(), den: den.into() };
+        if num == 0 || den == 0 || num >= 1 << 58 || den > 1 << 60 {
+            return Err(refused);
+        }
+        let too_small = u128::from(num) << 3 < u128::from(den);
+        if too_small || num.div_ceil(den) > super::discrete_gaussian::MAX_SIGMA {
+            return Err(refused);
+        }
+        Ok(Self { sampler: Staircase::new(Shape::Laplace { num, den }), scale: (num, den) })
+    }
+
+    /// The scale as an exact fraction.
+    #[must_use]
+    pub fn scale(&self) -> (u64, u64) {
+        self.scale
+    }
+
+    /// One draw, in integer units.
+    #[inline]
+    pub fn draw<R: RngCore + CryptoRng>(&self, rng: &mut R) -> i64 {
+        self.sampler.draw(rng)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+    use crate::mechanism::staircase::tests::follows;
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha20Rng;
+
+    // Error rate below 1e-6 each (see `follows`); n = 500 000.
+    #[test]
+    fn draws_follow_the_exact_pmf() {
+        for (num, den) in [(1u64, 4u64), (1, 1), (7, 3), (100, 1), (1_234_567, 1000)] {
+            let laplace = DiscreteLaplace::new(num, den).unwrap();
+            let scale = num as f64 / den as f64;
+            let mut rng = ChaCha20Rng::seed_from_u64(20_040_002);
+            let weight = |x: i64| (-(x.abs() as f64) / scale).exp();
+            follows(500_000, (40.0 * scale) as i64 + 10, weight, || laplace.draw(&mut rng)).unwrap();
+        }
+    }
+
+    // Largest scale: the mean of |x| is t within 5 standard errors (deviation of |x| is t): error rate below 6e-7.
+    #[test]
+    fn the_largest_scale_is_right_and_the_next_is_refused() {
+        let laplace = DiscreteLaplace::new(1 << 28, 1).unwrap();
+        let mut rng = ChaCha20Rng::seed_from_u64(5);
+        let n = 100_000;
+        let mean = (0..n).map(|_| laplace.draw(&mut rng).unsigned_abs() as f64).sum::<f64>() / f64::from(n);
+        let gap = mean / 2f64.powi(28) - 1.0;
+        assert!(gap.abs() < 5.0 / f64::from(n).sqrt(), "{gap}");
+        for (num, den) in
+            [(0, 1), (1, 0), ((1 << 28) + 1, 1), (1, 9), (1 << 58, 1 << 40), (1 << 57, (1 << 60) + 1)]
+        {
+            assert!(DiscreteLaplace::new(num, den).is_err(), "{num}/{den}");
+        }
+        assert!(DiscreteLaplace::new(1, 8).is_ok());
+    }
+}
