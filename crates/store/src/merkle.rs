@@ -487,7 +487,7 @@ mod tests {
 
             let (index, old) = (a % size, 1 + b % size);
             let path = naive_path(index, &leaves);
-            prop_assert_eq!(tree.inclusion_proof(index as u64, size as u64).unwrap(), path.clone());
+            prop_assert_eq!(&tree.inclusion_proof(index as u64, size as u64).unwrap(), &path);
             let leaf = leaves[index];
             let includes = |leaf: &Digest, index: usize, size: usize, path: &[Digest]| {
                 verify_inclusion(leaf, index as u64, size as u64, path, &root).is_ok()
@@ -496,7 +496,7 @@ mod tests {
 
             let old_root = naive_root(&leaves[..old]);
             let steps = naive_consistency(old, &leaves, true);
-            prop_assert_eq!(tree.consistency_proof(old as u64, size as u64).unwrap(), steps.clone());
+            prop_assert_eq!(&tree.consistency_proof(old as u64, size as u64).unwrap(), &steps);
             let continues = |old: usize, size: usize, steps: &[Digest]| {
                 verify_consistency(old as u64, &old_root, size as u64, &root, steps).is_ok()
             };
