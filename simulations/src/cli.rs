@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::{process, quickstart};
+use crate::{bench, process, quickstart};
 
 /// Runs whole Tabmesh deployments on one machine, on shipped data, and measures them.
 #[derive(Debug, Parser)]
@@ -38,6 +38,11 @@ enum Command {
         /// Form of the result.
         #[arg(long, value_enum, default_value_t = Output::Text)]
         output: Output,
+    },
+    /// Measurements on data from outside.
+    Bench {
+        #[command(subcommand)]
+        bench: bench::Bench,
     },
     /// Development certificates.
     Certs {
@@ -94,6 +99,7 @@ fn dispatch(command: Command) -> anyhow::Result<()> {
         Command::Quickstart { dir, keep, hold, fast, seed, output } => {
             quickstart::run(quickstart::Options { dir, keep, hold, fast, seed, output })
         }
+        Command::Bench { bench } => bench::run(bench),
         Command::Certs { action: CertsAction::Dev { out, domains } } => {
             let mut roles = vec![quickstart::pki::Role::Coordinator];
             roles.push(quickstart::deployment::operator());

@@ -3,7 +3,9 @@
 #![forbid(unsafe_code)]
 
 pub mod baseline;
+pub mod bench;
 pub mod cli;
+pub mod logistic;
 pub mod process;
 pub mod quickstart;
 pub mod score;

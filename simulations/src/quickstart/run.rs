@@ -44,7 +44,7 @@ pub struct Options {
 }
 
 /// The base model that ships with the repository.
-const BASE_MODEL: &[u8] = include_bytes!("../../../models/nano/base.safetensors");
+pub(crate) const BASE_MODEL: &[u8] = include_bytes!("../../../models/nano/base.safetensors");
 
 /// Runs the quickstart; an error means that something did not work.
 ///
