@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -255,6 +255,13 @@ fn dispatch(command: Command) -> miette::Result<ExitCode> {
 fn pretrain(args: &pretrain_job::Args) -> miette::Result<ExitCode> {
     let began = Instant::now();
     let stop = Arc::new(AtomicBool::new(false));
+    // Ctrl-C and SIGTERM end the run after the current step with its state saved.
+    let runtime = runtime()?;
+    let flag = Arc::clone(&stop);
+    runtime.spawn(async move {
+        command::serve::stop(false).await;
+        flag.store(true, Ordering::Relaxed);
+    });
     let card =
         pretrain_job::run(args, &|| began.elapsed(), &stop).map_err(|error| miette::miette!("{error}"))?;
     println!("{}", serde_json::to_string_pretty(&card).unwrap_or_default());

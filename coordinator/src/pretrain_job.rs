@@ -1,7 +1,8 @@
 //! `pretrain`: trains a base on the synthetic prior, resumably, with its model card beside it.
 //!
 //! Owns the files of a run: checkpoint, metrics lines, the exported weights at every checkpoint and the card with
-//! the figures that were measured. It reads no table of any domain.
+//! the figures that were measured. On a terminal it shows a bar, elsewhere a line at every validation. It reads no
+//! table of any domain.
 
 use std::{
     fs::OpenOptions,
@@ -24,7 +25,7 @@ use thiserror::Error;
 /// Pre-trains a base model on synthetic tables.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Args {
-    /// Model sizes: `nano`, or a JSON file with the fields of a model configuration.
+    /// Model sizes: `nano`, `small`, or a JSON file with the fields of a model configuration.
     #[arg(long, default_value = "nano")]
     pub config: String,
     /// Optimiser steps.
@@ -122,6 +123,9 @@ struct Line {
     step: u64,
     loss_ema: f64,
     tables_per_s: f64,
+    /// Wall-clock seconds left at the speed since the start or resumption.
+    #[serde(default)]
+    eta_s: f64,
     cpu_s: Option<f64>,
     validation: Option<Validation>,
 }
@@ -147,20 +151,17 @@ pub fn run(args: &Args, now: &dyn Fn() -> Duration, stop: &AtomicBool) -> Result
     let mut newest = None;
     let mut report = |p: &Progress<'_>| -> Result<(), TfmError> {
         bar.set_position(p.step);
-        let shown =
-            p.validation.map_or_else(String::new, |v| format!(", validation {:.4} AUC {:.4}", v.loss, v.auc));
-        bar.set_message(format!(
-            "loss {:.4}{shown}, {:.1} tables/s, {:.0} min left",
-            p.loss_ema,
-            p.tables_per_s,
-            p.eta_s / 60.0
-        ));
+        bar.set_message(shown(p));
+        if bar.is_hidden() && p.validated {
+            eprintln!("{}/{} steps, {}", p.step, p.total, shown(p));
+        }
         if let Some(path) = args.metrics.as_ref().filter(|_| p.validated || p.step.is_multiple_of(LINE_EVERY))
         {
             let line = Line {
                 step: p.step,
                 loss_ema: p.loss_ema,
                 tables_per_s: p.tables_per_s,
+                eta_s: p.eta_s,
                 cpu_s: cpu(),
                 validation: p.validation.filter(|_| p.validated),
             };
@@ -197,13 +198,15 @@ fn training_config(args: &Args) -> Result<PretrainConfig, PretrainJobError> {
     if args.tables_per_step < 2 || !args.tables_per_step.is_multiple_of(2) {
         return Err(PretrainJobError::OddTables { got: args.tables_per_step });
     }
-    let model = if args.config == "nano" {
-        ModelConfig::nano()
-    } else {
-        let path = PathBuf::from(&args.config);
-        let text = std::fs::read_to_string(&path).map_err(io("reading", &path))?;
-        serde_json::from_str(&text)
-            .map_err(|e| PretrainJobError::BadConfig { path, reason: e.to_string() })?
+    let model = match args.config.as_str() {
+        "nano" => ModelConfig::nano(),
+        "small" => ModelConfig::small(),
+        path => {
+            let path = PathBuf::from(path);
+            let text = std::fs::read_to_string(&path).map_err(io("reading", &path))?;
+            serde_json::from_str(&text)
+                .map_err(|e| PretrainJobError::BadConfig { path, reason: e.to_string() })?
+        }
     };
     let config = PretrainConfig {
         slices_per_step: args.tables_per_step / 2,
@@ -248,6 +251,18 @@ fn card(
         data: "synthetic tables drawn from random structural models; no real data".to_owned(),
         licence: LICENCE.to_owned(),
     }
+}
+
+/// Loss, newest validation, speed and time left, for people.
+fn shown(p: &Progress<'_>) -> String {
+    let validation =
+        p.validation.map_or_else(String::new, |v| format!(", validation {:.4} AUC {:.4}", v.loss, v.auc));
+    let minutes = (p.eta_s / 60.0).ceil().max(0.0) as u64;
+    let (hours, minutes) = (minutes / 60, minutes % 60);
+    format!(
+        "loss {:.4}{validation}, {:.1} tables/s, {hours} h {minutes:02} min left",
+        p.loss_ema, p.tables_per_s
+    )
 }
 
 fn file_name(path: &Path) -> String {
@@ -332,8 +347,28 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use std::{sync::atomic::AtomicBool, time::Duration};
 
-    use super::{Args, PretrainJobError, run};
-    use tabmesh_tfm::{Model, ModelConfig};
+    use super::{Args, PretrainJobError, run, shown};
+    use tabmesh_tfm::{
+        Model, ModelConfig,
+        pretrain::{Progress, Validation},
+    };
+
+    #[test]
+    fn progress_is_shown_in_hours_and_minutes() {
+        let progress = Progress {
+            step: 10,
+            total: 100,
+            loss: 0.7,
+            loss_ema: 0.65,
+            validation: Some(Validation { loss: 0.5, auc: 0.75 }),
+            validated: true,
+            tables_per_s: 12.34,
+            eta_s: 7230.0,
+            checkpoint: None,
+        };
+        let expected = "loss 0.6500, validation 0.5000 AUC 0.7500, 12.3 tables/s, 2 h 01 min left";
+        assert_eq!(shown(&progress), expected);
+    }
 
     #[test]
     fn run_leaves_weights_card_and_metrics_and_a_finished_run_stays_finished() {

@@ -5,6 +5,7 @@
 pub mod baseline;
 pub mod bench;
 pub mod cli;
+pub mod logistic;
 pub mod process;
 pub mod quickstart;
 pub mod score;

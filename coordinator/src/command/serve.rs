@@ -44,7 +44,7 @@ fn tell(path: &Path, address: &str) -> std::io::Result<()> {
     std::fs::rename(&beside, path)
 }
 
-async fn stop(until_stdin_closes: bool) {
+pub(crate) async fn stop(until_stdin_closes: bool) {
     let stdin = async {
         if until_stdin_closes {
             let (closed, ended) = tokio::sync::oneshot::channel();

@@ -4,8 +4,10 @@ pub mod accountant;
 pub mod golden;
 mod golden_tables;
 pub mod merkle;
+pub mod raw_table;
 pub mod rounds;
 pub mod sampler;
+pub mod tables;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -38,6 +40,8 @@ pub enum Bench {
         #[arg(long)]
         dir: PathBuf,
     },
+    /// How good is a base without any training? Single two-class tables, beside logistic regression and boosted trees.
+    Tables(tables::Args),
     /// Computes the figures of privacy accounting vectors and compares them; fails unless all agree.
     Accountant {
         /// The vectors (CSV; columns and kinds as in the privacy crate's fixtures).
@@ -66,6 +70,7 @@ pub fn run(bench: Bench, output: Output) -> anyhow::Result<ExitCode> {
     match bench {
         Bench::Golden { dir } => return golden::run(&dir, output),
         Bench::Rounds(options) => rounds::run(&options, output)?,
+        Bench::Tables(args) => tables::run(&args, output)?,
         Bench::Accountant { vectors } => accountant::run(&vectors, output)?,
         Bench::Sampler { dimension } => sampler::run(dimension, output)?,
         Bench::Merkle { entries } => merkle::run(entries, output)?,
