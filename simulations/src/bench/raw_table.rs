@@ -265,7 +265,7 @@ pub(crate) mod tests {
             let at = |i: usize| (i * 37 + offset * 11) % 101;
             let label = |i: usize| i8::from(at(i) + (i * 17) % 40 > 75);
             let kinds = (0..rows).map(|i| (i % 11 != 3).then(|| ["a", "b", "c"][at(i) / 40]));
-            let number = |i: usize| (i % 5 > 0).then_some((i % 9) as f64);
+            let number = |i: usize| (!i.is_multiple_of(5)).then_some((i % 9) as f64);
             let batch = RecordBatch::try_from_iter([
                 ("row_id", shared(Int64Array::from_iter_values(0..rows as i64))),
                 ("label", shared(Int8Array::from_iter_values((0..rows).map(label)))),

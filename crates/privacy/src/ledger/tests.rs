@@ -214,6 +214,7 @@ fn threads_racing_for_the_last_of_a_budget_overspend_nothing() {
         Some(ledger.lock().unwrap().commit(&reservation, request, &bytes, 3).unwrap().event().rho)
     };
     let spent: Vec<Rho> = std::thread::scope(|scope| {
+        #[allow(clippy::needless_collect, reason = "all threads start before the first is waited for")]
         let threads: Vec<_> = (0..THREADS).map(|thread| scope.spawn(move || run(thread))).collect();
         threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
     });
