@@ -202,9 +202,14 @@ impl ModelStore {
     /// # Errors
     /// As [`Self::original`]; [`CoordinatorError::Model`] if it can't be written.
     pub fn converted(&self, model: &StoredModel) -> Result<Vec<u8>, CoordinatorError> {
-        let config =
-            serde_json::to_string(&model.config).map_err(CoordinatorError::stored("configuration"))?;
-        let (loaded, _) = load(&self.original(model)?, Some(&config))?;
+        let bytes = self.original(model)?;
+        let file = PublicFile::read(&bytes)?;
+        // What was recorded is complete: the package's own defaults must not fill it in again.
+        let loaded = if file.metadata.contains_key(OWN_METADATA) {
+            Model::from_safetensors(&bytes)?.0
+        } else {
+            file.model_as(&model.config)?
+        };
         let base = BaseInfo {
             name: model.name.clone(),
             licence: model.licence.clone(),

@@ -4,8 +4,8 @@ use serde_json::{Value, json};
 use tabmesh_contract::contract::Purpose;
 use tabmesh_contract::policy::{
     Aggregation, DEFAULT_LIMITS, DEFAULT_LIMITS_FILE, DEFAULT_RULES, DEFAULT_RULES_FILE, Decision,
-    DecisionKind, MAX_BUNDLE_BYTES, MAX_BUNDLE_FILES, ModelImport, ModelPurpose, PolicyBundle, PolicyError,
-    RefusalCode, Request, input,
+    DecisionKind, LICENCES, LICENCES_FILE, MAX_BUNDLE_BYTES, MAX_BUNDLE_FILES, MODEL_RULES, MODEL_RULES_FILE,
+    ModelImport, ModelPurpose, PolicyBundle, PolicyError, RefusalCode, Request, input,
 };
 
 use crate::{SHORT, parse, with};
@@ -270,8 +270,14 @@ fn broken_bundles_are_refused_when_loaded() {
 
 #[test]
 fn the_digest_is_of_names_and_texts_in_any_order() {
-    let one = [(DEFAULT_RULES_FILE, DEFAULT_RULES), (DEFAULT_LIMITS_FILE, DEFAULT_LIMITS)];
-    let two = [one[1], one[0]];
+    let one = [
+        (DEFAULT_RULES_FILE, DEFAULT_RULES),
+        (DEFAULT_LIMITS_FILE, DEFAULT_LIMITS),
+        (MODEL_RULES_FILE, MODEL_RULES),
+        (LICENCES_FILE, LICENCES),
+    ];
+    let mut two = one;
+    two.reverse();
     let digest = PolicyBundle::from_files(&one).unwrap().digest();
     assert_eq!(digest, PolicyBundle::from_files(&two).unwrap().digest());
     assert_eq!(digest, PolicyBundle::default().digest());

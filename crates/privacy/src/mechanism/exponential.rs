@@ -42,9 +42,12 @@ impl Exponent {
         self.factors.iter().map(|factor| *factor as f64).product::<f64>() / self.divisor as f64
     }
 
-    /// Whether U < e^-γ, for U uniform in [0, 1) with first `bits` bits equal to `prefix`.
+    /// Whether U < e^-γ, for U uniform in [`prefix`, `prefix` + 1) · 2^-`bits`.
     #[inline]
     pub(super) fn exceeds<R: RngCore>(&self, prefix: u64, bits: u32, rng: &mut R) -> bool {
+        if above_one(prefix, bits) {
+            return false;
+        }
         let (low, high) = self.bounds();
         // Exact: powers of two up to 2^1023; beyond, the integers decide.
         if bits < 1000 {
@@ -66,6 +69,9 @@ impl Exponent {
 
     #[cold]
     fn exceeds_in_integers<R: RngCore>(&self, prefix: u64, bits: u32, rng: &mut R) -> bool {
+        if above_one(prefix, bits) {
+            return false;
+        }
         if self.factors.contains(&0) {
             // e^0 = 1 is above every U.
             return true;
@@ -125,6 +131,11 @@ impl Exponent {
         add(&mut plus_high, &high_term);
         (difference(&plus_low, &minus_high), difference(&plus_high, &minus_low))
     }
+}
+
+/// Whether `prefix` · 2^-`bits` is 1 or more: a step's margin lets it rise there, where nothing lies.
+fn above_one(prefix: u64, bits: u32) -> bool {
+    bits < 64 && prefix >> bits != 0
 }
 
 /// Leading bits of a uniform number, most significant limb first.
@@ -266,7 +277,7 @@ mod tests {
                     "{exponent:?}: {value}"
                 );
             }
-            assert!(is_above(&high, &low));
+            assert!(!is_above(&low, &high));
         }
     }
 
@@ -291,6 +302,20 @@ mod tests {
             }
         }
         assert!(decided > 300, "{decided}");
+    }
+
+    // The highest step is a little above 1: what lies there is never below e^-γ, however small γ is.
+    #[test]
+    fn nothing_above_one_is_accepted() {
+        let mut rng = ChaCha20Rng::seed_from_u64(11);
+        let zero = Exponent { factors: [0, 0, 1], divisor: 1 };
+        let tiny = Exponent { factors: [1, 1, 1], divisor: 1 << 57 };
+        for exponent in [zero, tiny] {
+            assert!(exponent.exceeds((1 << 56) - 2, 56, &mut rng));
+            for prefix in [1 << 56, (1 << 56) + 1, (1 << 56) + (1 << 21)] {
+                assert!(!exponent.exceeds(prefix, 56, &mut rng), "{prefix}");
+            }
+        }
     }
 
     // No prefix at all: a Bernoulli draw of e^-γ. 5 standard errors: two-sided error rate below 6e-7 for each.

@@ -74,8 +74,16 @@ impl PublicFile {
         complete(&mut entries, &self.tensors);
         let config: ModelConfig = serde_json::from_value(Value::Object(entries))
             .map_err(|e| TfmError::format("configuration", e))?;
+        self.model_as(&config)
+    }
+
+    /// The model of this file under a configuration that leaves nothing out, as [`Model::config`] gives it.
+    ///
+    /// # Errors
+    /// As [`Self::model`].
+    pub fn model_as(&self, config: &ModelConfig) -> Result<Model, TfmError> {
         let weights = self.tensors.iter().filter(|(name, _)| !name.starts_with(ACTIVATION_PREFIX));
-        model_from_named(&config, weights.map(|(name, tensor)| (name.clone(), tensor.clone())).collect())
+        model_from_named(config, weights.map(|(name, tensor)| (name.clone(), tensor.clone())).collect())
     }
 }
 
