@@ -309,6 +309,8 @@ impl MeshClient {
             let next = next.map_err(|_| ClientError::Timeout)??;
             let chunk = BlobChunk::try_from(next.ok_or(WireError::Unavailable)?)?;
             if let Some(total) = transfer.take(chunk, sink)? {
+                // Read to its end, so that whether the call is reset doesn't depend on timing; all bytes are here already.
+                let _ = timeout(limits::CHUNK_TIMEOUT, chunks.message()).await;
                 return Ok(total);
             }
         }
