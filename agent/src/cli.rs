@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use anstream::{print, println};
 use clap::{Parser, Subcommand, ValueEnum};
 use ring::rand::SystemRandom;
 use tabmesh_privacy::noise::NoiseSource;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use anstream::{print, println};
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::command::{self, client::Client};

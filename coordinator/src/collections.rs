@@ -1,22 +1,25 @@
 //! Open collections: release stages and rounds that wait for their agents' vectors.
 //!
 //! The state machines are pure; this drives them. A vector is stored before the state that counts it, the state
-//! before the receipt is given, so a receipt always means durable. What a restart finds is handed back to the state
-//! machine, which resumes or abandons.
+//! before the receipt is given, so a receipt always means durable. Vectors that arrive while others are being made
+//! durable wait and share the next commit. What a restart finds is handed back to the state machine, which resumes
+//! or abandons.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tabmesh_federation::id::{CollectionId, Digest as NamedDigest};
+use tabmesh_federation::id::{AgentId, CollectionId, Digest as NamedDigest};
 use tabmesh_federation::phase::abandon::AbandonReason;
 use tabmesh_federation::phase::collect::{Collection, CollectionState, Payloads, Submission};
 use tabmesh_federation::phase::{Outcome, PhaseName, Refusal};
 use tabmesh_federation::round::{Round, RoundEvent};
 use tabmesh_privacy::private::decode_vector;
-use tabmesh_store::{BlobStore, Digest, Records};
-use tokio::sync::Notify;
+use tabmesh_proto::status::WireError;
+use tabmesh_store::record::MAX_VALUE_BYTES;
+use tabmesh_store::{BlobStore, Digest, Op, Records};
+use tokio::sync::{Notify, oneshot};
 
 use crate::error::CoordinatorError;
 use crate::mesh::{Clock, locked, stored};
@@ -96,10 +99,47 @@ impl Open {
         }
     }
 
+    /// Digest of what was asked; nothing before it was announced.
+    fn descriptor(&self) -> Option<NamedDigest> {
+        self.collection().map(|collection| collection.announcement().descriptor)
+    }
+
     /// Milliseconds until time alone may change something.
     fn due_in_ms(&self, now_ms: i64) -> i64 {
         let deadline = self.collection().map_or(now_ms, |c| c.announcement().window.deadline_ms());
         deadline.saturating_sub(now_ms)
+    }
+}
+
+/// A vector as it arrives, from an authenticated agent.
+#[derive(Debug)]
+pub(crate) struct Arrival {
+    /// Stage or round it is for.
+    pub(crate) collection: CollectionId,
+    /// Attempt it is for.
+    pub(crate) attempt: u32,
+    /// Who sent it.
+    pub(crate) agent: AgentId,
+    /// Digest of the payload.
+    pub(crate) digest: NamedDigest,
+    /// The noised integers.
+    pub(crate) values: Arc<[i64]>,
+    /// The same as bytes, to be stored.
+    pub(crate) payload: Vec<u8>,
+    /// Removes the assignment it answers, in the commit that accepts it.
+    pub(crate) settles: Op,
+}
+
+impl Arrival {
+    fn submission(&self, descriptor: NamedDigest) -> Submission {
+        Submission {
+            collection: self.collection,
+            attempt: self.attempt,
+            descriptor,
+            agent: self.agent.clone(),
+            payload: self.digest,
+            values: Arc::clone(&self.values),
+        }
     }
 }
 
@@ -108,12 +148,18 @@ pub(crate) struct Collections {
     records: Arc<dyn Records>,
     blobs: Arc<BlobStore>,
     clock: Clock,
-    open: Mutex<BTreeMap<CollectionId, Entry>>,
+    open: Mutex<BTreeMap<CollectionId, Arc<Entry>>>,
 }
 
 struct Entry {
-    state: Open,
-    changed: Arc<Notify>,
+    state: Mutex<Open>,
+    waiting: Mutex<Vec<Waiting>>,
+    changed: Notify,
+}
+
+struct Waiting {
+    arrival: Arrival,
+    answer: oneshot::Sender<Result<Option<Outcome>, WireError>>,
 }
 
 impl Collections {
@@ -126,8 +172,9 @@ impl Collections {
     /// # Errors
     /// [`CoordinatorError::Store`] if it can't be stored.
     pub(crate) fn open(&self, id: CollectionId, state: Open) -> Result<(), CoordinatorError> {
-        self.save(id, &state)?;
-        locked(&self.open).insert(id, Entry { state, changed: Arc::new(Notify::new()) });
+        self.save(id, &state, Vec::new())?;
+        let (state, waiting, changed) = (Mutex::new(state), Mutex::new(Vec::new()), Notify::new());
+        locked(&self.open).insert(id, Arc::new(Entry { state, waiting, changed }));
         Ok(())
     }
 
@@ -140,7 +187,7 @@ impl Collections {
         if locked(&self.open).contains_key(&id) {
             return Ok(());
         }
-        let state = self.load(id)?;
+        let state = self.load(id)?.ok_or_else(|| missing(id))?;
         let mut payloads = Payloads::new();
         let receipts = state.collection().map(|c| c.receipts().clone()).unwrap_or_default();
         for receipt in receipts.values() {
@@ -152,61 +199,91 @@ impl Collections {
         self.open(id, state.restart(payloads, (self.clock)()))
     }
 
-    /// Digest of what a collection asked for; nothing for an unknown one.
+    /// Judges one vector; what is accepted is durable when this returns. Nothing for an unknown collection.
     ///
     /// # Errors
-    /// [`CoordinatorError`] if the record can't be read.
-    pub(crate) fn descriptor(&self, id: CollectionId) -> Result<Option<NamedDigest>, CoordinatorError> {
-        let of = |state: &Open| match state {
-            Open::Stage(collection) => Some(collection.announcement().descriptor),
-            Open::Round(round) => round.collection().map(|c| c.announcement().descriptor),
+    /// [`WireError::Internal`] if it can't be stored: nothing is accepted then.
+    pub(crate) async fn submit(self: &Arc<Self>, arrival: Arrival) -> Result<Option<Outcome>, WireError> {
+        let collection = arrival.collection;
+        let Some(entry) = self.entry(collection) else {
+            return self.submit_late(&arrival).map_err(|error| failed(collection, &error));
         };
-        if let Some(entry) = locked(&self.open).get(&id) {
-            return Ok(of(&entry.state));
-        }
-        if self.records.get(&key(id))?.is_none() {
-            return Ok(None);
-        }
-        Ok(of(&self.load(id)?))
+        let (answer, answered) = oneshot::channel();
+        locked(&entry.waiting).push(Waiting { arrival, answer });
+        let collections = Arc::clone(self);
+        tokio::task::spawn_blocking(move || collections.commit_waiting(collection, &entry));
+        answered.await.unwrap_or(Err(WireError::Internal))
     }
 
-    /// Judges one vector; what is accepted is durable when this returns.
-    ///
-    /// # Errors
-    /// [`CoordinatorError::Store`] if it can't be stored: nothing is accepted then.
-    pub(crate) fn submit(
-        &self,
-        submission: &Submission,
-        payload: &[u8],
-    ) -> Result<Option<Outcome>, CoordinatorError> {
-        let mut open = locked(&self.open);
-        let Some(entry) = open.get_mut(&submission.collection) else {
-            drop(open);
-            return self.submit_late(submission);
-        };
-        let (next, outcome, changed) = entry.state.submit(submission, (self.clock)());
-        if changed {
-            if matches!(outcome, Outcome::Accepted(_)) {
-                self.blobs.put(payload)?;
-            }
-            self.save(submission.collection, &next)?;
-            entry.state = next;
-            entry.changed.notify_one();
+    /// Judges and stores every vector that waits, in one commit; whoever came too late for it finds nothing to do.
+    fn commit_waiting(&self, id: CollectionId, entry: &Entry) {
+        let mut state = locked(&entry.state);
+        let batch = std::mem::take(&mut *locked(&entry.waiting));
+        if batch.is_empty() {
+            return;
         }
-        Ok(Some(outcome))
+        let outcomes = self.commit(id, &mut state, &batch).map_err(|error| failed(id, &error));
+        entry.changed.notify_one();
+        drop(state);
+        match outcomes {
+            Ok(outcomes) => {
+                for (waiting, outcome) in batch.into_iter().zip(outcomes) {
+                    // Whoever hung up asks again and gets the same receipt.
+                    let _ = waiting.answer.send(Ok(outcome));
+                }
+            }
+            Err(error) => batch.into_iter().for_each(|waiting| drop(waiting.answer.send(Err(error)))),
+        }
+    }
+
+    fn commit(
+        &self,
+        id: CollectionId,
+        state: &mut Open,
+        batch: &[Waiting],
+    ) -> Result<Vec<Option<Outcome>>, CoordinatorError> {
+        let mut next = state.clone();
+        let (mut outcomes, mut payloads, mut ops, mut changed) = (Vec::new(), Vec::new(), Vec::new(), false);
+        for Waiting { arrival, .. } in batch {
+            let Some(descriptor) = next.descriptor() else {
+                outcomes.push(None);
+                continue;
+            };
+            let (after, outcome, moved) = next.submit(&arrival.submission(descriptor), (self.clock)());
+            (next, changed) = (after, changed || moved);
+            if matches!(outcome, Outcome::Accepted(_)) {
+                payloads.push((stored(arrival.digest), arrival.payload.as_slice()));
+            }
+            if matches!(outcome, Outcome::Accepted(_) | Outcome::Duplicate(_)) {
+                ops.push(arrival.settles.clone());
+            }
+            outcomes.push(Some(outcome));
+        }
+        self.blobs.put_all(&payloads)?;
+        if changed {
+            self.save(id, &next, ops)?;
+            *state = next;
+        } else if !ops.is_empty() {
+            self.records.commit(&ops)?;
+        }
+        Ok(outcomes)
     }
 
     /// A vector for a collection that has ended: a retry of an accepted one gets its receipt again.
-    fn submit_late(&self, submission: &Submission) -> Result<Option<Outcome>, CoordinatorError> {
-        if self.records.get(&key(submission.collection))?.is_none() {
-            return Ok(None);
-        }
-        let (_, outcome, _) = self.load(submission.collection)?.submit(submission, (self.clock)());
+    fn submit_late(&self, arrival: &Arrival) -> Result<Option<Outcome>, CoordinatorError> {
+        let Some(state) = self.load(arrival.collection)? else { return Ok(None) };
+        let Some(descriptor) = state.descriptor() else { return Ok(None) };
+        let (_, outcome, _) = state.submit(&arrival.submission(descriptor), (self.clock)());
         Ok(Some(match outcome {
             Outcome::Accepted(_) => {
                 Outcome::Refused(Refusal::WrongPhase { event: "submitting", phase: PhaseName::Abandoned })
             }
-            other => other,
+            other => {
+                if matches!(other, Outcome::Duplicate(_)) {
+                    self.records.commit(std::slice::from_ref(&arrival.settles))?;
+                }
+                other
+            }
         }))
     }
 
@@ -215,24 +292,24 @@ impl Collections {
     /// # Errors
     /// [`CoordinatorError`] if it isn't open or can't be stored.
     pub(crate) async fn settled(&self, id: CollectionId) -> Result<Open, CoordinatorError> {
+        let entry = self.entry(id).ok_or_else(|| missing(id))?;
         loop {
-            let (changed, due_ms) = {
-                let mut open = locked(&self.open);
-                let entry = open.get_mut(&id).ok_or_else(|| missing(id))?;
+            let due_ms = {
+                let mut state = locked(&entry.state);
                 let now_ms = (self.clock)();
-                let (next, changed) = entry.state.tick(now_ms);
+                let (next, changed) = state.tick(now_ms);
                 if changed {
-                    self.save(id, &next)?;
-                    entry.state = next;
+                    self.save(id, &next, Vec::new())?;
+                    *state = next;
                 }
-                if entry.state.settled() {
-                    return Ok(entry.state.clone());
+                if state.settled() {
+                    return Ok(state.clone());
                 }
-                (Arc::clone(&entry.changed), entry.state.due_in_ms(now_ms))
+                state.due_in_ms(now_ms)
             };
             let due = Duration::from_millis(u64::try_from(due_ms).unwrap_or(0).clamp(1, LONGEST_WAIT_MS));
             // A change in between leaves a permit behind, so it is seen at once; there is one waiter, the pipeline.
-            let _ = tokio::time::timeout(due, changed.notified()).await;
+            let _ = tokio::time::timeout(due, entry.changed.notified()).await;
         }
     }
 
@@ -241,15 +318,17 @@ impl Collections {
     /// # Errors
     /// [`CoordinatorError`] if it isn't an open round or can't be stored.
     pub(crate) fn apply(&self, id: CollectionId, event: RoundEvent) -> Result<Round, CoordinatorError> {
-        let mut open = locked(&self.open);
-        let entry = open.get_mut(&id).ok_or_else(|| missing(id))?;
-        let Open::Round(round) = &entry.state else { return Err(missing(id)) };
-        let next = round.apply(event, (self.clock)()).next;
-        let state = Open::Round(Box::new(next.clone()));
-        self.save(id, &state)?;
-        entry.state = state;
-        entry.changed.notify_one();
-        Ok(next)
+        let entry = self.entry(id).ok_or_else(|| missing(id))?;
+        let mut state = locked(&entry.state);
+        let Open::Round(round) = &*state else { return Err(missing(id)) };
+        let step = round.apply(event, (self.clock)());
+        if step.changed {
+            let next = Open::Round(Box::new(step.next.clone()));
+            self.save(id, &next, Vec::new())?;
+            *state = next;
+            entry.changed.notify_one();
+        }
+        Ok(step.next)
     }
 
     /// Ends every open collection on an operator's word.
@@ -257,10 +336,11 @@ impl Collections {
     /// # Errors
     /// [`CoordinatorError::Store`] if a state can't be stored.
     pub(crate) fn cancel_all(&self, by: &str) -> Result<(), CoordinatorError> {
-        for (id, entry) in locked(&self.open).iter_mut() {
-            let next = entry.state.cancel(by, (self.clock)());
-            self.save(*id, &next)?;
-            entry.state = next;
+        for (id, entry) in &*locked(&self.open) {
+            let mut state = locked(&entry.state);
+            let next = state.cancel(by, (self.clock)());
+            self.save(*id, &next, Vec::new())?;
+            *state = next;
             entry.changed.notify_one();
         }
         Ok(())
@@ -271,25 +351,42 @@ impl Collections {
         locked(&self.open).remove(&id);
     }
 
-    fn save(&self, id: CollectionId, state: &Open) -> Result<(), CoordinatorError> {
-        let bytes = serde_json::to_vec(state).map_err(CoordinatorError::stored("collection"))?;
-        // States of large cohorts outgrow a record, so the record names a blob.
-        let digest = self.blobs.put(&bytes)?;
-        let before = self.records.get(&key(id))?;
-        self.records.put(&key(id), digest.to_string().as_bytes())?;
-        let before = before.and_then(|bytes| String::from_utf8(bytes).ok()?.parse::<Digest>().ok());
-        if let Some(old) = before.filter(|old| *old != digest) {
+    fn entry(&self, id: CollectionId) -> Option<Arc<Entry>> {
+        locked(&self.open).get(&id).cloned()
+    }
+
+    /// Stores a state and whatever goes with it in one commit.
+    fn save(&self, id: CollectionId, state: &Open, mut ops: Vec<Op>) -> Result<(), CoordinatorError> {
+        let mut bytes = serde_json::to_vec(state).map_err(CoordinatorError::stored("collection"))?;
+        let before = self.records.get(&key(id))?.and_then(|record| blob_of(&record));
+        if bytes.len() > MAX_VALUE_BYTES {
+            // States of large cohorts outgrow a record, so theirs names a blob.
+            bytes = self.blobs.put(&bytes)?.to_string().into_bytes();
+        }
+        let now = blob_of(&bytes);
+        ops.push(Op::put(key(id), bytes));
+        self.records.commit(&ops)?;
+        if let Some(old) = before.filter(|old| Some(*old) != now) {
             self.blobs.remove(&old)?;
         }
         Ok(())
     }
 
-    fn load(&self, id: CollectionId) -> Result<Open, CoordinatorError> {
-        let record = self.records.get(&key(id))?.ok_or_else(|| missing(id))?;
-        let text = String::from_utf8(record).unwrap_or_default();
-        let bytes = self.blobs.get(&text.parse::<Digest>()?)?;
-        serde_json::from_slice(&bytes).map_err(CoordinatorError::stored("collection"))
+    fn load(&self, id: CollectionId) -> Result<Option<Open>, CoordinatorError> {
+        let Some(record) = self.records.get(&key(id))? else { return Ok(None) };
+        let bytes = blob_of(&record).map_or(Ok(record), |digest| self.blobs.get(&digest))?;
+        serde_json::from_slice(&bytes).map(Some).map_err(CoordinatorError::stored("collection"))
     }
+}
+
+/// The blob that a record names; nothing if it is the state itself, which is a JSON object and no digest.
+fn blob_of(record: &[u8]) -> Option<Digest> {
+    std::str::from_utf8(record).ok()?.parse().ok()
+}
+
+fn failed(id: CollectionId, error: &CoordinatorError) -> WireError {
+    tracing::error!(collection = %id, %error, "a vector can't be stored");
+    error.wire()
 }
 
 fn key(id: CollectionId) -> Vec<u8> {

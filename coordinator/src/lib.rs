@@ -167,7 +167,7 @@ fn open(
     Ok(Mesh {
         catalog: Catalog::load(Arc::clone(&records), Arc::clone(&blobs))?,
         outbox: Outbox::new(Arc::clone(&records), Arc::clone(&blobs), sign),
-        collections: Collections::new(Arc::clone(&records), Arc::clone(&blobs), Arc::clone(&clock)),
+        collections: Arc::new(Collections::new(Arc::clone(&records), Arc::clone(&blobs), Arc::clone(&clock))),
         plans: Plans::load(Arc::clone(&records), Arc::clone(&blobs))?,
         mirror: Mirror::new(config.data_dir.join("ledgers")),
         registry: Registry::new(Arc::clone(&records), Arc::clone(&blobs)),

@@ -49,7 +49,7 @@ pub(crate) struct Mesh {
     /// Assignments that agents still have to answer.
     pub(crate) outbox: Outbox,
     /// Collections that are open now.
-    pub(crate) collections: Collections,
+    pub(crate) collections: Arc<Collections>,
     /// Plans and their jobs.
     pub(crate) plans: Plans,
     /// The agents' ledgers, as they stated them.

@@ -111,7 +111,21 @@ impl Outbox {
     /// # Errors
     /// [`CoordinatorError::Store`] if a record can't be removed.
     pub(crate) fn withdraw(&self, agents: &[SpiffeId], id: &Id) -> Result<(), CoordinatorError> {
-        agents.iter().try_for_each(|agent| self.answered(agent, id))
+        let mut ops = Vec::new();
+        for agent in agents {
+            if self.owes(agent, id)? {
+                ops.push(Self::settles(agent, id));
+            }
+        }
+        for chunk in ops.chunks(OPS_PER_COMMIT) {
+            self.records.commit(chunk)?;
+        }
+        Ok(())
+    }
+
+    /// What marks an assignment as answered, for a commit that does more.
+    pub(crate) fn settles(agent: &SpiffeId, id: &Id) -> Op {
+        Op::delete(key(agent, id))
     }
 
     /// Whether an agent still owes an answer.

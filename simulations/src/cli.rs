@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anstream::println;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::bench::{self, Bench};

@@ -34,7 +34,7 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("tonic", &["tabmesh-proto", "tabmesh-coordinator", "tabmesh-agent", "tabmesh-sim"]),
     ("rustls", &["tabmesh-proto", "tabmesh-agent", "tabmesh-sim"]),
     ("tokio", &["tabmesh-proto", "tabmesh-coordinator", "tabmesh-agent", "tabmesh-sim"]),
-    ("arrow", &["tabmesh-agent", "tabmesh-sim"]),
+    ("arrow-array", &["tabmesh-agent", "tabmesh-sim"]),
     ("parquet", &["tabmesh-agent", "tabmesh-sim"]),
 ];
 

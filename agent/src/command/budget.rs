@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use anstream::println;
 use comfy_table::Table;
 use miette::{IntoDiagnostic, WrapErr, miette};
 use tabmesh_privacy::ledger::Entry;

@@ -6,6 +6,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use anstream::println;
 use comfy_table::Table;
 use miette::{IntoDiagnostic, miette};
 use serde_json::{Value, json};

@@ -5,6 +5,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use anstream::print;
 use miette::{IntoDiagnostic, WrapErr, miette};
 use tabmesh_contract::contract::Contract;
 

@@ -8,10 +8,9 @@ use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::AsArray;
-use arrow::csv::reader::{BufReader as CsvReader, Format, ReaderBuilder};
-use arrow::datatypes::{DataType, Field, Schema};
-use arrow::error::ArrowError;
+use arrow_array::cast::AsArray;
+use arrow_csv::reader::{BufReader as CsvReader, Format, ReaderBuilder};
+use arrow_schema::{ArrowError, DataType, Field, Schema};
 use tabmesh_contract::contract::Contract;
 
 use super::raw::{RawBatch, RawColumn};

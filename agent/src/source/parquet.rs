@@ -61,7 +61,7 @@ impl Source for ParquetSource {
         let positions = self.columns(&builder, contract)?;
         for (column, position) in contract.columns.iter().zip(positions) {
             let found = builder.schema().field(position).data_type().clone();
-            let empty = arrow::array::new_empty_array(&found);
+            let empty = arrow_array::new_empty_array(&found);
             RawColumn::from_array(column, &empty).map_err(|expected| SourceError::WrongType {
                 file: self.path.clone(),
                 column: column.name.clone(),

@@ -3,11 +3,13 @@
 //! Owns the mapping from Arrow types to those forms, and which Arrow types fit a declared type. Values are not
 //! judged here beyond their type; a value that can't be read as its type is marked, not guessed.
 
-use arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, Float64Array, Int64Array, StringArray, TimestampMillisecondArray,
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Float64Type, Int64Type, TimestampMillisecondType};
+use arrow_array::{
+    Array, ArrayRef, BooleanArray, Float64Array, Int64Array, StringArray, TimestampMillisecondArray,
 };
-use arrow::compute::cast;
-use arrow::datatypes::{DataType, Float64Type, Int64Type, TimeUnit, TimestampMillisecondType};
+use arrow_cast::cast;
+use arrow_schema::{DataType, TimeUnit};
 use tabmesh_contract::contract::{Column, FeatureType, LogicalType};
 use tabmesh_contract::profile::Cell;
 
@@ -242,7 +244,7 @@ impl Wanted {
 /// Casts between types that [`Wanted::accepts`] let through; values that don't fit become null.
 fn convert(array: &ArrayRef, to: &DataType) -> ArrayRef {
     // Arrow casts every accepted pair; should one be missing, the values are missing too, not wrong.
-    cast(array, to).unwrap_or_else(|_| arrow::array::new_null_array(to, array.len()))
+    cast(array, to).unwrap_or_else(|_| arrow_array::new_null_array(to, array.len()))
 }
 
 /// Marks cells that had text and got no value.

@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ::parquet::arrow::ArrowWriter;
-use arrow::array::{
+use arrow_array::types::Int32Type;
+use arrow_array::{
     ArrayRef, BooleanArray, DictionaryArray, Float32Array, Float64Array, Int8Array, Int64Array, RecordBatch,
     StringArray, TimestampMillisecondArray,
 };
-use arrow::datatypes::Int32Type;
 use tabmesh_contract::batch::{TypedColumn, missing_code, other_code};
 use tabmesh_contract::contract::Contract;
 use tabmesh_contract::profile::Distinct;
@@ -70,9 +70,9 @@ fn arrays(rows: &[[&'static str; 7]]) -> Vec<(&'static str, ArrayRef)> {
     let category: DictionaryArray<Int32Type> = column(rows, 3).into_iter().collect();
     let online: BooleanArray = column(rows, 4).into_iter().map(|t| t.map(|t| t == "true")).collect();
     let label: Int8Array = column(rows, 5).into_iter().map(|t| t.map(|t| t.parse().unwrap())).collect();
-    let at = column(rows, 6).into_iter().map(|t| {
-        t.map(|t| arrow::compute::kernels::cast_utils::string_to_timestamp_nanos(t).unwrap() / 1_000_000)
-    });
+    let at = column(rows, 6)
+        .into_iter()
+        .map(|t| t.map(|t| arrow_cast::parse::string_to_timestamp_nanos(t).unwrap() / 1_000_000));
     let at: TimestampMillisecondArray = at.collect();
     vec![
         ("tid", text(0)),

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use anstream::println;
 use comfy_table::Table;
 use miette::IntoDiagnostic;
 use tabmesh_proto::client::OperatorClient;

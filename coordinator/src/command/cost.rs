@@ -9,8 +9,9 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use anstream::{print, println};
 use comfy_table::Table;
-use miette::{IntoDiagnostic, WrapErr};
+use miette::IntoDiagnostic;
 use serde::Serialize;
 use tabmesh_federation::id::PlanDigest;
 use tabmesh_federation::plan::{Plan, PlanBudget};
@@ -18,6 +19,7 @@ use tabmesh_privacy::accountant::phase::{Adjacency, Phase, Step};
 use tabmesh_privacy::accountant::{gdp, rdp, zcdp};
 use tabmesh_privacy::budget::{Delta, Epsilon, Rho};
 
+use super::files::write;
 use crate::cli::Output;
 
 /// What a plan costs one unit.
@@ -78,9 +80,7 @@ pub(super) fn run(
         Output::Text => print!("{}", text(&cost)),
     }
     if let Some(path) = svg {
-        std::fs::write(path, picture(&cost))
-            .into_diagnostic()
-            .wrap_err_with(|| format!("picture {}", path.display()))?;
+        write(path, picture(&cost).as_bytes())?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -204,6 +204,22 @@ fn picture(cost: &Cost) -> String {
                 escaped(&step.step)
             );
         }
+        let _ = writeln!(
+            out,
+            "<text x=\"{x:.2}\" y=\"{:.2}\" font-size=\"10\">{}</text>",
+            height - margin + 13.0,
+            at + 1
+        );
+        // Figures of narrow bars would run into each other; the last is always told.
+        if bar >= NARROWEST_LABELLED_BAR || at + 1 == cost.steps.len() {
+            let _ = writeln!(
+                out,
+                "<text x=\"{:.2}\" y=\"{:.2}\" font-size=\"10\" fill=\"#fff\" text-anchor=\"middle\" \
+                 transform=\"rotate(-90 {0:.2} {1:.2})\">{epsilon_zcdp:.2}</text>",
+                x + bar * 0.4 + 3.5,
+                (y(epsilon_zcdp) + 18.0).min(height - margin - 14.0),
+            );
+        }
     }
     let granted = y(cost.epsilon_granted);
     let _ = write!(
@@ -226,6 +242,8 @@ fn escaped(text: &str) -> String {
 }
 
 const BAR: usize = 40;
+/// Width below which a bar of the picture carries no figure.
+const NARROWEST_LABELLED_BAR: f64 = 14.0;
 
 #[cfg(test)]
 mod tests {

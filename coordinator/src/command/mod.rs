@@ -3,6 +3,7 @@
 pub(crate) mod agents;
 pub(crate) mod client;
 mod cost;
+mod files;
 pub(crate) mod model;
 pub(crate) mod plan;
 pub(crate) mod report;

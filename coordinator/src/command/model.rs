@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anstream::{print, println};
 use clap::{Args, Subcommand, ValueEnum};
 use miette::{IntoDiagnostic, WrapErr};
 use serde_json::Value;
 use tabmesh_contract::policy::ModelPurpose;
 
+use super::files::{read, write};
 use crate::cli::Output;
 use crate::models::{Declaration, ModelStore, StoredModel};
 use crate::policy_bundle;
@@ -222,16 +224,4 @@ fn shown(value: &Value) -> String {
 /// Declared text as one cell of a Markdown table.
 fn cell(text: &str) -> String {
     text.replace('|', "\\|").replace(|c: char| c.is_control(), " ")
-}
-
-fn read(path: &Path) -> miette::Result<Vec<u8>> {
-    std::fs::read(path).into_diagnostic().wrap_err_with(|| path.display().to_string())
-}
-
-fn write(path: &Path, bytes: &[u8]) -> miette::Result<()> {
-    let beside = path.with_extension("writing");
-    std::fs::write(&beside, bytes)
-        .and_then(|()| std::fs::rename(&beside, path))
-        .into_diagnostic()
-        .wrap_err_with(|| path.display().to_string())
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use anstream::println;
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressStyle};
 use miette::{IntoDiagnostic, WrapErr};
@@ -12,6 +13,7 @@ use tabmesh_proto::message::{Id, PlanSummary};
 
 use super::client::link;
 use super::cost;
+use super::files::read;
 use crate::cli::{Output, PlanAction};
 
 /// Runs one of the plan commands.
@@ -151,10 +153,6 @@ fn show(plans: &[PlanSummary], output: Output) -> miette::Result<()> {
 fn check(path: &Path, yaml: &[u8]) -> miette::Result<Plan> {
     let (plan, _) = Plan::parse(yaml, &path.display().to_string())?;
     Ok(plan)
-}
-
-fn read(path: &Path) -> miette::Result<Vec<u8>> {
-    std::fs::read(path).into_diagnostic().wrap_err_with(|| format!("plan {}", path.display()))
 }
 
 fn parse(id: &str) -> miette::Result<Id> {

@@ -3,12 +3,14 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+use anstream::println;
 use miette::{IntoDiagnostic, WrapErr, miette};
 use tabmesh_privacy::report::SignedReport;
 use tabmesh_privacy::report::{VerifyError, render_html, verify};
 use tabmesh_privacy::signature::VerifyingKey;
 use tabmesh_proto::client::AuditorClient;
 
+use super::files::{read, write};
 use crate::cli::{Output, ReportAction};
 
 /// Runs one of the report commands.
@@ -32,7 +34,7 @@ pub(crate) async fn run(action: ReportAction) -> miette::Result<ExitCode> {
 }
 
 fn check(file: &Path, key: Option<&Path>, output: Output) -> miette::Result<ExitCode> {
-    let bytes = std::fs::read(file).into_diagnostic().wrap_err_with(|| file.display().to_string())?;
+    let bytes = read(file)?;
     let pinned = key.map(read_key).transpose()?;
     let outcome = verify(&bytes, pinned.as_ref());
     match (&outcome, output) {
@@ -66,17 +68,9 @@ fn summary(outcome: &Result<tabmesh_privacy::report::Verified, VerifyError>) -> 
 }
 
 fn read_key(path: &Path) -> miette::Result<VerifyingKey> {
-    let bytes = std::fs::read(path).into_diagnostic().wrap_err_with(|| path.display().to_string())?;
+    let bytes = read(path)?;
     let length = bytes.len();
     let key: [u8; 32] =
         bytes.try_into().map_err(|_| miette!("{}: expected 32 bytes, got {length}", path.display()))?;
     Ok(VerifyingKey::from_bytes(key))
-}
-
-fn write(path: &Path, bytes: &[u8]) -> miette::Result<()> {
-    let beside = path.with_extension("writing");
-    std::fs::write(&beside, bytes)
-        .and_then(|()| std::fs::rename(&beside, path))
-        .into_diagnostic()
-        .wrap_err_with(|| path.display().to_string())
 }

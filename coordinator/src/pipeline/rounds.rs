@@ -9,6 +9,7 @@ use tabmesh_federation::aggregate::{Aggregate, Contributions, Rule, Updates};
 use tabmesh_federation::descriptor::{RoundDescriptor, RoundInputs};
 use tabmesh_federation::id::{AgentId, Digest as NamedDigest, PlanDigest, RoundId};
 use tabmesh_federation::job::{Job, JobEvent};
+use tabmesh_federation::packed;
 use tabmesh_federation::phase::abandon::AbandonReason;
 use tabmesh_federation::plan::{ClipNorm, Plan};
 use tabmesh_federation::round::{Phase, Round, RoundEvent};
@@ -31,6 +32,7 @@ use crate::plans::Submitted;
 pub(crate) struct AdapterState {
     pub(crate) keys: Vec<String>,
     pub(crate) width: usize,
+    #[serde(with = "packed")]
     pub(crate) values: Vec<f64>,
     pub(crate) clip_norm: f64,
     optimiser: ServerOptimiser,

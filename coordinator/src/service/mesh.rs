@@ -1,7 +1,6 @@
 //! What agents ask: sessions, registration, vectors, ledger statements, blobs.
 
 use tabmesh_federation::id::{AgentId, CollectionId, Digest as NamedDigest};
-use tabmesh_federation::phase::collect::Submission as Offered;
 use tabmesh_federation::phase::{Outcome, Refusal};
 use tabmesh_privacy::private::decode_vector;
 use tabmesh_proto::identity::SpiffeId;
@@ -15,9 +14,11 @@ use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::refused;
+use crate::collections::Arrival;
 use crate::error::CoordinatorError;
 use crate::mesh::Mesh;
 use crate::mirror::Stated;
+use crate::outbox::Outbox;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -68,11 +69,11 @@ impl MeshService for MeshCalls {
     }
 
     async fn submit_release(&self, peer: SpiffeId, submission: Submission) -> Answer<Receipt> {
-        take(&self.0, &peer, submission)
+        take(&self.0, &peer, submission).await
     }
 
     async fn submit_update(&self, peer: SpiffeId, submission: Submission) -> Answer<Receipt> {
-        take(&self.0, &peer, submission)
+        take(&self.0, &peer, submission).await
     }
 
     async fn mirror_ledger(&self, peer: SpiffeId, statement: LedgerStatement) -> Answer<Receipt> {
@@ -146,33 +147,24 @@ async fn listen(mesh: Arc<Mesh>, peer: SpiffeId, mut inbound: InboundFrames) {
 }
 
 /// Takes a vector for the stage or round that its assignment opened.
-fn take(mesh: &Mesh, peer: &SpiffeId, submission: Submission) -> Answer<Receipt> {
+async fn take(mesh: &Mesh, peer: &SpiffeId, submission: Submission) -> Answer<Receipt> {
     let uuid = uuid::Uuid::parse_str(submission.assignment_id.as_str()).map_err(|_| WireError::NotFound)?;
-    let collection = CollectionId::from_uuid(uuid);
-    let agent = AgentId::new(peer.to_string()).map_err(|_| WireError::IdentityMismatch)?;
-    let values = decode_vector(&submission.payload).ok_or(WireError::Malformed)?;
-    let Some(descriptor) = mesh.collections.descriptor(collection).map_err(refused(peer, "vector"))? else {
-        return Err(WireError::NotFound);
-    };
-    let offered = Offered {
-        collection,
+    let arrival = Arrival {
+        collection: CollectionId::from_uuid(uuid),
         attempt: submission.attempt,
-        descriptor,
-        agent,
-        payload: NamedDigest::from_bytes(submission.payload_digest),
-        values: values.into(),
+        agent: AgentId::new(peer.to_string()).map_err(|_| WireError::IdentityMismatch)?,
+        digest: NamedDigest::from_bytes(submission.payload_digest),
+        values: decode_vector(&submission.payload).ok_or(WireError::Malformed)?.into(),
+        payload: submission.payload,
+        settles: Outbox::settles(peer, &submission.assignment_id),
     };
-    let outcome = mesh.collections.submit(&offered, &submission.payload).map_err(refused(peer, "vector"))?;
-    match outcome {
+    match mesh.collections.submit(arrival).await? {
         None => Err(WireError::NotFound),
-        Some(Outcome::Accepted(receipt) | Outcome::Duplicate(receipt)) => {
-            mesh.outbox.answered(peer, &submission.assignment_id).map_err(refused(peer, "vector"))?;
-            Ok(Receipt {
-                receipt_id: submission.assignment_id,
-                digest: *receipt.payload.as_bytes(),
-                accepted_ms: receipt.received_ms,
-            })
-        }
+        Some(Outcome::Accepted(receipt) | Outcome::Duplicate(receipt)) => Ok(Receipt {
+            receipt_id: submission.assignment_id,
+            digest: *receipt.payload.as_bytes(),
+            accepted_ms: receipt.received_ms,
+        }),
         Some(Outcome::Refused(refusal)) => {
             tracing::warn!(%peer, %refusal, "vector refused");
             mesh.audit(&peer.to_string(), "vector_refused", refusal.to_string())

@@ -1,6 +1,6 @@
 //! What a round tells its agents, and how an agent holds it against the plan it admitted.
 //!
-//! A descriptor is JSON; its name is the SHA-256 of the bytes as sent, and each update names it, so an update
+//! A descriptor is JSON, its adapter values packed ([`crate::packed`]); its name is the SHA-256 of the bytes as sent, and each update names it, so an update
 //! can't be used for another round, attempt or adapter. Every figure the noise depends on is in it and can be
 //! recomputed: an agent refuses a descriptor whose sensitivity, variance or cost don't follow from the plan.
 
@@ -14,6 +14,7 @@ use tabmesh_privacy::release::ReleaseQuery;
 use thiserror::Error;
 
 use crate::id::{AgentId, CollectionId, Digest, PlanDigest, RoundId};
+use crate::packed;
 use crate::phase::collect::{Announcement, Quorum};
 use crate::plan::{ClipNorm, Plan, PlanError};
 use crate::schedule::{ScheduleError, Window};
@@ -89,6 +90,7 @@ pub struct RoundDescriptor {
     /// Adapter values per feature.
     pub width: u32,
     /// The current adapter: `adapter_keys.len() · width` values, feature by feature.
+    #[serde(with = "packed")]
     pub adapter_values: Vec<f32>,
     /// L2 norm one unit's gradient is clipped to.
     pub clip_norm: f64,

@@ -47,8 +47,11 @@ impl Digest {
     #[must_use]
     pub fn of_payload(values: &[i64]) -> Self {
         let mut context = ring::digest::Context::new(&ring::digest::SHA256);
-        for value in values {
-            context.update(&value.to_le_bytes());
+        let mut bytes = Vec::with_capacity(PAYLOAD_CHUNK * size_of::<i64>());
+        for chunk in values.chunks(PAYLOAD_CHUNK) {
+            bytes.clear();
+            chunk.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
+            context.update(&bytes);
         }
         let mut out = [0; 32];
         out.copy_from_slice(context.finish().as_ref());
@@ -222,6 +225,8 @@ impl std::fmt::Display for CollectionId {
 
 /// Longest agent id, in bytes.
 pub const MAX_AGENT_ID_BYTES: usize = 256;
+/// Integers hashed at a time.
+const PAYLOAD_CHUNK: usize = 512;
 
 #[cfg(test)]
 mod tests {

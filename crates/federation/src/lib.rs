@@ -15,6 +15,7 @@ pub mod documents;
 pub mod id;
 pub mod job;
 pub mod manifest;
+pub mod packed;
 pub mod phase;
 pub mod plan;
 pub mod release_plan;

@@ -52,6 +52,11 @@ pub(crate) fn open_locked(path: &Path) -> Result<File, StoreError> {
 
 /// Moves a complete, synced file to its final name and makes the name durable.
 pub(crate) fn publish(from: &Path, to: &Path) -> Result<(), StoreError> {
-    fs::rename(from, to).map_err(|error| StoreError::io("rename", from, &error))?;
+    rename(from, to)?;
     sync_parent(to)
+}
+
+/// Moves a complete, synced file to its final name; durable once its directory is synced.
+pub(crate) fn rename(from: &Path, to: &Path) -> Result<(), StoreError> {
+    fs::rename(from, to).map_err(|error| StoreError::io("rename", from, &error))
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use anstream::println;
 use anyhow::Context;
 use comfy_table::Table;
 use tabmesh_privacy::accountant::vectors::{self, Case, Vector};

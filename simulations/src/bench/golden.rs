@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 
+use anstream::println;
 use anyhow::{Context, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use tabmesh_tfm::import::{ACTIVATION_PREFIX, Container, PublicFile};

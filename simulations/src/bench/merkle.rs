@@ -1,5 +1,6 @@
 //! `bench merkle`: how long an auditor needs for a whole log.
 
+use anstream::println;
 use tabmesh_privacy::ledger::{Journal, MemoryJournal, verify_chain};
 use tabmesh_store::merkle::{MerkleTree, RootBuilder, leaf_hash, verify_inclusion};
 

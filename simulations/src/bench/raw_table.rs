@@ -6,10 +6,12 @@
 use std::{fs::File, path::Path};
 
 use anyhow::{Context, Result, bail, ensure};
-use arrow::{
-    array::{Array, AsArray},
-    datatypes::{DataType, Float64Type, Int8Type, Int64Type},
+use arrow_array::{
+    Array,
+    cast::AsArray,
+    types::{Float64Type, Int8Type, Int64Type},
 };
+use arrow_schema::DataType;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde::Deserialize;
 use tabmesh_contract::{
@@ -241,10 +243,7 @@ pub(crate) mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use std::sync::Arc;
 
-    use arrow::{
-        array::{ArrayRef, Float64Array, Int8Array, Int64Array, StringArray},
-        record_batch::RecordBatch,
-    };
+    use arrow_array::{ArrayRef, Float64Array, Int8Array, Int64Array, RecordBatch, StringArray};
     use parquet::arrow::ArrowWriter;
 
     use super::*;

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use anstream::println;
 use anyhow::{Context, Result, bail, ensure};
 use rand::TryRngCore;
 use rand::rngs::OsRng;

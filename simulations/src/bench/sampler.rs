@@ -1,5 +1,6 @@
 //! `bench sampler`: how fast exact noise is drawn.
 
+use anstream::println;
 use anyhow::Context;
 use rand::SeedableRng;
 use rand::rngs::OsRng;

@@ -13,6 +13,7 @@ use std::{
     time::Instant,
 };
 
+use anstream::println;
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, presets};

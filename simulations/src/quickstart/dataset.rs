@@ -382,9 +382,9 @@ pub(crate) mod tests {
 
     use std::collections::BTreeSet;
 
-    use arrow::array::{Array, AsArray};
-    use arrow::datatypes::{Int8Type, Int64Type};
-    use arrow::record_batch::RecordBatch;
+    use arrow_array::cast::AsArray;
+    use arrow_array::types::{Int8Type, Int64Type};
+    use arrow_array::{Array, RecordBatch};
     use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
     use tabmesh_contract::batch::{TypedBatch, TypedColumn, missing_code};
 

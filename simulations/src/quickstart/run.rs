@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use anstream::println;
 use anyhow::{Context, Result, bail, ensure};
 use comfy_table::Table;
 use serde::Serialize;

@@ -6,8 +6,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use arrow::array::{ArrayRef, RecordBatch, StringArray, UInt32Array};
-use arrow::compute::{concat_batches, take_record_batch};
+use arrow_array::{ArrayRef, RecordBatch, StringArray, UInt32Array};
+use arrow_select::concat::concat_batches;
+use arrow_select::take::take_record_batch;
 use parquet::arrow::ArrowWriter;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use rand::SeedableRng;
@@ -203,7 +204,7 @@ fn rewrite(layout: &Layout, domain: &Domain, table: Table) {
             let at = plain.schema().index_of(LABEL).unwrap();
             let mut columns = plain.columns().to_vec();
             let labels: ArrayRef = Arc::new(StringArray::from(vec!["0"; ROWS]));
-            columns[at] = arrow::compute::cast(&labels, plain.schema().field(at).data_type()).unwrap();
+            columns[at] = arrow_cast::cast(&labels, plain.schema().field(at).data_type()).unwrap();
             RecordBatch::try_new(plain.schema(), columns).unwrap()
         }
         Table::OneMore | Table::OneMoreAtTheGate => {

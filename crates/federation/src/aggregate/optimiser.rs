@@ -11,7 +11,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::checks;
+use crate::{checks, packed};
 
 /// Why a step can't be taken.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -99,8 +99,11 @@ pub struct ServerOptimiser {
     spec: OptimiserSpec,
     steps: u32,
     done: u32,
+    #[serde(with = "packed")]
     first: Vec<f64>,
+    #[serde(with = "packed")]
     second: Vec<f64>,
+    #[serde(with = "packed")]
     tail: Vec<f64>,
     tail_count: u32,
 }

@@ -116,13 +116,23 @@ fn descriptors_that_do_not_follow_from_the_plan_are_refused_by_name() {
 #[test]
 fn floats_that_are_no_numbers_cannot_be_read() {
     let (plan, digest) = plan("");
-    let text = String::from_utf8(RoundDescriptor::new(inputs(), &plan, digest).unwrap().to_bytes()).unwrap();
+    let good = RoundDescriptor::new(inputs(), &plan, digest).unwrap();
+    let refused = |bytes: &[u8]| {
+        let read = RoundDescriptor::from_bytes(bytes);
+        read.is_err() || read.is_ok_and(|d| d.check(&plan, &digest).is_err())
+    };
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut descriptor = good.clone();
+        descriptor.adapter_values[0] = bad;
+        assert!(refused(&descriptor.to_bytes()), "{bad}");
+    }
+    let text = String::from_utf8(good.to_bytes()).unwrap();
+    assert!(!refused(text.as_bytes()));
     for bad in ["null", "NaN", "Infinity", "1e999"] {
-        let changed = text.replacen("0.25", bad, 1);
+        let norm = format!(r#""clip_norm":{bad}"#);
+        let changed = text.replacen(r#""clip_norm":0.75"#, &norm, 1);
         assert_ne!(changed, text);
-        let read = RoundDescriptor::from_bytes(changed.as_bytes());
-        let refused = read.is_err() || read.is_ok_and(|d| d.check(&plan, &digest).is_err());
-        assert!(refused, "{bad}");
+        assert!(refused(changed.as_bytes()), "{bad}");
     }
     let large = vec![b' '; MAX_DESCRIPTOR_BYTES + 1];
     assert!(matches!(RoundDescriptor::from_bytes(&large), Err(DescriptorError::Malformed { .. })));
