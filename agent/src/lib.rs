@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod books;
+pub mod calibrate;
 pub mod cli;
 mod command;
 pub mod config;
@@ -206,7 +207,7 @@ impl Agent {
             Ok(Err(error)) => tracing::error!(%error, "the promoted model can't be loaded"),
             Err(error) => tracing::error!(%error, "loading the promoted model ended early"),
         }
-        let serving = serve::serve(serve, listener, self.serving, log, shutdown);
+        let serving = serve::serve(serve, listener, self.serving, Vec::new(), log, shutdown);
         tokio::select! {
             served = serving => Ok(served?),
             () = link.keep() => Ok(()),

@@ -2,7 +2,7 @@
 //!
 //! Candidates are judged by log loss on the gate rows, with contexts that hold no gate row. What is served now is replaced only
 //! if the best candidate is better by at least one standard error of the paired difference; with too few minority
-//! rows at the gate the shipped default is served. Nothing about the choice leaves the domain: it stands in a
+//! rows at the gate the shipped default is served. What is chosen is then calibrated on the same rows. Nothing about the choice leaves the domain: it stands in a
 //! local record. Afterwards the context is rebuilt on all rows.
 
 use ring::hmac;
@@ -11,10 +11,11 @@ use tabmesh_contract::batch::{TypedBatch, UnitKey};
 use tabmesh_federation::id::Digest;
 use tabmesh_federation::manifest::Manifest;
 use tabmesh_tfm::adapter::FeatureTokens;
-use tabmesh_tfm::context::{Context, Serving};
+use tabmesh_tfm::context::Context;
 use tabmesh_tfm::model::Model;
 use tabmesh_tfm::table::{Coding, EncodedTable, Preprocessing};
 
+use crate::calibrate::Calibration;
 use crate::config::ContextSection;
 use crate::publication::{ArtefactError, Artefacts};
 use crate::train::onto;
@@ -122,6 +123,7 @@ pub struct Variant {
     preprocessing: Preprocessing,
     shared: FeatureSchema,
     own: FeatureSchema,
+    calibration: Calibration,
 }
 
 impl Loaded {
@@ -206,6 +208,7 @@ impl Loaded {
             preprocessing: self.preprocessing.clone(),
             shared: self.schema.clone(),
             own: self.own.clone(),
+            calibration: Calibration::NONE,
         })
     }
 
@@ -247,22 +250,35 @@ impl Loaded {
 }
 
 impl Variant {
+    /// The same with its probabilities calibrated.
+    #[must_use]
+    pub fn calibrated(self, calibration: Calibration) -> Self {
+        Self { calibration, ..self }
+    }
+
     /// Class probabilities of rows in the domain's own columns, `rows × classes`.
     ///
     /// # Errors
     /// [`WorkError::Model`] if rows and model don't fit.
     pub fn predict(&self, rows: &TypedBatch) -> Result<Vec<Vec<f32>>, WorkError> {
+        let probability = |logit: f64| self.calibration.probability(logit);
+        Ok(self
+            .logits(rows)?
+            .into_iter()
+            .map(|logit| vec![(1.0 - probability(logit)) as f32, probability(logit) as f32])
+            .collect())
+    }
+
+    /// Logits of class 1 before calibration.
+    ///
+    /// # Errors
+    /// As [`Self::predict`].
+    pub fn logits(&self, rows: &TypedBatch) -> Result<Vec<f64>, WorkError> {
         if rows.rows() == 0 {
             return Ok(Vec::new());
         }
         let encoded = self.preprocessing.encode(&onto(rows, &self.own, &self.shared), Coding::Foreign)?;
-        let serving = Serving { tokens: self.tokens.as_ref(), logit_offset: 0.0 };
-        Ok(self
-            .context
-            .predict(&encoded, serving)?
-            .into_iter()
-            .map(|[zero, one]| vec![zero as f32, one as f32])
-            .collect())
+        Ok(self.context.logits(&encoded, self.tokens.as_ref())?)
     }
 }
 
@@ -275,6 +291,9 @@ pub struct Promotion {
     pub manifest: Digest,
     /// What is served now.
     pub served: Candidate,
+    /// Slope and intercept on its logits.
+    #[serde(default)]
+    pub calibration: Calibration,
     /// Why, in words.
     pub reason: String,
     /// Rows at the gate.
@@ -285,8 +304,24 @@ pub struct Promotion {
     pub log_loss: Vec<(String, f64)>,
 }
 
-/// What is chosen, why in words, and the log loss of each candidate.
-pub type Choice = (Candidate, String, Vec<(String, f64)>);
+/// What came of a choice.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// What is to be served.
+    pub served: Candidate,
+    /// How its logits are calibrated.
+    pub calibration: Calibration,
+    /// Why, in words.
+    pub reason: String,
+    /// Log loss on the gate rows by candidate, before calibration; empty if there were too few.
+    pub log_loss: Vec<(String, f64)>,
+}
+
+impl Choice {
+    fn default(reason: String) -> Self {
+        Self { served: Candidate::DEFAULT, calibration: Calibration::NONE, reason, log_loss: Vec::new() }
+    }
+}
 
 /// Chooses by paired log loss on the gate rows.
 ///
@@ -304,34 +339,44 @@ pub fn choose(
     if minority < MIN_MINORITY {
         let reason =
             format!("{minority} minority rows at the gate, {MIN_MINORITY} are needed: the default is served");
-        return Ok((Candidate::DEFAULT, reason, Vec::new()));
+        return Ok(Choice::default(reason));
     }
-    let mut scored: Vec<(Candidate, Vec<f64>)> = Vec::new();
+    let mut scored: Vec<Scored> = Vec::new();
     for candidate in loaded.candidates() {
-        let losses = losses(&loaded.build(candidate, training)?.predict(&gate)?, &gate);
-        scored.push((candidate, losses));
+        let logits = loaded.build(candidate, training)?.logits(&gate)?;
+        let losses = losses(&logits, &gate);
+        scored.push(Scored { candidate, logits, losses });
     }
     let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len().max(1) as f64;
-    let table = scored.iter().map(|(candidate, losses)| (candidate.to_string(), mean(losses))).collect();
-    let holder = scored.iter().find(|(candidate, _)| *candidate == champion);
-    let best = scored.iter().min_by(|a, b| mean(&a.1).total_cmp(&mean(&b.1)));
-    let (Some((_, held)), Some((challenger, best))) = (holder, best) else {
-        return Ok((
-            Candidate::DEFAULT,
-            "no candidate could be scored: the default is served".to_owned(),
-            table,
-        ));
+    let log_loss = scored.iter().map(|one| (one.candidate.to_string(), mean(&one.losses))).collect();
+    let holder = scored.iter().find(|one| one.candidate == champion);
+    let best = scored.iter().min_by(|a, b| mean(&a.losses).total_cmp(&mean(&b.losses)));
+    let (Some(holder), Some(best)) = (holder, best) else {
+        let reason = "no candidate could be scored: the default is served".to_owned();
+        return Ok(Choice { log_loss, ..Choice::default(reason) });
     };
-    let gains: Vec<f64> = held.iter().zip(best).map(|(a, b)| a - b).collect();
+    let gains: Vec<f64> = holder.losses.iter().zip(&best.losses).map(|(a, b)| a - b).collect();
     let (gain, error) = (mean(&gains), standard_error(&gains));
-    if *challenger != champion && gain >= error && gain > 0.0 {
-        let reason = format!("{challenger} is better than {champion} by {gain:.4} ± {error:.4} in log loss");
-        Ok((*challenger, reason, table))
+    let (chosen, mut reason) = if best.candidate != champion && gain >= error && gain > 0.0 {
+        let winner = best.candidate;
+        (best, format!("{winner} is better than {champion} by {gain:.4} ± {error:.4} in log loss"))
     } else {
-        let reason =
-            format!("{champion} is kept: the best challenger gains {gain:.4} ± {error:.4} in log loss");
-        Ok((champion, reason, table))
+        (holder, format!("{champion} is kept: the best challenger gains {gain:.4} ± {error:.4} in log loss"))
+    };
+    let ones: Vec<bool> = gate.labels.iter().map(|label| *label == Some(1)).collect();
+    let calibration = Calibration::fit(&chosen.logits, &ones);
+    if calibration != Calibration::NONE {
+        let Calibration { slope, intercept } = calibration;
+        reason.push_str(&format!("; calibrated with slope {slope:.3}, intercept {intercept:.3}"));
     }
+    Ok(Choice { served: chosen.candidate, calibration, reason, log_loss })
+}
+
+/// A candidate on the gate rows.
+struct Scored {
+    candidate: Candidate,
+    logits: Vec<f64>,
+    losses: Vec<f64>,
 }
 
 fn minority(gate: &TypedBatch, classes: usize) -> usize {
@@ -340,13 +385,13 @@ fn minority(gate: &TypedBatch, classes: usize) -> usize {
     (0..classes).map(count).min().unwrap_or(0)
 }
 
-fn losses(probabilities: &[Vec<f32>], gate: &TypedBatch) -> Vec<f64> {
-    probabilities
-        .iter()
-        .zip(&gate.labels)
-        .filter_map(|(row, label)| row.get(usize::from((*label)?)))
-        .map(|p| -f64::from(*p).max(LOSS_FLOOR).ln())
-        .collect()
+fn losses(logits: &[f64], gate: &TypedBatch) -> Vec<f64> {
+    let loss = |(logit, label): (&f64, &Option<u8>)| {
+        let one = Calibration::NONE.probability(*logit);
+        let p = if *label == Some(1) { one } else { 1.0 - one };
+        -p.max(LOSS_FLOOR).ln()
+    };
+    logits.iter().zip(&gate.labels).map(loss).collect()
 }
 
 fn standard_error(values: &[f64]) -> f64 {

@@ -9,6 +9,7 @@ use tabmesh_contract::schema::FeatureSchema;
 use tabmesh_federation::id::Digest;
 use tabmesh_federation::manifest::Manifest;
 
+use crate::calibrate::Calibration;
 use crate::domain::Domain;
 use crate::files;
 use crate::gate::Gate;
@@ -20,10 +21,12 @@ use crate::work::WorkError;
 use tabmesh_contract::schema::FeatureKind;
 
 /// What was promoted, as kept over restarts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 struct Held {
     manifest: Digest,
     served: Candidate,
+    #[serde(default)]
+    calibration: Calibration,
     promoted_ms: i64,
 }
 
@@ -78,19 +81,20 @@ impl Serving {
         let champion = self.held().map_or(Candidate::DEFAULT, |held| held.served);
         let champion = if loaded.candidates().contains(&champion) { champion } else { Candidate::DEFAULT };
         let gate_rows = all.take(&split.gate);
-        let (served, reason, log_loss) =
-            promote::choose(&loaded, &all.take(&split.training), &gate_rows, champion)?;
+        let choice = promote::choose(&loaded, &all.take(&split.training), &gate_rows, champion)?;
+        let (served, calibration) = (choice.served, choice.calibration);
         let now_ms = (self.clock)();
         let record = Promotion {
             time_ms: now_ms,
             manifest: digest,
             served,
-            reason,
+            calibration,
+            reason: choice.reason,
             gate_rows: gate_rows.rows(),
             gate_uses: self.uses(),
-            log_loss,
+            log_loss: choice.log_loss,
         };
-        let held = Held { manifest: digest, served, promoted_ms: now_ms };
+        let held = Held { manifest: digest, served, calibration, promoted_ms: now_ms };
         self.put(&loaded, &manifest, &held, &all)?;
         self.keep(&held, &record)?;
         tracing::info!(served = %record.served, "promotion decided");
@@ -116,7 +120,8 @@ impl Serving {
         held: &Held,
         rows: &TypedBatch,
     ) -> Result<(), WorkError> {
-        let variant = loaded.build(held.served, rows)?;
+        let Calibration { slope, intercept } = held.calibration;
+        let variant = loaded.build(held.served, rows)?.calibrated(held.calibration);
         let weights = match held.served.weights {
             Weights::Base => manifest.base,
             Weights::Tuned => manifest.tuned,
@@ -125,7 +130,8 @@ impl Serving {
         let version = ServedVersion {
             name: held.served.to_string(),
             // Another choice from the same publication is another version.
-            digest: Digest::of(format!("{} {}", held.manifest, held.served).as_bytes()).to_string(),
+            digest: Digest::of(format!("{} {} {slope} {intercept}", held.manifest, held.served).as_bytes())
+                .to_string(),
             base: weights.to_string(),
             adapter: adapter.map(|digest| digest.to_string()),
             promoted_at_ms: held.promoted_ms,

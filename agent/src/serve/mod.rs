@@ -39,7 +39,11 @@ use thiserror::Error;
 use tokio::net::TcpListener;
 
 pub use self::{error::RequestError, oip::Datatype, tls::TlsFiles};
-use self::{log::PredictionLog, rest::Endpoint, tensor::InputLayout, tls::TlsGate};
+use self::{
+    log::PredictionLog,
+    rest::{Endpoint, Model},
+    tls::TlsGate,
+};
 
 /// Milliseconds since the Unix epoch, from the process's clock.
 pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
@@ -293,7 +297,8 @@ pub enum ServeError {
 
 /// Serves until `shutdown` completes, then lets running requests finish for up to ten seconds.
 ///
-/// The caller binds `listener`; its actual address is checked like [`ServeConfig::bind`].
+/// `predictor` is served under [`ServeConfig::model_name`], and the endpoint's readiness is its own; each of `others` is
+/// served under that name with its suffix. The caller binds `listener`; its actual address is checked like [`ServeConfig::bind`].
 ///
 /// # Errors
 /// [`ServeError`] if the configuration, the certificates or the predictor's columns are refused; nothing has been
@@ -302,6 +307,7 @@ pub async fn serve(
     config: ServeConfig,
     listener: TcpListener,
     predictor: Arc<dyn Predictor>,
+    others: Vec<(&'static str, Arc<dyn Predictor>)>,
     log: Arc<dyn PredictionLog>,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ServeError> {
@@ -312,9 +318,12 @@ pub async fn serve(
         Some(files) => Some(TlsGate::load(files, &config)?),
         None => None,
     };
-    let layout = InputLayout::new(predictor.schema(), predictor.input_columns())?;
+    let mut models = vec![Model::new(config.model_name.clone(), predictor)?];
+    for (suffix, other) in others {
+        models.push(Model::new(format!("{}{suffix}", config.model_name), other)?);
+    }
     tracing::info!(address = %local, tls = gate.is_some(), model = %config.model_name, mode = "domain", "serving");
-    listen::run(listener, gate, Endpoint::new(&config, layout, predictor, log), shutdown).await;
+    listen::run(listener, gate, Endpoint::new(&config, models, log), shutdown).await;
     Ok(())
 }
 

@@ -21,7 +21,7 @@ use tabmesh_contract::batch::TypedBatch;
 use tokio::sync::Semaphore;
 
 use super::{
-    Clock, PredictError, Predictor, ServeConfig, ServedVersion, binary,
+    Clock, PredictError, Predictor, ServeConfig, ServeError, ServedVersion, binary,
     error::{RequestError, shorten},
     log::{Caller, PredictionEntry, PredictionLog},
     oip::{
@@ -33,13 +33,11 @@ use super::{
 
 /// What all requests share.
 pub(super) struct Endpoint {
-    model_name: String,
+    /// The promoted model first; never empty.
+    models: Vec<Model>,
     max_rows: usize,
     max_body_bytes: usize,
     clock: Clock,
-    layout: InputLayout,
-    classes: Vec<String>,
-    predictor: Arc<dyn Predictor>,
     log: Arc<dyn PredictionLog>,
     /// Requests that run or wait.
     admission: Arc<Semaphore>,
@@ -47,21 +45,29 @@ pub(super) struct Endpoint {
     slots: Arc<Semaphore>,
 }
 
+/// One model under its name.
+pub(super) struct Model {
+    name: String,
+    layout: InputLayout,
+    classes: Vec<String>,
+    predictor: Arc<dyn Predictor>,
+}
+
+impl Model {
+    pub(super) fn new(name: String, predictor: Arc<dyn Predictor>) -> Result<Self, ServeError> {
+        let layout = InputLayout::new(predictor.schema(), predictor.input_columns())?;
+        let classes = predictor.schema().target().classes.clone();
+        Ok(Self { name, layout, classes, predictor })
+    }
+}
+
 impl Endpoint {
-    pub(super) fn new(
-        config: &ServeConfig,
-        layout: InputLayout,
-        predictor: Arc<dyn Predictor>,
-        log: Arc<dyn PredictionLog>,
-    ) -> Arc<Self> {
+    pub(super) fn new(config: &ServeConfig, models: Vec<Model>, log: Arc<dyn PredictionLog>) -> Arc<Self> {
         Arc::new(Self {
-            model_name: config.model_name.clone(),
+            models,
             max_rows: config.max_batch_rows,
             max_body_bytes: config.max_body_bytes,
             clock: Arc::clone(&config.clock),
-            layout,
-            classes: predictor.schema().target().classes.clone(),
-            predictor,
             log,
             admission: Arc::new(Semaphore::new(config.max_concurrency + config.max_queue)),
             slots: Arc::new(Semaphore::new(config.max_concurrency)),
@@ -89,41 +95,43 @@ impl Endpoint {
             .with_state(self)
     }
 
-    /// Checks the path's model and version and gives the version in service.
-    fn served(&self, named: &Named) -> Result<Option<ServedVersion>, RequestError> {
-        if named.model != self.model_name {
-            let (got, served) = (shorten(&named.model), self.model_name.clone());
+    /// Finds the path's model, checks its version, and gives the version in service.
+    fn served(&self, named: &Named) -> Result<(&Model, Option<ServedVersion>), RequestError> {
+        let Some(model) = self.models.iter().find(|model| model.name == named.model) else {
+            let names: Vec<&str> = self.models.iter().map(|model| model.name.as_str()).collect();
+            let (got, served) = (shorten(&named.model), names.join(" or "));
             return Err(RequestError::UnknownModel { got, served });
-        }
-        let current = self.predictor.current();
+        };
+        let current = model.predictor.current();
         match (&named.version, &current) {
             (Some(version), Some(current)) if *version != current.digest => {
                 Err(RequestError::UnknownVersion {
                     got: shorten(version),
-                    model: self.model_name.clone(),
+                    model: model.name.clone(),
                     served: current.digest.clone(),
                 })
             }
-            _ => Ok(current),
+            _ => Ok((model, current)),
         }
     }
 
     /// Predicts with one version and names it.
     fn predict(&self, named: &Named, batch: &TypedBatch) -> Result<(ServedVersion, Vec<f32>), RequestError> {
-        let not_ready = || RequestError::NotReady { model: self.model_name.clone() };
         for _ in 0..VERSION_ATTEMPTS {
-            let version = self.served(named)?.ok_or_else(not_ready)?;
-            let rows = self.predictor.predict(batch).map_err(|error| match error {
+            let (model, version) = self.served(named)?;
+            let not_ready = || RequestError::NotReady { model: model.name.clone() };
+            let version = version.ok_or_else(not_ready)?;
+            let rows = model.predictor.predict(batch).map_err(|error| match error {
                 PredictError::NotReady => not_ready(),
                 PredictError::Failed { .. } => {
                     tracing::error!(%error, model_version = version.digest, "prediction failed");
                     RequestError::Failed
                 }
             })?;
-            if self.predictor.current().is_none_or(|now| now.digest != version.digest) {
+            if model.predictor.current().is_none_or(|now| now.digest != version.digest) {
                 continue;
             }
-            let width = self.classes.len();
+            let width = model.classes.len();
             let fits = |row: &Vec<f32>| row.len() == width && row.iter().all(|p| p.is_finite());
             if rows.len() != batch.rows() || !rows.iter().all(fits) {
                 let (expected, got) = (batch.rows(), rows.len());
@@ -152,15 +160,16 @@ impl Endpoint {
         let (json, tail) = binary::split(split_at, body)?;
         let request = InferRequest::parse(json)?;
         let wanted = WantedOutputs::parse(&request)?;
-        let batch = self.layout.batch(&request.inputs, tail, self.max_rows)?;
+        let (model, _) = self.served(named)?;
+        let batch = model.layout.batch(&request.inputs, tail, self.max_rows)?;
         let (version, probabilities) = self.predict(named, &batch)?;
         let now = (self.clock)();
-        let (outputs, tail) = wanted.fill(probabilities, &self.classes, batch.rows());
+        let (outputs, tail) = wanted.fill(probabilities, &model.classes, batch.rows());
         let answer = InferResponse {
-            model_name: &self.model_name,
+            model_name: &model.name,
             model_version: &version.digest,
             id: request.id.as_deref(),
-            parameters: self.freshness(&version, now),
+            parameters: freshness(&*model.predictor, &version, now),
             outputs,
         };
         let mut bytes = serde_json::to_vec(&answer).map_err(|error| {
@@ -184,19 +193,19 @@ impl Endpoint {
         })?;
         Ok(reply(bytes, (!tail.is_empty()).then_some(json_bytes)))
     }
+}
 
-    /// How old the answer's knowledge is.
-    fn freshness(&self, version: &ServedVersion, now_ms: i64) -> Parameters {
-        let age_s = |since_ms: i64| now_ms.saturating_sub(since_ms).max(0) / 1_000;
-        let mut parameters =
-            Parameters::from([("model_age_s".into(), Scalar::Int(age_s(version.published_at_ms)))]);
-        if let Some(contact) = self.predictor.coordinator_contact() {
-            let stale = now_ms.saturating_sub(contact.last_ms) >= contact.stale_after_ms;
-            parameters.insert("stale_coordinator".into(), Scalar::Bool(stale));
-            parameters.insert("coordinator_contact_age_s".into(), Scalar::Int(age_s(contact.last_ms)));
-        }
-        parameters
+/// How old the answer's knowledge is.
+fn freshness(predictor: &dyn Predictor, version: &ServedVersion, now_ms: i64) -> Parameters {
+    let age_s = |since_ms: i64| now_ms.saturating_sub(since_ms).max(0) / 1_000;
+    let mut parameters =
+        Parameters::from([("model_age_s".into(), Scalar::Int(age_s(version.published_at_ms)))]);
+    if let Some(contact) = predictor.coordinator_contact() {
+        let stale = now_ms.saturating_sub(contact.last_ms) >= contact.stale_after_ms;
+        parameters.insert("stale_coordinator".into(), Scalar::Bool(stale));
+        parameters.insert("coordinator_contact_age_s".into(), Scalar::Int(age_s(contact.last_ms)));
     }
+    parameters
 }
 
 /// The routes of a caller that is not allowed: every request is refused alike.
@@ -236,39 +245,43 @@ async fn live() -> Response {
 }
 
 async fn ready(State(endpoint): State<Arc<Endpoint>>) -> Response {
-    let ready = endpoint.predictor.current().is_some();
+    let ready = endpoint.models.first().is_some_and(|model| model.predictor.current().is_some());
     json(ready_status(ready), &Health { ready: Some(ready), live: true })
 }
 
 async fn models(State(endpoint): State<Arc<Endpoint>>) -> Response {
-    json(StatusCode::OK, &ModelList { models: vec![&endpoint.model_name] })
+    // A student is listed once there is one; the promoted model always.
+    let listed = |(at, model): &(usize, &Model)| *at == 0 || model.predictor.current().is_some();
+    let models = endpoint.models.iter().enumerate().filter(listed).map(|(_, model)| model.name.as_str());
+    json(StatusCode::OK, &ModelList { models: models.collect() })
 }
 
 async fn model_ready(State(endpoint): State<Arc<Endpoint>>, named: Named) -> Result<Response, RequestError> {
-    let ready = endpoint.served(&named)?.is_some();
-    Ok(json(ready_status(ready), &ModelReady { name: &endpoint.model_name, ready }))
+    let (model, current) = endpoint.served(&named)?;
+    let ready = current.is_some();
+    Ok(json(ready_status(ready), &ModelReady { name: &model.name, ready }))
 }
 
 async fn model_metadata(
     State(endpoint): State<Arc<Endpoint>>,
     named: Named,
 ) -> Result<Response, RequestError> {
-    let current = endpoint.served(&named)?;
+    let (model, current) = endpoint.served(&named)?;
     if let (Some(version), None) = (&named.version, &current) {
-        let (got, model, served) = (shorten(version), endpoint.model_name.clone(), "none".into());
+        let (got, model, served) = (shorten(version), model.name.clone(), "none".into());
         return Err(RequestError::UnknownVersion { got, model, served });
     }
-    let classes = i64::try_from(endpoint.classes.len()).unwrap_or(-1);
+    let classes = i64::try_from(model.classes.len()).unwrap_or(-1);
     let output = |kind: Output, shape: Vec<i64>| TensorMetadata {
         name: kind.name().into(),
         datatype: kind.datatype(),
         shape,
     };
     let metadata = ModelMetadata {
-        name: &endpoint.model_name,
+        name: &model.name,
         versions: current.iter().map(|version| version.digest.clone()).collect(),
         platform: "tabmesh_tfm",
-        inputs: endpoint.layout.metadata(),
+        inputs: model.layout.metadata(),
         outputs: vec![output(Output::Probabilities, vec![-1, classes]), output(Output::Labels, vec![-1])],
         properties: current.map(properties).unwrap_or_default(),
     };
@@ -293,8 +306,8 @@ async fn infer(
     named: Named,
     request: Request,
 ) -> Result<Response, RequestError> {
-    if endpoint.served(&named)?.is_none() {
-        return Err(RequestError::NotReady { model: endpoint.model_name.clone() });
+    if let (model, None) = endpoint.served(&named)? {
+        return Err(RequestError::NotReady { model: model.name.clone() });
     }
     if let Some(encoding) = request.headers().get(header::CONTENT_ENCODING)
         && encoding.as_bytes() != b"identity"

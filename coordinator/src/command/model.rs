@@ -1,6 +1,6 @@
 //! `tabmesh-coordinator model`: brings in model files by policy, lists, describes and exports them. Offline.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anstream::{print, println};

@@ -130,6 +130,13 @@ impl Context {
         self.rows
     }
 
+    /// Bytes of keys and values held ready.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let held = |tensors: &[Tensor]| tensors.iter().map(Tensor::elem_count).sum::<usize>();
+        self.views.iter().map(|view| held(&view.columns) + held(&view.rows)).sum::<usize>() * size_of::<f32>()
+    }
+
     /// Keys of the columns that query rows must have, in this order.
     #[must_use]
     pub fn column_keys(&self) -> &[String] {
@@ -200,8 +207,9 @@ impl Context {
         Ok(())
     }
 
-    /// Number of views.
-    pub(crate) fn views(&self) -> usize {
+    /// Number of views averaged into a prediction.
+    #[must_use]
+    pub fn views(&self) -> usize {
         self.views.len()
     }
 

@@ -21,6 +21,7 @@ pub mod preprocess;
 pub mod pretrain;
 pub mod prior;
 pub mod regression;
+pub mod student;
 pub mod table;
 
 pub use adapter::FeatureTokens;
@@ -32,4 +33,5 @@ pub use model::{
     forward::{Targets, Task},
     variant::Variant,
 };
+pub use student::Student;
 pub use table::{Coding, EncodedTable, Preprocessing};

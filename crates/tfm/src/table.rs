@@ -376,6 +376,11 @@ pub struct EncodedTable {
 }
 
 impl EncodedTable {
+    /// Values of one row.
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.columns..][..self.columns]
+    }
+
     /// The rows at `indices`, in that order; indices out of range are skipped.
     #[must_use]
     pub fn take(&self, indices: &[usize]) -> Self {

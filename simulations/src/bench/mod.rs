@@ -7,6 +7,7 @@ pub mod merkle;
 pub mod raw_table;
 pub mod rounds;
 pub mod sampler;
+pub mod serving;
 pub mod tables;
 
 use std::path::PathBuf;
@@ -48,6 +49,8 @@ pub enum Bench {
         #[arg(long)]
         vectors: PathBuf,
     },
+    /// How long does a prediction take against a ready context? One row at a time, and a batch.
+    Serving(serving::Args),
     /// Draws noise vectors and prints draws per second of processor time.
     Sampler {
         /// Coordinates of a vector.
@@ -72,6 +75,7 @@ pub fn run(bench: Bench, output: Output) -> anyhow::Result<ExitCode> {
         Bench::Rounds(options) => rounds::run(&options, output)?,
         Bench::Tables(args) => tables::run(&args, output)?,
         Bench::Accountant { vectors } => accountant::run(&vectors, output)?,
+        Bench::Serving(args) => serving::run(&args, output)?,
         Bench::Sampler { dimension } => sampler::run(dimension, output)?,
         Bench::Merkle { entries } => merkle::run(entries, output)?,
     }

@@ -5,7 +5,7 @@
 //! the figure is the exchange; `--with-noise` puts it inside.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -35,7 +35,7 @@ use crate::cli::Output;
 use crate::process::{Process, now};
 use crate::quickstart::deployed::client_tls;
 use crate::quickstart::deployment::{self, Layout};
-use crate::quickstart::pki::{self, AGENT_NAME, PkiFolder, Role, Usage};
+use crate::quickstart::pki::{self, PkiFolder, Role};
 
 /// What is measured.
 #[derive(Debug, Clone, clap::Args)]
@@ -338,10 +338,9 @@ fn prepare(layout: &Layout, orders: &Orders) -> Result<()> {
     std::fs::write(&base, crate::quickstart::deployed::BASE_MODEL)?;
     deployment::write_coordinator(layout, &base, 1, "127.0.0.1:0")?;
     for name in &names {
-        let folder = layout.domain(name);
-        write(&folder.join("contract.yaml"), contract_yaml(name).as_bytes())?;
-        write(&folder.join("policy.yaml"), policy_yaml(name).as_bytes())?;
-        write(&folder.join("agent.yaml"), agent_yaml(name).as_bytes())?;
+        write(&layout.contract(name), contract_yaml(name).as_bytes())?;
+        deployment::write_policy(layout, name, &format!("{name}.bench"))?;
+        deployment::write_agent(layout, name, "127.0.0.1:1")?;
     }
     write(&layout.root().join(ORDERS), &serde_json::to_vec(orders)?)
 }
@@ -379,29 +378,6 @@ fn contract_yaml(name: &str) -> String {
          - {{name: y, type: categorical, pii: false, role: target, feature: bench.target, categories: [a, b]}}\n\
          privacy: {{sensitivity: low, allow_training: true, unit: row, max_units: 10000}}\n\
          source: {{type: parquet, path: none.parquet}}\n"
-    )
-}
-
-fn policy_yaml(name: &str) -> String {
-    format!("grant: {{product: {name}.bench, epsilon: \"3\", delta: \"0.00001\", signer: bench}}\n")
-}
-
-fn agent_yaml(name: &str) -> String {
-    let pki = PkiFolder::at("../../certs");
-    let role = Role::agent(name);
-    let tls = pki.tls(&role, Usage::Client);
-    let path = |path: PathBuf| serde_json::Value::from(path.to_string_lossy()).to_string();
-    format!(
-        "domain: {name}\nname: {AGENT_NAME}\ndata_dir: data\ncontract: contract.yaml\npolicy: policy.yaml\n\
-         coordinator: {{address: \"127.0.0.1:1\", spiffe_id: \"{coordinator}\", signing_public_key: {key}}}\n\
-         tls: {{ca: {ca}, cert: {cert}, key: {tls_key}}}\nsigning_key: {signing}\n\
-         serve: {{bind: \"127.0.0.1:0\", model_name: bench}}\n",
-        coordinator = Role::Coordinator.spiffe_id(),
-        key = path(pki.signing_public_key(&Role::Coordinator)),
-        ca = path(pki.authority()),
-        cert = path(tls.certificate),
-        tls_key = path(tls.key),
-        signing = path(pki.signing_key(&role)),
     )
 }
 

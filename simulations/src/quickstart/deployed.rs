@@ -205,7 +205,7 @@ fn start_coordinator(layout: &Layout, setup: &Setup, listen: &str) -> Result<Pro
 }
 
 fn start_agent(layout: &Layout, setup: &Setup, domain: &Domain, coordinator: &str) -> Result<Process> {
-    deployment::write_agent(layout, domain, coordinator)?;
+    deployment::write_agent(layout, domain.id, coordinator)?;
     let mut run = args(&["run", "--config"], layout.agent_config(domain.id));
     if let Some(seed) = setup.seed {
         run.push("--reproducible-noise".into());

@@ -166,7 +166,7 @@ pub fn write_domains(layout: &Layout, rows: Option<usize>) -> Result<()> {
         domain.write_train(&layout.train_table(domain.id), rows)?;
         domain.write_test(&layout.test_table(domain.id), rows)?;
         write_contract(layout, domain)?;
-        write_policy(layout, domain)?;
+        write_policy(layout, domain.id, &product(domain))?;
     }
     Ok(())
 }
@@ -183,8 +183,8 @@ pub fn write_contract(layout: &Layout, domain: &Domain) -> Result<()> {
 ///
 /// # Errors
 /// The file can't be written.
-pub fn write_policy(layout: &Layout, domain: &Domain) -> Result<()> {
-    put(&layout.policy(domain.id), &policy_yaml(domain))
+pub fn write_policy(layout: &Layout, domain: &str, product: &str) -> Result<()> {
+    put(&layout.policy(domain), &policy_yaml(domain, product))
 }
 
 /// Writes the coordinator's configuration; `listen` is `host:port`, where port 0 lets the system choose.
@@ -210,8 +210,8 @@ pub fn write_clients(layout: &Layout, coordinator_address: &str) -> Result<()> {
 ///
 /// # Errors
 /// The file can't be written.
-pub fn write_agent(layout: &Layout, domain: &Domain, coordinator_address: &str) -> Result<()> {
-    put(&layout.agent_config(domain.id), &agent_yaml(domain, coordinator_address))
+pub fn write_agent(layout: &Layout, domain: &str, coordinator_address: &str) -> Result<()> {
+    put(&layout.agent_config(domain), &agent_yaml(domain, coordinator_address))
 }
 
 /// Writes the plan.
@@ -329,19 +329,17 @@ fn contract_column(text: &mut String, column: &Column) {
     }
 }
 
-fn policy_yaml(domain: &Domain) -> String {
+fn policy_yaml(domain: &str, product: &str) -> String {
     format!(
         "\
-# What the domain `{id}` grants, and under whose name. The agent obeys this file before any plan.
+# What the domain `{domain}` grants, and under whose name. The agent obeys this file before any plan.
 grant:
   product: {product}
   epsilon: \"3\"
   delta: \"0.00001\"
-  signer: data-owner@{id}.example
+  signer: data-owner@{domain}.example
 minimum_cohort: 3
-",
-        id = domain.id,
-        product = product(domain),
+"
     )
 }
 
@@ -395,14 +393,14 @@ heartbeat_interval_ms: 1000
     )
 }
 
-fn agent_yaml(domain: &Domain, coordinator_address: &str) -> String {
+fn agent_yaml(domain: &str, coordinator_address: &str) -> String {
     let pki = PkiFolder::at("../../certs");
-    let role = Role::agent(domain.id);
+    let role = Role::agent(domain);
     let tls = pki.tls(&role, Usage::Client);
     format!(
         "\
 # tabmesh-agent run --config agent.yaml
-domain: {id}
+domain: {domain}
 name: {AGENT_NAME}
 data_dir: data
 contract: contract.yaml
@@ -421,7 +419,6 @@ serve:
   address_file: {ADDRESS_FILE}
   model_name: income
 ",
-        id = domain.id,
         address = quoted(coordinator_address),
         coordinator = Role::Coordinator.spiffe_id(),
         coordinator_key = path(&pki.signing_public_key(&Role::Coordinator)),
@@ -557,7 +554,7 @@ mod tests {
         assert_eq!(config.address_file, Some(layout.coordinator_address()));
 
         for domain in &DOMAINS {
-            write_agent(&layout, domain, "127.0.0.1:7443").unwrap();
+            write_agent(&layout, domain.id, "127.0.0.1:7443").unwrap();
             let config = tabmesh_agent::config::Config::load(&layout.agent_config(domain.id)).unwrap();
             let named = [
                 &config.contract,
@@ -579,7 +576,8 @@ mod tests {
     #[test]
     fn no_file_of_a_domain_names_its_test_table() {
         for domain in &DOMAINS {
-            for text in [contract_yaml(domain), policy_yaml(domain), agent_yaml(domain, "h:1")] {
+            let policy = policy_yaml(domain.id, &product(domain));
+            for text in [contract_yaml(domain), policy, agent_yaml(domain.id, "h:1")] {
                 assert!(!text.contains("held_out"), "{text}");
             }
         }

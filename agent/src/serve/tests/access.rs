@@ -100,7 +100,8 @@ async fn a_listener_bound_elsewhere_than_configured_is_found_out() {
     let bind = listener.local_addr().unwrap();
     let predictor: Arc<dyn Predictor> = Arc::clone(&running.predictor) as _;
     let log = Arc::new(JsonlLog::open(&running.log_path(), &LOG_KEY).unwrap());
-    let refused = serve(config("127.0.0.1:0"), listener, predictor, log, std::future::pending()).await;
+    let refused =
+        serve(config("127.0.0.1:0"), listener, predictor, Vec::new(), log, std::future::pending()).await;
     assert_eq!(refused, Err(ServeError::PlaintextBeyondLoopback { bind }));
 }
 

@@ -258,7 +258,7 @@ async fn start(edit: impl FnOnce(&mut ServeConfig)) -> Running {
     let (stop, stopped) = oneshot::channel();
     let shutdown = async move { drop(stopped.await) };
     let served: Arc<dyn Predictor> = Arc::clone(&predictor) as _;
-    let task = tokio::spawn(serve(config, listener, served, log, shutdown));
+    let task = tokio::spawn(serve(config, listener, served, Vec::new(), log, shutdown));
     Running { address, predictor, clock_ms, stop: Some(stop), task, dir }
 }
 

@@ -295,7 +295,7 @@ async fn no_answer_without_a_record() {
     let address = listener.local_addr().unwrap();
     let config = ServeConfig::new(address, "payments", "fraud", Arc::new(|| NOW_MS));
     let predictor: Arc<dyn Predictor> = Arc::clone(&running.predictor) as _;
-    tokio::spawn(serve(config, listener, predictor, Arc::new(Full), std::future::pending()));
+    tokio::spawn(serve(config, listener, predictor, Vec::new(), Arc::new(Full), std::future::pending()));
     let request = Request::post("/v2/models/fraud/infer").body(Body::from(three_rows().to_string())).unwrap();
     let answer = exchange(TcpStream::connect(address).await.unwrap(), request).await.unwrap();
     answer.refused(503, "prediction log is not writable, no answer without a record");

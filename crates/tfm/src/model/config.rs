@@ -77,6 +77,29 @@ impl ModelConfig {
         Self { icl_num_blocks: 6, max_classes: 10, ..Self::nano() }
     }
 
+    /// The published second version's classifier: about 27 million parameters (TFM layout of Qu et al. 2025, arXiv
+    /// 2502.05564, with the switches of the package's second checkpoint).
+    #[must_use]
+    pub fn published() -> Self {
+        Self {
+            embed_dim: 128,
+            col_num_blocks: 3,
+            col_nhead: 8,
+            col_num_inds: 128,
+            row_num_blocks: 3,
+            row_nhead: 8,
+            row_num_cls: 4,
+            row_rope_base: 100_000.0,
+            icl_num_blocks: 12,
+            icl_nhead: 8,
+            ff_factor: 2,
+            max_classes: 10,
+            ssmax_hidden: public_ssmax_hidden(),
+            feature_text_dim: 0,
+            variant: Variant::default(),
+        }
+    }
+
     /// A configuration of a few thousand parameters, for tests.
     #[must_use]
     pub fn tiny() -> Self {
