@@ -12,11 +12,12 @@ use clap::{Parser, Subcommand, ValueEnum};
 use ring::rand::SystemRandom;
 use tabmesh_privacy::noise::NoiseSource;
 use tabmesh_proto::connect::TcpDial;
+use tabmesh_tfm::student::Fitting;
 
 use crate::command;
 use crate::config::Config;
 use crate::serve::Clock;
-use crate::{Agent, AgentError, Switches};
+use crate::{Agent, AgentError, Local, Switches};
 
 /// Runs beside one domain's tables: answers a Tabmesh coordinator with differentially private statistics and gradients,
 /// and serves predictions. Rows never leave; every release is debited in a ledger first.
@@ -79,6 +80,30 @@ enum Command {
         #[command(flatten)]
         dev: Development,
     },
+    /// Distils a small student from the promoted model: no context at serving time, for latency-sensitive use.
+    ///
+    /// The student learns the promoted model's answers to the domain's own training rows and to corpus rows, and is
+    /// compared with it on the gate rows, which neither has seen. It stays in the data folder; a running agent serves it
+    /// under the model's name with `-student` behind it. Nothing is sent.
+    Distill {
+        /// Configuration file.
+        #[arg(long, short)]
+        config: PathBuf,
+        /// Units of each of its two hidden layers.
+        #[arg(long, default_value_t = Fitting::default().hidden)]
+        hidden: usize,
+        /// Passes over the rows.
+        #[arg(long, default_value_t = Fitting::default().epochs)]
+        epochs: usize,
+        /// Seed: equal seeds give equal students.
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Form of the answer.
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+        #[command(flatten)]
+        dev: Development,
+    },
     /// Shows the privacy budget: granted, spent, left; or writes the signed report of this domain.
     Budget {
         /// Configuration file.
@@ -123,6 +148,12 @@ struct Development {
     reproducible_noise: Option<u64>,
 }
 
+impl Development {
+    fn switches(self) -> Switches {
+        Switches { insecure_dev: self.insecure_dev, reproducible_noise: self.reproducible_noise }
+    }
+}
+
 /// Form of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
@@ -139,6 +170,7 @@ Examples:
   tabmesh-agent convert contract.yaml --output contract.odcs.yaml
   tabmesh-agent run --config agent.yaml
   tabmesh-agent predict --config agent.yaml --input rows.parquet --output out.parquet
+  tabmesh-agent distill --config agent.yaml
   tabmesh-agent budget --config agent.yaml --html budget.html";
 
 /// Runs the command line and gives the process's exit code: 0 done, 1 failed, 2 wrong usage.
@@ -179,8 +211,11 @@ fn dispatch(command: Command) -> miette::Result<ExitCode> {
         }
         Command::Convert { contract, output } => command::convert::run(&contract, output.as_deref()),
         Command::Predict { config, input, output, dev } => {
-            let agent = open(&config, dev)?;
-            command::predict::run(&agent, &input, &output)
+            command::predict::run(&local(&config, dev)?, &input, &output)
+        }
+        Command::Distill { config, hidden, epochs, seed, output, dev } => {
+            let fitting = Fitting { hidden, epochs, seed };
+            command::distill::run(&local(&config, dev)?, fitting, output, now_ms())
         }
         Command::Budget { config, html, json, output } => {
             let config = Config::load(&config)?;
@@ -197,9 +232,14 @@ fn dispatch(command: Command) -> miette::Result<ExitCode> {
     }
 }
 
+/// Everything that predicts, without the ledger: a running agent may have it open.
+fn local(config: &std::path::Path, dev: Development) -> miette::Result<Local> {
+    Ok(Local::open(Config::load(config)?, dev.switches(), Arc::new(now_ms))?)
+}
+
 fn open(config: &std::path::Path, dev: Development) -> miette::Result<Agent> {
     let config = Config::load(config)?;
-    let switches = Switches { insecure_dev: dev.insecure_dev, reproducible_noise: dev.reproducible_noise };
+    let switches = dev.switches();
     let noise = match dev.reproducible_noise {
         Some(seed) => NoiseSource::Seeded { seed },
         None => NoiseSource::os(SystemRandom::new()),

@@ -19,6 +19,7 @@ pub mod serve;
 pub mod serving;
 pub mod session;
 pub mod source;
+pub mod student;
 pub mod train;
 pub mod work;
 
@@ -41,9 +42,10 @@ use crate::config::Config;
 use crate::domain::{Domain, DomainError};
 use crate::publication::{ArtefactError, Artefacts};
 use crate::serve::log::{JsonlLog, LogError};
-use crate::serve::{Clock, ServeConfig, ServeError};
+use crate::serve::{Clock, Predictor, ServeConfig, ServeError};
 use crate::serving::Serving;
 use crate::session::Link;
+use crate::student::{STUDENT_SUFFIX, StudentService};
 use crate::work::{Work, WorkError};
 
 /// Why an agent can't run.
@@ -110,10 +112,39 @@ pub struct Agent {
     pub work: Arc<Work>,
     /// What is served.
     pub serving: Arc<Serving>,
+    artefacts: Arc<Artefacts>,
     tls: ClientTls,
     address: CoordinatorAddress,
     switches: Switches,
     clock: Clock,
+}
+
+/// What needs neither ledger nor connection: opened beside a running agent too.
+pub struct Local {
+    /// Configuration, contract, table, secrets.
+    pub domain: Arc<Domain>,
+    /// What was published.
+    pub artefacts: Arc<Artefacts>,
+    /// What is served.
+    pub serving: Arc<Serving>,
+}
+
+impl Local {
+    /// Reads configuration and contract, opens the artefacts.
+    ///
+    /// # Errors
+    /// [`AgentError`] for the first thing that can't be used.
+    pub fn open(config: Config, switches: Switches, clock: Clock) -> Result<Self, AgentError> {
+        let id = client_tls(&config, switches)?.id().clone();
+        let domain = Arc::new(Domain::load(config, id, switches.reproducible_noise)?);
+        let data_dir = &domain.config.data_dir;
+        std::fs::create_dir_all(data_dir)
+            .map_err(|source| AgentError::System { what: "data folder", source })?;
+        let trust = if switches.insecure_dev { Trust::InsecureDev } else { Trust::Production };
+        let artefacts = Arc::new(Artefacts::open(data_dir, domain.coordinator_key, trust)?);
+        let serving = Arc::new(Serving::new(Arc::clone(&domain), Arc::clone(&artefacts), clock));
+        Ok(Self { domain, artefacts, serving })
+    }
 }
 
 impl Agent {
@@ -129,17 +160,12 @@ impl Agent {
     ) -> Result<Self, AgentError> {
         let tls = client_tls(&config, switches)?;
         let address = address(&config)?;
-        let domain = Arc::new(Domain::load(config, tls.id().clone(), switches.reproducible_noise)?);
-        let data_dir = &domain.config.data_dir;
-        std::fs::create_dir_all(data_dir)
-            .map_err(|source| AgentError::System { what: "data folder", source })?;
-        let trust = if switches.insecure_dev { Trust::InsecureDev } else { Trust::Production };
-        let artefacts = Arc::new(Artefacts::open(data_dir, domain.coordinator_key, trust)?);
-        let product = &domain.contract.name;
-        let books = Books::open(&data_dir.join("books"), noise, &domain.identity.to_string(), product)?;
-        let work = Arc::new(Work::new(Arc::clone(&domain), Arc::clone(&artefacts), books, clock())?);
-        let serving = Arc::new(Serving::new(domain, artefacts, Arc::clone(&clock)));
-        Ok(Self { work, serving, tls, address, switches, clock })
+        let local = Local::open(config, switches, Arc::clone(&clock))?;
+        let Local { domain, artefacts, serving } = local;
+        let (product, identity) = (&domain.contract.name, domain.identity.to_string());
+        let books = Books::open(&domain.config.data_dir.join("books"), noise, &identity, product)?;
+        let work = Arc::new(Work::new(domain, Arc::clone(&artefacts), books, clock())?);
+        Ok(Self { work, serving, artefacts, tls, address, switches, clock })
     }
 
     /// Serves predictions and keeps the link to the coordinator until `shutdown`.
@@ -197,6 +223,9 @@ impl Agent {
             clock: self.clock,
             send_slot: Duration::from_millis(config.send_slot_ms),
         };
+        let folder = config.data_dir.clone();
+        let students = StudentService::new(folder, self.artefacts, Arc::clone(&self.serving));
+        let others: Vec<(&str, Arc<dyn Predictor>)> = vec![(STUDENT_SUFFIX, Arc::new(students))];
         let restored = {
             let serving = Arc::clone(&self.serving);
             tokio::task::spawn_blocking(move || serving.restore())
@@ -207,7 +236,7 @@ impl Agent {
             Ok(Err(error)) => tracing::error!(%error, "the promoted model can't be loaded"),
             Err(error) => tracing::error!(%error, "loading the promoted model ended early"),
         }
-        let serving = serve::serve(serve, listener, self.serving, Vec::new(), log, shutdown);
+        let serving = serve::serve(serve, listener, self.serving, others, log, shutdown);
         tokio::select! {
             served = serving => Ok(served?),
             () = link.keep() => Ok(()),

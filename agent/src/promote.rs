@@ -162,6 +162,34 @@ impl Loaded {
         &self.corpus
     }
 
+    /// The shared columns.
+    #[must_use]
+    pub fn schema(&self) -> &FeatureSchema {
+        &self.schema
+    }
+
+    /// Rows of the domain's own columns as the model reads them, coded as rows that are not in the release.
+    ///
+    /// # Errors
+    /// [`WorkError::Model`] if they don't fit.
+    pub fn encode(&self, rows: &TypedBatch) -> Result<EncodedTable, WorkError> {
+        encoded(&self.preprocessing, rows, &self.own, &self.schema)
+    }
+
+    /// As [`Self::encode`], of rows in the shared columns, such as the corpus'.
+    ///
+    /// # Errors
+    /// [`WorkError::Model`] if they don't fit.
+    pub fn encode_shared(&self, rows: &TypedBatch) -> Result<EncodedTable, WorkError> {
+        Ok(self.preprocessing.encode(rows, Coding::Foreign)?)
+    }
+
+    /// Corpus rows under the domain's own columns; a column that the corpus lacks is missing.
+    #[must_use]
+    pub fn in_own_columns(&self, rows: &TypedBatch) -> TypedBatch {
+        onto(rows, &self.schema, &self.own)
+    }
+
     /// Candidates this publication offers.
     #[must_use]
     pub fn candidates(&self) -> Vec<Candidate> {
@@ -277,9 +305,22 @@ impl Variant {
         if rows.rows() == 0 {
             return Ok(Vec::new());
         }
-        let encoded = self.preprocessing.encode(&onto(rows, &self.own, &self.shared), Coding::Foreign)?;
-        Ok(self.context.logits(&encoded, self.tokens.as_ref())?)
+        let rows = encoded(&self.preprocessing, rows, &self.own, &self.shared)?;
+        Ok(self.context.logits(&rows, self.tokens.as_ref())?)
     }
+}
+
+/// Rows of a domain's own columns as the model of a publication reads them.
+///
+/// # Errors
+/// [`WorkError::Model`] if they don't fit.
+pub fn encoded(
+    preprocessing: &Preprocessing,
+    rows: &TypedBatch,
+    own: &FeatureSchema,
+    shared: &FeatureSchema,
+) -> Result<EncodedTable, WorkError> {
+    Ok(preprocessing.encode(&onto(rows, own, shared), Coding::Foreign)?)
 }
 
 /// What was served when a choice was made, and what came of it. Stays in the domain.
@@ -386,7 +427,7 @@ fn minority(gate: &TypedBatch, classes: usize) -> usize {
 }
 
 fn losses(logits: &[f64], gate: &TypedBatch) -> Vec<f64> {
-    let loss = |(logit, label): (&f64, &Option<u8>)| {
+    let loss = |(logit, label): (&f64, &Option<u16>)| {
         let one = Calibration::NONE.probability(*logit);
         let p = if *label == Some(1) { one } else { 1.0 - one };
         -p.max(LOSS_FLOOR).ln()

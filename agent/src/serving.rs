@@ -30,6 +30,22 @@ struct Held {
     promoted_ms: i64,
 }
 
+/// A publication with what was chosen from it.
+pub struct Promoted {
+    /// Its artefacts, loaded.
+    pub loaded: Loaded,
+    /// Its digest.
+    pub manifest: Digest,
+    /// Its coding.
+    pub preprocessing: Digest,
+    /// When it was made, UTC milliseconds.
+    pub published_ms: i64,
+    /// What is served.
+    pub served: Candidate,
+    /// How its logits are calibrated.
+    pub calibration: Calibration,
+}
+
 struct InService {
     variant: Variant,
     version: ServedVersion,
@@ -99,6 +115,23 @@ impl Serving {
         self.keep(&held, &record)?;
         tracing::info!(served = %record.served, "promotion decided");
         Ok(Some(record))
+    }
+
+    /// What is in service, loaded; nothing before the first promotion.
+    ///
+    /// # Errors
+    /// [`WorkError`] if the publication can't be read.
+    pub fn promoted(&self) -> Result<Option<Promoted>, WorkError> {
+        let Some((digest, manifest)) = self.artefacts.current()? else { return Ok(None) };
+        let Some(held) = self.held().filter(|held| held.manifest == digest) else { return Ok(None) };
+        Ok(Some(Promoted {
+            loaded: self.load(&manifest)?,
+            manifest: digest,
+            preprocessing: manifest.preprocessing,
+            published_ms: manifest.created_ms,
+            served: held.served,
+            calibration: held.calibration,
+        }))
     }
 
     /// Notes that the coordinator was heard.

@@ -84,6 +84,9 @@ pub enum WorkError {
     /// Neither the domain nor the corpus has a row to put into a context.
     #[error("there is no labelled row for a context, neither in the domain nor in the corpus")]
     NoContext,
+    /// Nothing is in service yet.
+    #[error("no model has been promoted yet; run the agent until the coordinator has published")]
+    NotPromoted,
     /// The work ended early: a bug, since work doesn't panic on outside data.
     #[error("the work ended early: {reason}")]
     Interrupted {

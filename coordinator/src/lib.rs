@@ -47,6 +47,7 @@ use crate::error::CoordinatorError;
 use crate::mesh::{BASE_KEY, Mesh};
 use crate::mirror::Mirror;
 use crate::outbox::Outbox;
+use crate::pipeline::rounds::Adapters;
 use crate::plans::Plans;
 
 pub use crate::mesh::Clock;
@@ -167,6 +168,7 @@ fn open(
     Ok(Mesh {
         catalog: Catalog::load(Arc::clone(&records), Arc::clone(&blobs))?,
         outbox: Outbox::new(Arc::clone(&records), Arc::clone(&blobs), sign),
+        adapters: Adapters::default(),
         collections: Arc::new(Collections::new(Arc::clone(&records), Arc::clone(&blobs), Arc::clone(&clock))),
         plans: Plans::load(Arc::clone(&records), Arc::clone(&blobs))?,
         mirror: Mirror::new(config.data_dir.join("ledgers")),

@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::error::CoordinatorError;
 use crate::mirror::Mirror;
 use crate::outbox::Outbox;
+use crate::pipeline::rounds::Adapters;
 use crate::plans::Plans;
 
 /// Reads the time: UTC milliseconds since 1970.
@@ -50,6 +51,7 @@ pub(crate) struct Mesh {
     pub(crate) outbox: Outbox,
     /// Collections that are open now.
     pub(crate) collections: Arc<Collections>,
+    pub(crate) adapters: Adapters,
     /// Plans and their jobs.
     pub(crate) plans: Plans,
     /// The agents' ledgers, as they stated them.

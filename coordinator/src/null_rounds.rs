@@ -16,7 +16,7 @@ use tabmesh_proto::tls::ServerTls;
 use crate::config::Config;
 use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, stored};
-use crate::pipeline::rounds::{AdapterState, RoundEnd, announce, collect, finish};
+use crate::pipeline::rounds::{AdapterState, RoundEnd, announce, collect, finish, read};
 use crate::pipeline::{agent_id, collection_id};
 use crate::{Surroundings, Switches, answer, open, server_tls};
 
@@ -108,7 +108,7 @@ impl NullRounds {
             Err(RoundEnd::Failed(error)) => return Err(error),
         };
         self.mesh.collections.close(round);
-        self.state = self.mesh.get_json(stored(after), "adapter state")?;
+        self.state = read(&self.mesh, stored(after))?;
         self.last = Some(round);
         Ok(())
     }

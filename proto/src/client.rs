@@ -230,7 +230,7 @@ impl MeshClient {
     ) -> Result<Receipt> {
         let submission = submission(target, payload, debit)?;
         let mut inner = self.inner.clone();
-        acknowledged(call(inner.submit_release(submission)).await?, &payload.payload_digest())
+        acknowledged(call(inner.submit_release(submission)).await?, debit.payload_digest())
     }
 
     /// Sends one round's update.
@@ -245,7 +245,7 @@ impl MeshClient {
     ) -> Result<Receipt> {
         let submission = submission(target, payload, debit)?;
         let mut inner = self.inner.clone();
-        acknowledged(call(inner.submit_update(submission)).await?, &payload.payload_digest())
+        acknowledged(call(inner.submit_update(submission)).await?, debit.payload_digest())
     }
 
     /// Mirrors a piece of the ledger.
@@ -577,7 +577,6 @@ fn submission(
     debit: &DebitReceipt,
 ) -> Result<pb::Submission> {
     let bytes = payload.as_bytes();
-    let digest = payload.payload_digest();
     if !debit.covers(payload) {
         return Err(ClientError::ReceiptMismatch);
     }
@@ -591,7 +590,7 @@ fn submission(
         stage_or_round: target.stage_or_round,
         attempt: target.attempt,
         payload: bytes.to_vec(),
-        payload_digest: digest.to_vec(),
+        payload_digest: debit.payload_digest().to_vec(),
         ledger_entry_hash: debit.hash().to_vec(),
     })
 }

@@ -9,3 +9,4 @@ pub mod logistic;
 pub mod process;
 pub mod quickstart;
 pub mod score;
+pub mod utility;

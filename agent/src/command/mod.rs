@@ -3,4 +3,5 @@
 pub(crate) mod budget;
 pub(crate) mod check;
 pub(crate) mod convert;
+pub(crate) mod distill;
 pub(crate) mod predict;

@@ -12,19 +12,19 @@ use miette::{IntoDiagnostic, WrapErr, miette};
 use parquet::arrow::ArrowWriter;
 use tabmesh_contract::contract::{Contract, Role, SourceKind, SourceSpec};
 
-use crate::Agent;
+use crate::Local;
 use crate::serve::Predictor;
 use crate::source::{self, DomainKey, View};
 
 /// Predicts every row of `input`, in order. The output is written beside and renamed: whole or not at all.
-pub(crate) fn run(agent: &Agent, input: &Path, output: &Path) -> miette::Result<ExitCode> {
+pub(crate) fn run(agent: &Local, input: &Path, output: &Path) -> miette::Result<ExitCode> {
     if !agent.serving.restore().into_diagnostic()? {
         return Err(miette!(
             help = "run the agent until the coordinator has published",
             "no model has been promoted yet"
         ));
     }
-    let domain = &agent.work.domain;
+    let domain = &agent.domain;
     let contract = for_prediction(&domain.contract);
     let spec = SourceSpec { kind: SourceKind::Parquet, path: input.display().to_string(), delimiter: None };
     let source = source::open(&spec, Path::new("."));

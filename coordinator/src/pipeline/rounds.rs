@@ -1,7 +1,7 @@
 //! Federated rounds: descriptor out, noised gradients in, one server step, durable at each turn.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use tabmesh_federation::aggregate::optimiser::ServerOptimiser;
@@ -24,7 +24,7 @@ use super::release::Released;
 use super::{collection_id, corpus, quorum, spiffe_ids};
 use crate::collections::Open;
 use crate::error::CoordinatorError;
-use crate::mesh::{Mesh, named, stored};
+use crate::mesh::{Mesh, locked, named, stored};
 use crate::plans::Submitted;
 
 /// The adapter between rounds: keys, current iterate, optimiser, clip norm.
@@ -207,10 +207,34 @@ pub(crate) fn finish(
         .step(&before.values, &gradient, descriptor.clip_norm)
         .map_err(|error| step(error.to_string()))?;
     let after = AdapterState { values, optimiser, ..before.clone() };
-    let result = named(mesh.put_json(&after)?);
+    let digest = mesh.put_json(&after)?;
+    mesh.adapters.keep(digest, after);
+    let result = named(digest);
     mesh.collections.apply(id, RoundEvent::Aggregated { result })?;
     mesh.collections.apply(id, RoundEvent::Published { result })?;
     Ok(result)
+}
+
+/// The adapter state of the last round that ended here, so that the next one needn't read it back.
+#[derive(Default)]
+pub(crate) struct Adapters(Mutex<Option<(Digest, AdapterState)>>);
+
+impl Adapters {
+    fn keep(&self, digest: Digest, state: AdapterState) {
+        *locked(&self.0) = Some((digest, state));
+    }
+
+    fn get(&self, digest: Digest) -> Option<AdapterState> {
+        locked(&self.0).as_ref().filter(|(kept, _)| *kept == digest).map(|(_, state)| state.clone())
+    }
+}
+
+/// A stored adapter state.
+pub(crate) fn read(mesh: &Mesh, digest: Digest) -> Result<AdapterState, CoordinatorError> {
+    match mesh.adapters.get(digest) {
+        Some(state) => Ok(state),
+        None => mesh.get_json(digest, "adapter state"),
+    }
 }
 
 /// The adapter after the last published round, or a zero one before the first.
@@ -220,7 +244,7 @@ async fn state(
     job: &Job,
 ) -> Result<AdapterState, CoordinatorError> {
     if let Some(digest) = job.products().adapter {
-        return mesh.get_json::<AdapterState>(stored(digest), "adapter state")?.caught_up(job);
+        return read(mesh, stored(digest))?.caught_up(job);
     }
     let key = format!("adapter/{}", submitted.digest).into_bytes();
     if let Some(record) = mesh.records.get(&key)? {

@@ -43,6 +43,12 @@ pub enum Bench {
     },
     /// How good is a base without any training? Single two-class tables, beside logistic regression and boosted trees.
     Tables(tables::Args),
+    /// What is a federation worth? The whole loop on a folder of domain-split tables, beside its rivals.
+    ///
+    /// Every seed is one federation with another domain left out as the newcomer, who is scored on draws of 64 and 256 of
+    /// its rows. `best_local` is the best of local trees, local logistic regression and the base; `best_pooled` of those
+    /// that pool real rows, which nobody may. Takes minutes a seed.
+    Utility(crate::utility::Args),
     /// Computes the figures of privacy accounting vectors and compares them; fails unless all agree.
     Accountant {
         /// The vectors (CSV; columns and kinds as in the privacy crate's fixtures).
@@ -74,6 +80,7 @@ pub fn run(bench: Bench, output: Output) -> anyhow::Result<ExitCode> {
         Bench::Golden { dir } => return golden::run(&dir, output),
         Bench::Rounds(options) => rounds::run(&options, output)?,
         Bench::Tables(args) => tables::run(&args, output)?,
+        Bench::Utility(args) => crate::utility::run(&args, output)?,
         Bench::Accountant { vectors } => accountant::run(&vectors, output)?,
         Bench::Serving(args) => serving::run(&args, output)?,
         Bench::Sampler { dimension } => sampler::run(dimension, output)?,

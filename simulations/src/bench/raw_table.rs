@@ -134,6 +134,24 @@ impl RawColumn {
 }
 
 impl RawTable {
+    /// Adds the rows of a table with the same columns.
+    ///
+    /// # Errors
+    /// Its columns differ.
+    pub fn append(&mut self, more: Self) -> Result<()> {
+        if self.columns.is_empty() {
+            *self = more;
+            return Ok(());
+        }
+        let names = |table: &Self| table.columns.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+        ensure!(names(self) == names(&more), "columns {:?} and {:?} differ", names(self), names(&more));
+        for ((name, all), (_, cells)) in self.columns.iter_mut().zip(more.columns) {
+            all.append(cells).with_context(|| format!("column {name}"))?;
+        }
+        self.labels.extend(more.labels);
+        Ok(())
+    }
+
     /// Number of rows.
     #[must_use]
     pub fn rows(&self) -> usize {
@@ -147,9 +165,9 @@ impl RawTable {
     pub fn schema(&self, indices: &[usize]) -> Result<FeatureSchema> {
         let mut features = Vec::new();
         for (at, (name, column)) in self.columns.iter().enumerate() {
-            let Some(kind) = kind(column, indices) else { continue };
+            let Some(kind) = Self::kind(column, indices) else { continue };
             features.push(Feature {
-                id: FeatureId::new(id(at, name))?,
+                id: FeatureId::new(Self::id(at, name))?,
                 kind,
                 unit: None,
                 description: Some(name.clone()),
@@ -170,7 +188,7 @@ impl RawTable {
                 .columns
                 .iter()
                 .enumerate()
-                .find(|(at, (name, _))| id(*at, name) == feature.id.as_str())
+                .find(|(at, (name, _))| Self::id(*at, name) == feature.id.as_str())
                 .with_context(|| format!("no column for {}", feature.id))?;
             columns.push(match (&found.1.1, &feature.kind) {
                 (RawColumn::Numeric(all), FeatureKind::Numeric(_)) => {
@@ -196,41 +214,43 @@ impl RawTable {
             units: vec![[0; 16]; indices.len()],
         })
     }
-}
 
-/// An id that no two columns share, whatever their names.
-fn id(at: usize, name: &str) -> String {
-    let kept: String = name
-        .chars()
-        .map(|c| c.to_ascii_lowercase())
-        .map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '_' })
-        .take(40)
-        .collect();
-    format!("c{at:03}.{kept}")
-}
+    /// An id that no two columns share, whatever their names.
+    #[must_use]
+    pub fn id(at: usize, name: &str) -> String {
+        let kept: String = name
+            .chars()
+            .map(|c| c.to_ascii_lowercase())
+            .map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '_' })
+            .take(40)
+            .collect();
+        format!("c{at:03}.{kept}")
+    }
 
-/// What the cells at `indices` are; `None` if none of them has a value.
-fn kind(column: &RawColumn, indices: &[usize]) -> Option<FeatureKind> {
-    match column {
-        RawColumn::Numeric(all) => {
-            let mut known: Vec<f64> = indices.iter().map(|i| all[*i]).filter(|v| v.is_finite()).collect();
-            known.sort_by(f64::total_cmp);
-            let (lower, upper) = (*known.first()?, *known.last()?);
-            let middle = known[known.len() / 2];
-            let scale = if lower >= 0.0 && upper > HEAVY_TAIL * middle.max(1.0) {
-                Scale::Log1p
-            } else {
-                Scale::Linear
-            };
-            // A constant still needs a range.
-            let upper = if upper > lower { upper } else { lower + lower.abs().max(1.0) };
-            Some(FeatureKind::Numeric(NumericDomain { lower, upper, scale, cut_points: None }))
-        }
-        RawColumn::Text(all) => {
-            let mut levels: Vec<String> = indices.iter().filter_map(|i| all[*i].clone()).collect();
-            levels.sort();
-            levels.dedup();
-            (!levels.is_empty()).then_some(FeatureKind::Categorical { levels })
+    /// What the cells at `indices` are; `None` if none of them has a value.
+    #[must_use]
+    pub fn kind(column: &RawColumn, indices: &[usize]) -> Option<FeatureKind> {
+        match column {
+            RawColumn::Numeric(all) => {
+                let mut known: Vec<f64> = indices.iter().map(|i| all[*i]).filter(|v| v.is_finite()).collect();
+                known.sort_by(f64::total_cmp);
+                let (lower, upper) = (*known.first()?, *known.last()?);
+                let middle = known[known.len() / 2];
+                let scale = if lower >= 0.0 && upper > HEAVY_TAIL * middle.max(1.0) {
+                    Scale::Log1p
+                } else {
+                    Scale::Linear
+                };
+                // A constant still needs a range.
+                let upper = if upper > lower { upper } else { lower + lower.abs().max(1.0) };
+                Some(FeatureKind::Numeric(NumericDomain { lower, upper, scale, cut_points: None }))
+            }
+            RawColumn::Text(all) => {
+                let mut levels: Vec<String> = indices.iter().filter_map(|i| all[*i].clone()).collect();
+                levels.sort();
+                levels.dedup();
+                (!levels.is_empty()).then_some(FeatureKind::Categorical { levels })
+            }
         }
     }
 }

@@ -339,7 +339,7 @@ fn prepare(layout: &Layout, orders: &Orders) -> Result<()> {
     deployment::write_coordinator(layout, &base, 1, "127.0.0.1:0")?;
     for name in &names {
         write(&layout.contract(name), contract_yaml(name).as_bytes())?;
-        deployment::write_policy(layout, name, &format!("{name}.bench"))?;
+        deployment::write_policy(layout, name, &format!("{name}.bench"), 3.0)?;
         deployment::write_agent(layout, name, "127.0.0.1:1")?;
     }
     write(&layout.root().join(ORDERS), &serde_json::to_vec(orders)?)

@@ -105,7 +105,7 @@ pub fn run(args: &Args, output: Output) -> Result<()> {
         milliseconds.get(at.saturating_sub(1)).copied().unwrap_or(f64::NAN)
     };
     let outcome = Outcome {
-        parameters: model.tensors().values().map(|tensor| tensor.elem_count()).sum(),
+        parameters: model.parameters(),
         context_rows: args.rows,
         columns: args.columns,
         views: context.views(),

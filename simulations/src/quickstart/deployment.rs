@@ -125,6 +125,8 @@ impl Layout {
 pub struct PlanChoices {
     /// Name for people.
     pub name: String,
+    /// Canonical id of what is predicted.
+    pub target: String,
     /// ε of the whole plan.
     pub epsilon: f64,
     /// δ of the whole plan.
@@ -145,6 +147,7 @@ impl Default for PlanChoices {
     fn default() -> Self {
         Self {
             name: "census-income".into(),
+            target: TARGET.into(),
             epsilon: 3.0,
             delta: 1e-5,
             agents: DOMAINS.iter().filter(|d| d.participation == Participation::Member).count(),
@@ -166,7 +169,7 @@ pub fn write_domains(layout: &Layout, rows: Option<usize>) -> Result<()> {
         domain.write_train(&layout.train_table(domain.id), rows)?;
         domain.write_test(&layout.test_table(domain.id), rows)?;
         write_contract(layout, domain)?;
-        write_policy(layout, domain.id, &product(domain))?;
+        write_policy(layout, domain.id, &product(domain), PlanChoices::default().epsilon)?;
     }
     Ok(())
 }
@@ -183,8 +186,8 @@ pub fn write_contract(layout: &Layout, domain: &Domain) -> Result<()> {
 ///
 /// # Errors
 /// The file can't be written.
-pub fn write_policy(layout: &Layout, domain: &str, product: &str) -> Result<()> {
-    put(&layout.policy(domain), &policy_yaml(domain, product))
+pub fn write_policy(layout: &Layout, domain: &str, product: &str, epsilon: f64) -> Result<()> {
+    put(&layout.policy(domain), &policy_yaml(domain, product, epsilon))
 }
 
 /// Writes the coordinator's configuration; `listen` is `host:port`, where port 0 lets the system choose.
@@ -329,13 +332,13 @@ fn contract_column(text: &mut String, column: &Column) {
     }
 }
 
-fn policy_yaml(domain: &str, product: &str) -> String {
+fn policy_yaml(domain: &str, product: &str, epsilon: f64) -> String {
     format!(
         "\
 # What the domain `{domain}` grants, and under whose name. The agent obeys this file before any plan.
 grant:
   product: {product}
-  epsilon: \"3\"
+  epsilon: \"{epsilon}\"
   delta: \"0.00001\"
   signer: data-owner@{domain}.example
 minimum_cohort: 3
@@ -430,14 +433,14 @@ serve:
 }
 
 fn plan_yaml(choices: &PlanChoices) -> String {
-    let PlanChoices { name, epsilon, delta, agents, deadline_s, corpus_rows, pretrain_steps, rounds } =
+    let PlanChoices { name, target, epsilon, delta, agents, deadline_s, corpus_rows, pretrain_steps, rounds } =
         choices;
     format!(
         "\
 # tabmesh-coordinator plan submit plan.yaml
 kind: TabmeshPlan
 name: {name}
-target: {TARGET}
+target: {target}
 cohort: {{min_agents: {agents}, max_agents: {agents}}}
 privacy: {{epsilon: {epsilon}, delta: {delta}}}
 release: {{deadline_s: {deadline_s}}}
@@ -576,7 +579,7 @@ mod tests {
     #[test]
     fn no_file_of_a_domain_names_its_test_table() {
         for domain in &DOMAINS {
-            let policy = policy_yaml(domain.id, &product(domain));
+            let policy = policy_yaml(domain.id, &product(domain), 3.0);
             for text in [contract_yaml(domain), policy, agent_yaml(domain.id, "h:1")] {
                 assert!(!text.contains("held_out"), "{text}");
             }

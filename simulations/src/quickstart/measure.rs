@@ -24,21 +24,28 @@ use super::predict;
 use crate::baseline;
 use crate::score::{Predictions, Variant};
 
-/// Reads a Parquet table of a domain in the shared schema's terms.
+/// Reads a Parquet table in the terms of a contract and a schema.
 ///
 /// # Errors
-/// The contract or the table can't be read.
-pub fn rows(layout: &Layout, domain: &Domain, table: &Path, schema: &FeatureSchema) -> Result<TypedBatch> {
-    let text = std::fs::read_to_string(layout.contract(domain.id))?;
-    let (contract, _) = Contract::parse("contract.yaml", &text).context("contract")?;
+/// The table can't be read or doesn't fit.
+pub fn rows(contract: &Contract, table: &Path, schema: &FeatureSchema) -> Result<TypedBatch> {
     let spec = SourceSpec { kind: SourceKind::Parquet, path: table.display().to_string(), delimiter: None };
     let source = source::open(&spec, Path::new("."));
-    let view = View::new(&*source, &contract, schema, DomainKey::new(&[0; 32]))?;
+    let view = View::new(&*source, contract, schema, DomainKey::new(&[0; 32]))?;
     let mut all = TypedBatch::empty(schema);
     for batch in view.rows()? {
         all.append(&batch?.batch);
     }
     Ok(all)
+}
+
+/// A domain's contract in its deployment's folder.
+///
+/// # Errors
+/// It can't be read.
+pub fn contract(layout: &Layout, domain: &Domain) -> Result<Contract> {
+    let text = std::fs::read_to_string(layout.contract(domain.id))?;
+    Ok(Contract::parse("contract.yaml", &text).context("contract")?.0)
 }
 
 /// Predicts one domain's test rows by every variant.
@@ -53,10 +60,12 @@ pub fn domain(
     seed: u64,
 ) -> Result<Predictions> {
     let schema = schema()?;
-    let train = rows(layout, domain, &layout.train_table(domain.id), &schema)?;
-    let test = rows(layout, domain, &layout.test_table(domain.id), &schema)?;
+    let contract = contract(layout, domain)?;
+    let train = rows(&contract, &layout.train_table(domain.id), &schema)?;
+    let test = rows(&contract, &layout.test_table(domain.id), &schema)?;
     let labels: Vec<u8> = test.labels.iter().map(|l| l.map_or(0, |l| u8::try_from(l).unwrap_or(1))).collect();
-    let loaded = loaded(layout, pki, domain, &schema)?;
+    let in_release = domain.participation == Participation::Member;
+    let loaded = loaded(layout, pki, domain.id, &schema, [0; 32], in_release)?;
     let mut by_variant = BTreeMap::new();
     by_variant.insert(Variant::LocalTrees, baseline::fit_predict(&train, None, &test, &schema, seed)?);
     let with_corpus = baseline::fit_predict(&train, Some(loaded.corpus()), &test, &schema, seed)?;
@@ -76,13 +85,23 @@ pub fn domain(
     Ok(Predictions { domain: domain.id.to_owned(), train_rows: train.rows(), labels, by_variant })
 }
 
-/// The publication as an agent received it.
-fn loaded(layout: &Layout, pki: &PkiFolder, domain: &Domain, schema: &FeatureSchema) -> Result<Loaded> {
+/// The publication as the agent of `domain` received it, loaded for a domain with the schema `own` and the secret
+/// `secret`, whose rows are in the release or not.
+///
+/// # Errors
+/// Nothing was published, or it can't be read.
+pub fn loaded(
+    layout: &Layout,
+    pki: &PkiFolder,
+    domain: &str,
+    own: &FeatureSchema,
+    secret: [u8; 32],
+    in_release: bool,
+) -> Result<Loaded> {
     let key = std::fs::read(pki.signing_public_key(&Role::Coordinator))?;
     let key: [u8; 32] = key.try_into().ok().context("the coordinator's public key has not 32 bytes")?;
-    let data_dir = layout.domain(domain.id).join("data");
+    let data_dir = layout.domain(domain).join("data");
     let artefacts = Artefacts::open(&data_dir, VerifyingKey::from_bytes(key), Trust::InsecureDev)?;
     let (_, manifest) = artefacts.current()?.context("nothing was published")?;
-    let in_release = domain.participation == Participation::Member;
-    Ok(Loaded::new(&artefacts, &manifest, schema, ContextSection::default(), &[0; 32], in_release)?)
+    Ok(Loaded::new(&artefacts, &manifest, own, ContextSection::default(), &secret, in_release)?)
 }

@@ -247,7 +247,8 @@ fn step_name(group: &str) -> &'static str {
 async fn one_prediction(deployment: &Deployment) -> Result<Value> {
     let (domain, address) = (&DOMAINS[0], &deployment.agent_addresses[0]);
     let schema = schema()?;
-    let rows = measure::rows(&deployment.layout, domain, &deployment.layout.test_table(domain.id), &schema)?;
+    let contract = measure::contract(&deployment.layout, domain)?;
+    let rows = measure::rows(&contract, &deployment.layout.test_table(domain.id), &schema)?;
     let body = predict::request(&schema, &rows, 0, 1, "quickstart");
     let response = predict::infer(address, &body).await?;
     let file = deployment.layout.root().join("prediction.json");

@@ -96,7 +96,7 @@ pub(crate) async fn run(
         let address = addresses[at];
         let tap = Tap::start(pki, &Role::agent(domain.id), address, coordinator).await;
         deployment::write_contract(&layout, domain).unwrap();
-        deployment::write_policy(&layout, domain.id, &deployment::product(domain)).unwrap();
+        deployment::write_policy(&layout, domain.id, &deployment::product(domain), 3.0).unwrap();
         deployment::write_agent(&layout, domain.id, &address.to_string()).unwrap();
         domain.write_train(&layout.train_table(domain.id), Some(ROWS)).unwrap();
         if at == 0 {

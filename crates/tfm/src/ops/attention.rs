@@ -58,7 +58,9 @@ impl Sizes {
     }
 
     fn kernel(self) -> Kernel {
-        if !matches!(self.head_dim(), 4 | 8 | 16 | 32) {
+        if self.head_dim() == 64 && self.queries < LONE_QUERIES {
+            Kernel::FewQueries
+        } else if !matches!(self.head_dim(), 4 | 8 | 16 | 32) {
             Kernel::Products
         } else if self.keys <= lanes::MAX_KEYS {
             Kernel::FewKeys
@@ -108,6 +110,7 @@ impl CustomOp2 for Attention {
                 (4, false) => small_forward::<4>(sizes, q, kv, &mut out),
                 (8, false) => small_forward::<8>(sizes, q, kv, &mut out),
                 (16, false) => small_forward::<16>(sizes, q, kv, &mut out),
+                (64, false) => small_forward::<64>(sizes, q, kv, &mut out),
                 (_, false) => small_forward::<32>(sizes, q, kv, &mut out),
             }
         }
@@ -141,6 +144,7 @@ impl CustomOp2 for Attention {
                             (4, false) => small_backward::<4>(sizes, q, kv, g, &mut dq, dkv),
                             (8, false) => small_backward::<8>(sizes, q, kv, g, &mut dq, dkv),
                             (16, false) => small_backward::<16>(sizes, q, kv, g, &mut dq, dkv),
+                            (64, false) => small_backward::<64>(sizes, q, kv, g, &mut dq, dkv),
                             (_, false) => small_backward::<32>(sizes, q, kv, g, &mut dq, dkv),
                         }
                         Ok(())
@@ -184,19 +188,41 @@ fn project<const HD: usize>(vector: &[f32; HD], transposed: &[f32], out: &mut [f
     }
 }
 
+/// `out[j] = vector . key j`, keys where they lie: for so few queries that turning all keys would cost more.
+#[inline]
+fn project_in_place<const HD: usize>(vector: &[f32; HD], kv: &[f32], start: usize, stride: usize, out: &mut [f32]) {
+    for (o, row) in out.iter_mut().zip(kv.chunks_exact(stride)) {
+        let key = lane::<HD>(row, start);
+        let mut sums = [0f32; PARTS];
+        for (v, k) in vector.chunks_exact(PARTS).zip(key.chunks_exact(PARTS)) {
+            for (sum, (v, k)) in sums.iter_mut().zip(v.iter().zip(k)) {
+                *sum += v * k;
+            }
+        }
+        *o = sums.iter().sum();
+    }
+}
+
 fn small_forward<const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mut [f32]) {
     let (scale, stride) = (s.scale(), 2 * s.width);
-    let mut keys = vec![0f32; HD * s.keys];
+    let lone = s.queries < LONE_QUERIES;
+    let mut keys = vec![0f32; if lone { 0 } else { HD * s.keys }];
     let mut scores = vec![0f32; s.keys];
     for b in 0..s.batch {
         let kv = &kv[b * s.keys * stride..][..s.keys * stride];
         let q = &q[s.query_start(b)..][..s.queries * s.width];
         let out = &mut out[b * s.queries * s.width..][..s.queries * s.width];
         for h in 0..s.heads {
-            transpose::<HD>(kv, h * HD, stride, s.keys, &mut keys);
+            if !lone {
+                transpose::<HD>(kv, h * HD, stride, s.keys, &mut keys);
+            }
             for i in 0..s.queries {
                 let at = i * s.width + h * HD;
-                project::<HD>(&lane(q, at), &keys, &mut scores);
+                if lone {
+                    project_in_place::<HD>(&lane(q, at), kv, h * HD, stride, &mut scores);
+                } else {
+                    project::<HD>(&lane(q, at), &keys, &mut scores);
+                }
                 softmax(&mut scores, scale);
                 let mut sum = [0f32; HD];
                 for (p, row) in scores.iter().zip(kv.chunks_exact(stride)) {
@@ -414,6 +440,10 @@ mod blocked {
 }
 
 const BLOCKED_FROM: usize = 24;
+/// Queries below which keys stay where they lie.
+const LONE_QUERIES: usize = 8;
+/// Sums kept side by side in an inner product.
+const PARTS: usize = 4;
 
 #[cfg(test)]
 pub(in crate::ops) mod tests {
@@ -478,6 +508,7 @@ pub(in crate::ops) mod tests {
         check(&[noise(3, &[2, 11, 16]), noise(4, &[2, 9, 32])], |t| attention(&t[0], &t[1], 1).unwrap());
         check(&[noise(5, &[2, 30, 8]), noise(6, &[2, 70, 16])], |t| attention(&t[0], &t[1], 2).unwrap());
         check(&[noise(5, &[2, 140, 24]), noise(6, &[2, 30, 48])], |t| attention(&t[0], &t[1], 2).unwrap());
+        check(&[noise(5, &[1, 2, 64]), noise(6, &[2, 70, 128])], |t| attention(&t[0], &t[1], 1).unwrap());
         check(&[noise(7, &[6, 5]), noise(8, &[4, 5]), noise(9, &[4])], |t| {
             linear(&t[0], &t[1], &t[2]).unwrap()
         });

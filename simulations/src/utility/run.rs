@@ -1,0 +1,244 @@
+//! `bench utility`: federations of a set under several seeds, and the table of what each step is worth.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anstream::println;
+use anyhow::{Result, ensure};
+use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{ProgressBar, ProgressDrawTarget};
+use serde::Serialize;
+
+use super::contracts::Declared;
+use super::measure::{self, DomainLine, Figures, NewcomerLine, Scoring};
+use super::set::Set;
+use super::{federation, federation::Federated};
+use crate::cli::Output;
+use crate::process::now;
+use crate::quickstart::deployment::PlanChoices;
+
+/// What is measured.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// Folder of a set: `dataset.json`, `train/DOMAIN.parquet`, `test/DOMAIN.parquet`.
+    #[arg(long)]
+    data: PathBuf,
+    /// ε of the whole plan, at δ = 1e-5.
+    #[arg(long, default_value_t = 3.0)]
+    epsilon: f64,
+    /// Federations, each with another newcomer and other noise.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=100))]
+    seeds: u64,
+    /// Draws of a newcomer's rows.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    draws: u16,
+    /// Rounds of the plan.
+    #[arg(long, default_value_t = PlanChoices::default().rounds)]
+    rounds: u32,
+    /// Steps of pre-training on the corpus.
+    #[arg(long, default_value_t = PlanChoices::default().pretrain_steps)]
+    pretrain_steps: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct Outcome {
+    set: String,
+    epsilon: f64,
+    delta: f64,
+    seeds: u64,
+    unit: &'static str,
+    noise: &'static str,
+    declarations: &'static str,
+    #[serde(rename = "macro")]
+    macro_mean: Macro,
+    /// Standard errors of the macro means over seeds; empty for one seed.
+    macro_standard_error: Macro,
+    domains: Vec<DomainLine>,
+    newcomers: Vec<NewcomerLine>,
+    version: &'static str,
+    wall_s: f64,
+}
+
+#[derive(Debug, Default, Serialize)]
+struct Macro {
+    auc: BTreeMap<String, f64>,
+    log_loss: BTreeMap<String, f64>,
+}
+
+/// Runs the federations, scores them, prints the table.
+///
+/// # Errors
+/// A folder that can't be read, or a federation that doesn't come to its end.
+pub fn run(args: &Args, output: Output) -> Result<()> {
+    let began = now();
+    let set = Set::read(&args.data)?;
+    let bar = ProgressBar::new_spinner();
+    if !std::io::stderr().is_terminal() {
+        bar.set_draw_target(ProgressDrawTarget::hidden());
+    }
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let (mut domains, mut newcomers) = (Vec::new(), Vec::new());
+    for seed in 0..args.seeds {
+        bar.set_prefix(format!("seed {seed}"));
+        let (lines, more) = one(args, &set, seed, &bar)?;
+        domains.extend(lines);
+        newcomers.extend(more);
+    }
+    bar.finish_and_clear();
+    ensure!(domains.iter().any(|line| line.counted), "no domain has enough test rows of each class");
+    let macro_of = |of_domain: fn(&DomainLine) -> &Figures,
+                    of_newcomer: fn(&NewcomerLine) -> &Figures,
+                    best: fn(f64, f64) -> f64| {
+        let by_seed: Vec<BTreeMap<String, f64>> = (0..args.seeds)
+            .map(|seed| {
+                let lines: Vec<&DomainLine> =
+                    domains.iter().filter(|l| l.seed == seed && l.counted).collect();
+                let mut figures = means(&lines.iter().map(|line| of_domain(line)).collect::<Vec<_>>());
+                for (name, rivals) in [("best_local", LOCAL), ("best_pooled", POOLED)] {
+                    let found = rivals.iter().filter_map(|rival| figures.get(*rival).copied()).reduce(best);
+                    figures.extend(found.map(|figure| (name.to_owned(), figure)));
+                }
+                for line in newcomers.iter().filter(|line| line.seed == seed) {
+                    let size = if line.rows == 64 { String::new() } else { format!("_{}", line.rows) };
+                    figures
+                        .extend(of_newcomer(line).iter().map(|(n, f)| (format!("newcomer{size}_{n}"), *f)));
+                }
+                figures
+            })
+            .collect();
+        over_seeds(&by_seed)
+    };
+    let (auc, auc_error) = macro_of(|line| &line.auc, |line| &line.auc, f64::max);
+    let (log_loss, log_loss_error) = macro_of(|line| &line.log_loss, |line| &line.log_loss, f64::min);
+    let outcome = Outcome {
+        set: set.name.clone(),
+        epsilon: args.epsilon,
+        delta: PlanChoices::default().delta,
+        seeds: args.seeds,
+        unit: if set.by_entity { "entity" } else { "row" },
+        noise: "local: every agent noises alone",
+        declarations: "ranges and levels stand in for the owners' and come from pooled training rows, outside the claim",
+        macro_mean: Macro { auc, log_loss },
+        macro_standard_error: Macro { auc: auc_error, log_loss: log_loss_error },
+        domains,
+        newcomers,
+        version: env!("CARGO_PKG_VERSION"),
+        wall_s: began.elapsed().as_secs_f64(),
+    };
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&outcome)?),
+        Output::Text => print(&outcome),
+    }
+    Ok(())
+}
+
+/// One federation, with another domain as the newcomer each time.
+fn one(args: &Args, set: &Set, seed: u64, bar: &ProgressBar) -> Result<(Vec<DomainLine>, Vec<NewcomerLine>)> {
+    let left_out = usize::try_from(seed)? % set.domains.len();
+    let newcomer = &set.domains[left_out];
+    let members: Vec<String> = set.domains.iter().filter(|domain| *domain != newcomer).cloned().collect();
+    let declared = Declared::from_rows(set, &set.pooled(&members)?)?;
+    let root = tempfile::Builder::new().prefix("tabmesh-utility-").tempdir()?;
+    let choices = PlanChoices {
+        name: set.name.clone(),
+        target: "target.label".into(),
+        epsilon: args.epsilon,
+        agents: members.len(),
+        rounds: args.rounds,
+        pretrain_steps: args.pretrain_steps,
+        deadline_s: 3600,
+        ..PlanChoices::default()
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let federated: Federated =
+        runtime.block_on(federation::run(root.path(), set, &declared, &members, &choices, seed, bar))?;
+    runtime.shutdown_background();
+    let tell = |what: &str| bar.set_message(what.to_owned());
+    let scoring =
+        Scoring { federated: &federated, set, declared: &declared, members: &members, seed, tell: &tell };
+    let lines = measure::members(&scoring)?;
+    Ok((lines, measure::newcomer(&scoring, newcomer, usize::from(args.draws))?))
+}
+
+/// Means over lines of the figures that all of them have.
+fn means(lines: &[&Figures]) -> BTreeMap<String, f64> {
+    let names: BTreeSet<&str> = lines.iter().flat_map(|line| line.keys().copied()).collect();
+    names
+        .into_iter()
+        .filter_map(|name| {
+            let figures: Vec<f64> =
+                lines.iter().map(|line| line.get(name).copied()).collect::<Option<_>>()?;
+            Some((name.to_owned(), figures.iter().sum::<f64>() / figures.len() as f64))
+        })
+        .collect()
+}
+
+/// Means over seeds, and their standard errors where there is more than one seed.
+fn over_seeds(by_seed: &[BTreeMap<String, f64>]) -> (BTreeMap<String, f64>, BTreeMap<String, f64>) {
+    let (mut all, mut errors) = (BTreeMap::new(), BTreeMap::new());
+    let names: BTreeSet<&String> = by_seed.iter().flat_map(BTreeMap::keys).collect();
+    for name in names {
+        let figures: Vec<f64> = by_seed.iter().filter_map(|figures| figures.get(name).copied()).collect();
+        let n = figures.len() as f64;
+        let mean = figures.iter().sum::<f64>() / n;
+        all.insert(name.clone(), mean);
+        if figures.len() > 1 {
+            let variance = figures.iter().map(|f| (f - mean).powi(2)).sum::<f64>() / (n - 1.0);
+            errors.insert(name.clone(), (variance / n).sqrt());
+        }
+    }
+    (all, errors)
+}
+
+fn print(outcome: &Outcome) {
+    let Outcome { set, epsilon, delta, seeds, unit, noise, declarations, .. } = outcome;
+    println!("{set}: epsilon {epsilon}, delta {delta}, unit {unit}, {seeds} federations; {noise}");
+    println!("{declarations}");
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(["macro mean", "AUC", "s.e.", "log loss", "s.e."]);
+    let figure = |figures: &BTreeMap<String, f64>, name: &str| {
+        figures.get(name).map_or_else(|| "-".to_owned(), |figure| format!("{figure:.4}"))
+    };
+    for name in outcome.macro_mean.auc.keys() {
+        table.add_row([
+            name.clone(),
+            figure(&outcome.macro_mean.auc, name),
+            figure(&outcome.macro_standard_error.auc, name),
+            figure(&outcome.macro_mean.log_loss, name),
+            figure(&outcome.macro_standard_error.log_loss, name),
+        ]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    println!("{table}");
+    println!("{:.0} s", outcome.wall_s);
+}
+
+/// Rivals that use a domain's own rows alone.
+const LOCAL: &[&str] = &["local_trees", "local_logistic", "base"];
+/// Rivals that pool real rows, as nobody may.
+const POOLED: &[&str] = &["pooled_trees", "pooled_logistic"];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn means_are_over_figures_that_every_domain_has() {
+        let (a, b) = (Figures::from([("x", 1.0), ("y", 3.0)]), Figures::from([("x", 2.0)]));
+        assert_eq!(means(&[&a, &b]), BTreeMap::from([("x".to_owned(), 1.5)]));
+    }
+
+    #[test]
+    fn standard_errors_need_two_seeds() {
+        let one = BTreeMap::from([("x".to_owned(), 1.0)]);
+        let (all, errors) = over_seeds(std::slice::from_ref(&one));
+        assert_eq!((all, errors.len()), (one.clone(), 0));
+        let (all, errors) = over_seeds(&[one, BTreeMap::from([("x".to_owned(), 3.0)])]);
+        assert_eq!((all["x"], errors["x"]), (2.0, 1.0));
+    }
+}
