@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anstream::println;
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::audit::{self, Audit};
 use crate::bench::{self, Bench};
 use crate::{process, quickstart};
 
@@ -45,6 +46,14 @@ enum Command {
     Bench {
         #[command(subcommand)]
         what: Bench,
+        /// Form of the result.
+        #[arg(long, value_enum, default_value_t = Output::Text, global = true)]
+        output: Output,
+    },
+    /// Attacks our own code, each beside controls that it must catch.
+    Audit {
+        #[command(subcommand)]
+        what: Audit,
         /// Form of the result.
         #[arg(long, value_enum, default_value_t = Output::Text, global = true)]
         output: Output,
@@ -106,6 +115,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Bench { what, output } => bench::run(what, output),
+        Command::Audit { what, output } => audit::run(what, output),
         Command::Certs { action: CertsAction::Dev { out, domains } } => {
             let mut roles = vec![quickstart::pki::Role::Coordinator];
             roles.push(quickstart::deployment::operator());

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod audit;
 pub mod baseline;
 pub mod bench;
 pub mod cli;

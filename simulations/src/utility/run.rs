@@ -72,6 +72,15 @@ struct Macro {
 /// # Errors
 /// A folder that can't be read, or a federation that doesn't come to its end.
 pub fn run(args: &Args, output: Output) -> Result<()> {
+    let outcome = measured(args)?;
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&outcome)?),
+        Output::Text => print(&outcome),
+    }
+    Ok(())
+}
+
+fn measured(args: &Args) -> Result<Outcome> {
     let began = now();
     let set = Set::read(&args.data)?;
     let bar = ProgressBar::new_spinner();
@@ -112,7 +121,7 @@ pub fn run(args: &Args, output: Output) -> Result<()> {
     };
     let (auc, auc_error) = macro_of(|line| &line.auc, |line| &line.auc, f64::max);
     let (log_loss, log_loss_error) = macro_of(|line| &line.log_loss, |line| &line.log_loss, f64::min);
-    let outcome = Outcome {
+    Ok(Outcome {
         set: set.name.clone(),
         epsilon: args.epsilon,
         delta: PlanChoices::default().delta,
@@ -126,12 +135,7 @@ pub fn run(args: &Args, output: Output) -> Result<()> {
         newcomers,
         version: env!("CARGO_PKG_VERSION"),
         wall_s: began.elapsed().as_secs_f64(),
-    };
-    match output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&outcome)?),
-        Output::Text => print(&outcome),
-    }
-    Ok(())
+    })
 }
 
 /// One federation, with another domain as the newcomer each time.
@@ -225,7 +229,107 @@ const POOLED: &[&str] = &["pooled_trees", "pooled_logistic"];
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use std::fs::File;
+    use std::path::Path;
+    use std::sync::Arc;
+
+    use arrow_array::{ArrayRef, Float64Array, Int8Array, Int64Array, RecordBatch, StringArray};
+    use parquet::arrow::ArrowWriter;
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha20Rng;
+
     use super::*;
+
+    /// Four domains with a signal that a tree finds.
+    fn write_set(folder: &Path) {
+        let columns = r#"[{"name":"row_id","type":"int64","role":"row_id"},{"name":"label","type":"int8","role":"label"},
+            {"name":"Visits","type":"int64","role":"feature"},{"name":"load","type":"double","role":"feature"},
+            {"name":"kind","type":"string","role":"sensitive"},{"name":"surname","type":"string","role":"pii"}]"#;
+        let domains = r#"[{"name":"north_1"},{"name":"south_1"},{"name":"east_1"},{"name":"west_1"}]"#;
+        let text = format!(
+            r#"{{"name":"made_up","kind":"domains","task":"binary","privacy_unit":"row_id (visit)","columns":{columns},"domains":{domains}}}"#
+        );
+        std::fs::write(folder.join("dataset.json"), text).unwrap();
+        let mut rng = ChaCha20Rng::seed_from_u64(1);
+        for part in ["train", "test"] {
+            std::fs::create_dir_all(folder.join(part)).unwrap();
+            for domain in ["north_1", "south_1", "east_1", "west_1"] {
+                let visits: Vec<i64> = (0..ROWS).map(|_| rng.random_range(0..40)).collect();
+                let load: Vec<Option<f64>> =
+                    (0..ROWS).map(|_| rng.random_bool(0.9).then(|| rng.random_range(-1.0..1.0))).collect();
+                let kinds: Vec<&str> = (0..ROWS).map(|_| ["a", "b", "c"][rng.random_range(0..3)]).collect();
+                let labels = visits.iter().zip(&kinds).map(|(v, kind)| {
+                    let p = if *v > 20 { 0.8 } else { 0.2 } - if *kind == "a" { 0.15 } else { 0.0 };
+                    i8::from(rng.random_bool(p))
+                });
+                let labels: Vec<i8> = labels.collect();
+                let columns: Vec<(&str, ArrayRef)> = vec![
+                    ("row_id", Arc::new(Int64Array::from_iter_values(0..ROWS as i64))),
+                    ("label", Arc::new(Int8Array::from(labels))),
+                    ("Visits", Arc::new(Int64Array::from(visits))),
+                    ("load", Arc::new(Float64Array::from(load))),
+                    ("kind", Arc::new(StringArray::from(kinds))),
+                    ("surname", Arc::new(StringArray::from_iter_values((0..ROWS).map(|i| format!("s{i}"))))),
+                ];
+                let batch = RecordBatch::try_from_iter(columns).unwrap();
+                let file = File::create(folder.join(part).join(format!("{domain}.parquet"))).unwrap();
+                let mut writer = ArrowWriter::try_new(file, batch.schema(), None).unwrap();
+                writer.write(&batch).unwrap();
+                writer.close().unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_folder_goes_through_the_whole_loop_and_every_step_has_a_figure() {
+        let folder = tempfile::tempdir().unwrap();
+        write_set(folder.path());
+        let args = Args {
+            data: folder.path().to_owned(),
+            epsilon: 3.0,
+            seeds: 1,
+            draws: 1,
+            rounds: 1,
+            pretrain_steps: 1,
+        };
+        let outcome = measured(&args).unwrap();
+        // The first domain is the first seed's newcomer and takes part in nothing.
+        let domains: Vec<&str> = outcome.domains.iter().map(|line| line.domain.as_str()).collect();
+        assert_eq!(domains, ["south_1", "east_1", "west_1"]);
+        assert_eq!(
+            outcome.newcomers.first().map(|line| (line.domain.as_str(), line.rows)),
+            Some(("north_1", 64))
+        );
+        let names = [
+            "local_trees",
+            "local_logistic",
+            "local_trees_corpus",
+            "pooled_trees",
+            "pooled_logistic",
+            "base",
+            "base_mixed",
+            "corpus",
+            "served",
+            "best_local",
+            "best_pooled",
+            "newcomer_local_trees",
+            "newcomer_served",
+        ];
+        for name in names {
+            let auc = outcome.macro_mean.auc.get(name).unwrap_or_else(|| panic!("no figure for {name}"));
+            assert!(
+                (0.0..=1.0).contains(auc) && outcome.macro_mean.log_loss.contains_key(name),
+                "{name}: {auc}"
+            );
+        }
+        assert!(outcome.macro_mean.auc["pooled_trees"] > 0.7, "{:?}", outcome.macro_mean.auc);
+        let best = outcome.macro_mean.auc["best_local"];
+        assert!(["local_trees", "local_logistic", "base"].iter().all(|n| outcome.macro_mean.auc[*n] <= best));
+    }
+
+    const ROWS: usize = 240;
 
     #[test]
     fn means_are_over_figures_that_every_domain_has() {

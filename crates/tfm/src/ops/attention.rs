@@ -190,7 +190,13 @@ fn project<const HD: usize>(vector: &[f32; HD], transposed: &[f32], out: &mut [f
 
 /// `out[j] = vector . key j`, keys where they lie: for so few queries that turning all keys would cost more.
 #[inline]
-fn project_in_place<const HD: usize>(vector: &[f32; HD], kv: &[f32], start: usize, stride: usize, out: &mut [f32]) {
+fn project_in_place<const HD: usize>(
+    vector: &[f32; HD],
+    kv: &[f32],
+    start: usize,
+    stride: usize,
+    out: &mut [f32],
+) {
     for (o, row) in out.iter_mut().zip(kv.chunks_exact(stride)) {
         let key = lane::<HD>(row, start);
         let mut sums = [0f32; PARTS];
