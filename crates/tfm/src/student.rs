@@ -365,8 +365,8 @@ mod tests {
         let student = Student::random(rows.column_keys.clone(), 5, &mut rng);
         let mut gradient: Vec<Layer> = student.layers.iter().map(Layer::zeros_like).collect();
         student.accumulate(rows.row(0), 0.3, &mut gradient);
-        for layer in 0..3 {
-            let count = student.layers[layer].values().count();
+        for (layer, got) in gradient.iter().enumerate() {
+            let count = got.values().count();
             for at in 0..count {
                 let loss = |change: f32| {
                     let mut moved = student.clone();
@@ -374,7 +374,7 @@ mod tests {
                     cross_entropy(moved.logit(rows.row(0)), 0.3)
                 };
                 let slope = (loss(1e-2) - loss(-1e-2)) / 2e-2;
-                let got = f64::from(*gradient[layer].values().nth(at).unwrap());
+                let got = f64::from(*got.values().nth(at).unwrap());
                 assert!((slope - got).abs() < 2e-3 * (1.0 + got.abs()), "{layer} {at}: {slope} {got}");
             }
         }
@@ -406,9 +406,7 @@ mod tests {
         assert!(fit(&rows, &p, MAX_HIDDEN + 1).is_err() && fit(&rows, &p, 0).is_err());
         assert!(fit(&table(MIN_ROWS - 1, 3, 4), &p[1..], 4).is_err());
         assert!(fit(&rows, &p[1..], 4).is_err());
-        assert!(
-            fit(&rows, &vec![1.5; MIN_ROWS], 4).is_err() && fit(&rows, &vec![f64::NAN; MIN_ROWS], 4).is_err()
-        );
+        assert!(fit(&rows, &[1.5; MIN_ROWS], 4).is_err() && fit(&rows, &[f64::NAN; MIN_ROWS], 4).is_err());
         assert!(matches!(
             student.logits(&table(2, 4, 1)),
             Err(TfmError::Mismatch { what: "query columns", .. })

@@ -348,11 +348,11 @@ pub(crate) mod tests {
         };
         // Rows 0 to 2 have b and c as second feature: order of ids decides.
         assert_eq!(scale(&[0, 1]), Scale::Linear);
-        let FeatureKind::Numeric(heavy) = kind(&table.columns[2].1, &[0, 1, 2]).unwrap() else {
+        let FeatureKind::Numeric(heavy) = RawTable::kind(&table.columns[2].1, &[0, 1, 2]).unwrap() else {
             panic!("a number")
         };
         assert_eq!(heavy.scale, Scale::Log1p);
-        assert!(kind(&table.columns[1].1, &[0, 1]).is_none());
+        assert!(RawTable::kind(&table.columns[1].1, &[0, 1]).is_none());
     }
 
     #[test]
