@@ -32,7 +32,8 @@ impl Calibration {
         1.0 / (1.0 + (-(self.slope * logit + self.intercept)).exp())
     }
 
-    /// Fits on logits and labels; [`Self::NONE`] unless cross-validation shows a gain of one standard error.
+    /// Fits on logits and labels; [`Self::NONE`] with few rows of a class, or unless cross-validation shows a gain of one standard
+    /// error.
     ///
     /// `labels` are whether each row is of class 1. Rows are dealt to folds by position.
     #[must_use]
@@ -43,6 +44,10 @@ impl Calibration {
             .zip(labels.iter().copied())
             .filter(|(logit, _)| logit.is_finite())
             .collect();
+        let ones = rows.iter().filter(|(_, label)| *label).count();
+        if ones.min(rows.len() - ones) < MIN_CLASS_ROWS {
+            return Self::NONE;
+        }
         let mut gains = Vec::with_capacity(rows.len());
         for fold in 0..FOLDS {
             let part =
@@ -119,6 +124,8 @@ fn mean_and_error(values: &[f64]) -> (f64, f64) {
     (mean, (variance / n).sqrt())
 }
 
+/// Rows of each class below which nothing is fitted.
+const MIN_CLASS_ROWS: usize = 10;
 /// Parts of the gate rows that are held out in turn.
 const FOLDS: usize = 5;
 /// Weight of the penalty, in rows: a handful of rows moves nothing.

@@ -25,18 +25,14 @@ pub struct Context {
     slots: Option<Tensor>,
     /// 0/1 matrix from column deltas to slots.
     slot_sums: Tensor,
-    views: Vec<View>,
+    /// Summary of the context for each column block, `(views * slots, inducing, 2 E)`.
+    columns: Vec<Tensor>,
+    /// Keys and values of the context for each in-context block, `(views, rows, 2 D)`.
+    keys_values: Vec<Tensor>,
 }
 
-/// One labelling of the context.
-struct View {
-    /// Whether the classes are swapped.
-    swapped: bool,
-    /// Summary of the context for each column block, `(columns, inducing, 2 E)`.
-    columns: Vec<Tensor>,
-    /// Keys and values of the context for each in-context block, `(1, rows, 2 D)`.
-    rows: Vec<Tensor>,
-}
+/// What one labelling of the context adds to the cache: column blocks, in-context blocks.
+type View = (Vec<Tensor>, Vec<Tensor>);
 
 /// How predictions are made from a context.
 #[derive(Debug, Clone, Copy, Default)]
@@ -90,17 +86,22 @@ impl Context {
             rows: table.rows,
             slots,
             slot_sums: slot_sums(config.variant.grouping(), table.columns)?,
-            views: Vec::with_capacity(2),
+            columns: Vec::new(),
+            keys_values: Vec::new(),
         };
-        for swapped in [false, true] {
-            let labels: Vec<u8> = labels.iter().map(|l| l ^ u8::from(swapped)).collect();
-            let view = context.view(table, &labels, swapped)?;
-            context.views.push(view);
+        let mut views = Vec::with_capacity(VIEWS);
+        for view in 0..VIEWS {
+            let swapped = u8::from(is_swapped(view));
+            let labels: Vec<u8> = labels.iter().map(|l| l ^ swapped).collect();
+            views.push(context.view(table, &labels)?);
         }
+        // Side by side, so that one pass over the weights serves all views.
+        let (columns, keys_values): (Vec<_>, Vec<_>) = views.into_iter().unzip();
+        (context.columns, context.keys_values) = (stacked(&columns)?, stacked(&keys_values)?);
         Ok(context)
     }
 
-    fn view(&self, table: &EncodedTable, labels: &[u8], swapped: bool) -> Result<View, TfmError> {
+    fn view(&self, table: &EncodedTable, labels: &[u8]) -> Result<View, TfmError> {
         let parts = &self.model.parts;
         let one_hot = self.model.one_hot_rows(std::iter::once(labels), 1, table.rows)?;
         let groups = parts.column.groups(&table.values, 1, table.rows, table.columns)?;
@@ -115,7 +116,7 @@ impl Context {
         }
         let vectors = Tensor::cat(&vectors, 0)?.unsqueeze(0)?;
         let rows = parts.icl.context((vectors + parts.icl.labels(&one_hot)?)?)?;
-        Ok(View { swapped, columns, rows })
+        Ok((columns, rows))
     }
 
     /// The model.
@@ -134,7 +135,7 @@ impl Context {
     #[must_use]
     pub fn bytes(&self) -> usize {
         let held = |tensors: &[Tensor]| tensors.iter().map(Tensor::elem_count).sum::<usize>();
-        self.views.iter().map(|view| held(&view.columns) + held(&view.rows)).sum::<usize>() * size_of::<f32>()
+        (held(&self.columns) + held(&self.keys_values)) * size_of::<f32>()
     }
 
     /// Keys of the columns that query rows must have, in this order.
@@ -156,24 +157,35 @@ impl Context {
         let delta = tokens.map(|t| self.slot_delta(t)).transpose()?;
         let mut logits = Vec::with_capacity(queries.rows);
         for values in queries.values.chunks(CHUNK_ROWS * queries.columns) {
-            let mut total: Option<Tensor> = None;
-            for view in 0..self.views.len() {
-                let mut cells = self.cells(view, values)?;
-                if let Some(delta) = &delta {
-                    cells = cells.broadcast_add(delta)?;
-                }
-                let margin = self.margins(view, &cells)?;
-                total = Some(match total {
-                    Some(sum) => (sum + margin)?,
-                    None => margin,
-                });
-            }
-            if let Some(total) = total {
-                let share = 1.0 / self.views.len() as f64;
-                logits.extend(total.to_vec1::<f32>()?.into_iter().map(|m| f64::from(m) * share));
-            }
+            logits.extend(self.averaged(values, delta.as_ref())?.into_iter().map(f64::from));
         }
         Ok(logits)
+    }
+
+    /// Logits of class 1 of a few rows, averaged over all views in one pass.
+    fn averaged(&self, values: &[f32], delta: Option<&Tensor>) -> Result<Vec<f32>, TfmError> {
+        let columns = self.column_keys.len();
+        let parts = &self.model.parts;
+        let rows = values.len() / columns;
+        let groups = parts.column.groups(values, 1, rows, columns)?;
+        let groups = Tensor::cat(&[&groups; VIEWS], 0)?;
+        let cells = parts.column.query(parts.column.input(&groups)?, &self.columns)?;
+        let cells = parts.column.output(cells, &groups)?;
+        let (_, _, width) = cells.dims3()?;
+        let cells = cells.reshape((VIEWS, (), rows, width))?.transpose(1, 2)?.contiguous()?;
+        let mut cells = self.with_slots(cells.flatten_to(1)?)?;
+        if let Some(delta) = delta {
+            cells = cells.broadcast_add(delta)?;
+        }
+        let vectors = parts.row.rows(&cells)?.reshape((VIEWS, rows, ()))?;
+        let scores = parts.decoder.scores(&parts.icl.cached(vectors, &self.keys_values)?)?;
+        let margins = (scores.narrow(2, 1, 1)? - scores.narrow(2, 0, 1)?)?.squeeze(2)?;
+        let mut sums = vec![0f32; rows];
+        for (view, margins) in margins.to_vec2::<f32>()?.into_iter().enumerate() {
+            let share = if is_swapped(view) { -1.0 } else { 1.0 } / VIEWS as f32;
+            sums.iter_mut().zip(margins).for_each(|(sum, margin)| *sum += share * margin);
+        }
+        Ok(sums)
     }
 
     /// Probabilities `[class 0, class 1]` of each query row.
@@ -210,7 +222,7 @@ impl Context {
     /// Number of views averaged into a prediction.
     #[must_use]
     pub fn views(&self) -> usize {
-        self.views.len()
+        VIEWS
     }
 
     /// Cells `(rows, columns, E)` of query rows before any adapter; they depend on each row and the context alone.
@@ -218,7 +230,7 @@ impl Context {
         let columns = self.column_keys.len();
         let parts = &self.model.parts;
         let groups = parts.column.groups(values, 1, values.len() / columns, columns)?;
-        let cells = parts.column.query(parts.column.input(&groups)?, &self.views[view].columns)?;
+        let cells = parts.column.query(parts.column.input(&groups)?, &of_view(&self.columns, view)?)?;
         let cells = parts.column.output(cells, &groups)?;
         self.with_slots(cells.transpose(0, 1)?.contiguous()?)
     }
@@ -226,11 +238,11 @@ impl Context {
     /// Logits of class 1 `(rows)` of one view from cells `(rows, columns, E)`, class order restored.
     pub(crate) fn margins(&self, view: usize, cells: &Tensor) -> Result<Tensor, TfmError> {
         let parts = &self.model.parts;
-        let view = &self.views[view];
         let vectors = parts.row.rows(cells)?.unsqueeze(0)?;
-        let scores = parts.decoder.scores(&parts.icl.cached(vectors, &view.rows)?)?.squeeze(0)?;
+        let cache = of_view(&self.keys_values, view)?;
+        let scores = parts.decoder.scores(&parts.icl.cached(vectors, &cache)?)?.squeeze(0)?;
         let (zero, one) = (scores.narrow(1, 0, 1)?.squeeze(1)?, scores.narrow(1, 1, 1)?.squeeze(1)?);
-        Ok(if view.swapped { (zero - one)? } else { (one - zero)? })
+        Ok(if is_swapped(view) { (zero - one)? } else { (one - zero)? })
     }
 
     /// An adapter's deltas by slot `(1, columns, E)`.
@@ -252,6 +264,29 @@ impl Context {
     }
 }
 
+/// The blocks of all views side by side, view by view.
+fn stacked(views: &[Vec<Tensor>]) -> Result<Vec<Tensor>, TfmError> {
+    let blocks = views.first().map_or(0, Vec::len);
+    let block = |at: usize| Tensor::cat(&views.iter().map(|view| &view[at]).collect::<Vec<_>>(), 0);
+    Ok((0..blocks).map(block).collect::<Result<_, _>>()?)
+}
+
+/// One view's part of the blocks, without a copy.
+fn of_view(blocks: &[Tensor], view: usize) -> Result<Vec<Tensor>, TfmError> {
+    let part = |block: &Tensor| {
+        let size = block.dim(0)? / VIEWS;
+        block.narrow(0, view * size, size)
+    };
+    Ok(blocks.iter().map(part).collect::<Result<_, _>>()?)
+}
+
+/// Whether a view has the two classes swapped.
+const fn is_swapped(view: usize) -> bool {
+    view == 1
+}
+
+/// Labellings of the context that are averaged: as given, and with the classes swapped.
+const VIEWS: usize = 2;
 /// Most context rows.
 pub const MAX_CONTEXT_ROWS: usize = 16_384;
 /// Query rows computed together, which bounds memory.
