@@ -24,6 +24,7 @@ use tabmesh_sim::quickstart::deployed::client_tls;
 use tabmesh_sim::quickstart::deployment::{self, Layout, PlanChoices};
 use tabmesh_sim::quickstart::pki::{PkiFolder, Role};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use crate::tap::{Call, Tap};
 
@@ -33,6 +34,8 @@ pub(crate) const AGENTS: usize = 3;
 pub(crate) const ROWS: usize = 120;
 /// Seed of noise, secrets and ids.
 const SEED: u64 = 5;
+/// Time for the last connections of a run to close.
+const LEAVING: Duration = Duration::from_millis(300);
 /// The time, always.
 const NOW_MS: i64 = 1_800_000_000_000;
 
@@ -74,6 +77,7 @@ pub(crate) async fn run(
     log: &Mutex<Vec<String>>,
 ) -> Outcome {
     let layout = Layout::at(root);
+    log.lock().unwrap().clear();
     let base = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/nano/base.safetensors");
     let plan = PlanChoices {
         agents: AGENTS,
@@ -88,10 +92,10 @@ pub(crate) async fn run(
     let wait = |mut stopped: watch::Receiver<bool>| async move {
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    let coordinator = start_coordinator(&layout, wait(stopped.clone())).await;
+    let (coordinator, answering) = start_coordinator(&layout, wait(stopped.clone())).await;
 
     let operator = OperatorClient::new(link(pki, coordinator, &deployment::operator()).await);
-    let mut taps = Vec::new();
+    let (mut taps, mut agents) = (Vec::new(), Vec::new());
     for (at, domain) in DOMAINS.iter().take(AGENTS).enumerate() {
         let address = addresses[at];
         let tap = Tap::start(pki, &Role::agent(domain.id), address, coordinator).await;
@@ -104,7 +108,7 @@ pub(crate) async fn run(
         }
         let agent = open(&layout, domain);
         let shutdown = wait(stopped.clone());
-        tokio::spawn(async move { agent.run(TcpDial, shutdown).await.unwrap() });
+        agents.push(tokio::spawn(async move { agent.run(TcpDial, shutdown).await.unwrap() }));
         taps.push(tap);
         // One after the other, so that sessions are numbered alike in every run.
         let connected = async || {
@@ -131,17 +135,23 @@ pub(crate) async fn run(
     collect(&layout.coordinator().join("data").join("ledgers"), &mut files);
     collect(&layout.coordinator().join("data").join("audit.log"), &mut files);
     let mut log = std::mem::take(&mut *log.lock().unwrap());
-    // Agents answer side by side: the order among them is chance. Those of the run before leave when they do.
+    // Agents answer side by side: the order among them is chance.
     log.sort();
-    log.retain(|line| !line.contains("agent disconnected"));
+    // Everyone leaves before the next run begins, so that what they say in leaving is in nobody's log.
     stop.send(true).unwrap();
+    for agent in agents {
+        agent.await.unwrap();
+    }
+    drop((operator, auditor, taps));
+    answering.await.unwrap();
+    tokio::time::sleep(LEAVING).await;
     Outcome { calls, log, files, report }
 }
 
 async fn start_coordinator(
     layout: &Layout,
     shutdown: impl Future<Output = ()> + Send + 'static,
-) -> SocketAddr {
+) -> (SocketAddr, JoinHandle<()>) {
     let mut config = tabmesh_coordinator::config::Config::load(&layout.coordinator_config()).unwrap();
     // No heartbeat falls into the run: what is compared follows from the work alone.
     config.heartbeat_interval_ms = 600_000;
@@ -153,10 +163,10 @@ async fn start_coordinator(
         ids: Box::new(ChaCha20Rng::seed_from_u64(SEED)),
     };
     let switches = tabmesh_coordinator::Switches { insecure_dev: true };
-    tokio::spawn(async move {
+    let answering = tokio::spawn(async move {
         tabmesh_coordinator::run(config, switches, listener, surroundings, shutdown).await.unwrap();
     });
-    address
+    (address, answering)
 }
 
 fn open(layout: &Layout, domain: &Domain) -> Agent {
