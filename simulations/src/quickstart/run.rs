@@ -54,6 +54,12 @@ pub fn run(options: Options) -> Result<()> {
     };
     std::fs::create_dir_all(&root)?;
     let root = root.canonicalize()?;
+    // Ledgers, addresses and certificates of an earlier deployment don't go with those of a new one.
+    ensure!(
+        std::fs::read_dir(&root)?.next().is_none(),
+        "{} is not empty: name a new folder, or remove this one",
+        root.display()
+    );
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let outcome = runtime.block_on(async {
         tokio::select! {
