@@ -114,7 +114,8 @@ impl Calibration {
     }
 }
 
-fn mean_and_error(values: &[f64]) -> (f64, f64) {
+/// Mean and its standard error, which is infinite for fewer than two values.
+pub(crate) fn mean_and_error(values: &[f64]) -> (f64, f64) {
     let n = values.len() as f64;
     if n < 2.0 {
         return (0.0, f64::INFINITY);
@@ -165,6 +166,14 @@ mod tests {
         assert_eq!(Calibration::fit(&logits, &labels), Calibration::NONE);
         assert_eq!(Calibration::fit(&logits[..6], &[false; 6]), Calibration::NONE);
         assert_eq!(Calibration::fit(&[], &[]), Calibration::NONE);
+    }
+
+    #[test]
+    fn the_standard_error_is_that_of_a_mean() {
+        // Variance of 1, 2, 3, 4 is 5/3; its mean's standard error is sqrt(5/12).
+        let (mean, error) = mean_and_error(&[1.0, 2.0, 3.0, 4.0]);
+        assert!((mean - 2.5).abs() < 1e-12 && (error - (5.0_f64 / 12.0).sqrt()).abs() < 1e-12);
+        assert!(mean_and_error(&[1.0]).1.is_infinite());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use tabmesh_tfm::context::Context;
 use tabmesh_tfm::model::Model;
 use tabmesh_tfm::table::{Coding, EncodedTable, Preprocessing};
 
-use crate::calibrate::Calibration;
+use crate::calibrate::{Calibration, mean_and_error};
 use crate::config::ContextSection;
 use crate::publication::{ArtefactError, Artefacts};
 use crate::train::onto;
@@ -397,7 +397,7 @@ pub fn choose(
         return Ok(Choice { log_loss, ..Choice::default(reason) });
     };
     let gains: Vec<f64> = holder.losses.iter().zip(&best.losses).map(|(a, b)| a - b).collect();
-    let (gain, error) = (mean(&gains), standard_error(&gains));
+    let (gain, error) = mean_and_error(&gains);
     let (chosen, mut reason) = if best.candidate != champion && gain >= error && gain > 0.0 {
         let winner = best.candidate;
         (best, format!("{winner} is better than {champion} by {gain:.4} ± {error:.4} in log loss"))
@@ -435,16 +435,6 @@ fn losses(logits: &[f64], gate: &TypedBatch) -> Vec<f64> {
     logits.iter().zip(&gate.labels).map(loss).collect()
 }
 
-fn standard_error(values: &[f64]) -> f64 {
-    let n = values.len() as f64;
-    if n < 2.0 {
-        return f64::INFINITY;
-    }
-    let mean = values.iter().sum::<f64>() / n;
-    let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    (variance / n).sqrt()
-}
-
 /// Minority rows at the gate below which the default is served.
 pub const MIN_MINORITY: usize = 20;
 /// Smallest probability that is scored.
@@ -461,12 +451,5 @@ mod tests {
         assert_eq!((all.len(), distinct.len()), (8, 8));
         assert_eq!(Candidate::all(false).len(), 4);
         assert!(all.contains(&Candidate::DEFAULT));
-    }
-
-    #[test]
-    fn the_standard_error_is_that_of_a_mean() {
-        // Variance of 1, 2, 3, 4 is 5/3; its mean's standard error is sqrt(5/12).
-        assert!((standard_error(&[1.0, 2.0, 3.0, 4.0]) - (5.0_f64 / 12.0).sqrt()).abs() < 1e-12);
-        assert!(standard_error(&[1.0]).is_infinite());
     }
 }

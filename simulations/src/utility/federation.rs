@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use indicatif::ProgressBar;
 use rand::SeedableRng;
 use rand_chacha::ChaCha20Rng;
 use tabmesh_agent::serving::Serving;
@@ -42,7 +41,7 @@ pub(super) async fn run(
     members: &[String],
     choices: &PlanChoices,
     seed: u64,
-    bar: &ProgressBar,
+    tell: &dyn Fn(&str),
 ) -> Result<Federated> {
     let layout = Layout::at(root);
     let roles: Vec<Role> = [Role::Coordinator, deployment::operator()]
@@ -102,7 +101,7 @@ pub(super) async fn run(
     let mut events = operator.watch_plan(&id, 0).await?;
     let mut last = None;
     while let Some(event) = events.next().await? {
-        bar.set_message(event.phase.clone());
+        tell(&event.phase);
         last = Some(event);
     }
     match last {
@@ -110,7 +109,7 @@ pub(super) async fn run(
         Some(event) => bail!("the plan ended as {}: {}", event.phase, event.detail),
         None => bail!("the plan says nothing"),
     }
-    bar.set_message("choosing");
+    tell("every member chooses");
     for member in members {
         let path = layout.domain(&name(member)).join("data").join("promoted.json");
         let began = now();

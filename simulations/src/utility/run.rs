@@ -8,7 +8,7 @@ use std::time::Duration;
 use anstream::println;
 use anyhow::{Result, ensure};
 use comfy_table::{CellAlignment, Table, presets};
-use indicatif::{ProgressBar, ProgressDrawTarget};
+use indicatif::ProgressBar;
 use serde::Serialize;
 
 use super::contracts::Declared;
@@ -83,19 +83,26 @@ pub fn run(args: &Args, output: Output) -> Result<()> {
 fn measured(args: &Args) -> Result<Outcome> {
     let began = now();
     let set = Set::read(&args.data)?;
-    let bar = ProgressBar::new_spinner();
-    if !std::io::stderr().is_terminal() {
-        bar.set_draw_target(ProgressDrawTarget::hidden());
+    let bar = std::io::stderr().is_terminal().then(ProgressBar::new_spinner);
+    if let Some(bar) = &bar {
+        bar.enable_steady_tick(Duration::from_millis(200));
     }
-    bar.enable_steady_tick(Duration::from_millis(200));
     let (mut domains, mut newcomers) = (Vec::new(), Vec::new());
     for seed in 0..args.seeds {
-        bar.set_prefix(format!("seed {seed}"));
-        let (lines, more) = one(args, &set, seed, &bar)?;
+        let tell = |what: &str| {
+            let line = format!("seed {seed} of {}: {what}", args.seeds);
+            match &bar {
+                Some(bar) => bar.set_message(line),
+                None => eprintln!("[{:6.1} s] {line}", began.elapsed().as_secs_f64()),
+            }
+        };
+        let (lines, more) = one(args, &set, seed, &tell)?;
         domains.extend(lines);
         newcomers.extend(more);
     }
-    bar.finish_and_clear();
+    if let Some(bar) = bar {
+        bar.finish_and_clear();
+    }
     ensure!(domains.iter().any(|line| line.counted), "no domain has enough test rows of each class");
     let macro_of = |of_domain: fn(&DomainLine) -> &Figures,
                     of_newcomer: fn(&NewcomerLine) -> &Figures,
@@ -139,7 +146,12 @@ fn measured(args: &Args) -> Result<Outcome> {
 }
 
 /// One federation, with another domain as the newcomer each time.
-fn one(args: &Args, set: &Set, seed: u64, bar: &ProgressBar) -> Result<(Vec<DomainLine>, Vec<NewcomerLine>)> {
+fn one(
+    args: &Args,
+    set: &Set,
+    seed: u64,
+    tell: &dyn Fn(&str),
+) -> Result<(Vec<DomainLine>, Vec<NewcomerLine>)> {
     let left_out = usize::try_from(seed)? % set.domains.len();
     let newcomer = &set.domains[left_out];
     let members: Vec<String> = set.domains.iter().filter(|domain| *domain != newcomer).cloned().collect();
@@ -157,11 +169,9 @@ fn one(args: &Args, set: &Set, seed: u64, bar: &ProgressBar) -> Result<(Vec<Doma
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let federated: Federated =
-        runtime.block_on(federation::run(root.path(), set, &declared, &members, &choices, seed, bar))?;
+        runtime.block_on(federation::run(root.path(), set, &declared, &members, &choices, seed, tell))?;
     runtime.shutdown_background();
-    let tell = |what: &str| bar.set_message(what.to_owned());
-    let scoring =
-        Scoring { federated: &federated, set, declared: &declared, members: &members, seed, tell: &tell };
+    let scoring = Scoring { federated: &federated, set, declared: &declared, members: &members, seed, tell };
     let lines = measure::members(&scoring)?;
     Ok((lines, measure::newcomer(&scoring, newcomer, usize::from(args.draws))?))
 }
