@@ -6,7 +6,6 @@
 //! on one directory: equal names hold equal bytes, and files being written carry a lock.
 
 use std::{
-    collections::BTreeSet,
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
     os::unix::fs::FileExt,
@@ -52,35 +51,22 @@ impl BlobStore {
     /// # Errors
     /// [`StoreError::BlobTooLarge`] above [`MAX_BLOB_BYTES`]; [`StoreError::Io`] if the system refuses.
     pub fn put(&self, bytes: &[u8]) -> Result<Digest, StoreError> {
+        check_size(bytes.len() as u64)?;
         let digest = Digest::of(bytes);
-        self.put_all(&[(digest, bytes)])?;
-        Ok(digest)
-    }
-
-    /// Stores several blobs as [`Self::put`] does, each under its digest as the caller computed it; every directory is
-    /// synced once. Reading checks a blob against its name, so a wrong name can't pass for its bytes.
-    ///
-    /// # Errors
-    /// As [`Self::put`]; some of the blobs may be stored then.
-    pub fn put_all(&self, blobs: &[(Digest, &[u8])]) -> Result<(), StoreError> {
-        let mut shards = BTreeSet::new();
-        for (digest, bytes) in blobs {
-            check_size(bytes.len() as u64)?;
-            let to = self.path(digest);
-            if to.is_file() {
-                continue;
-            }
-            let unique = format!("{}-{}", std::process::id(), self.counter.fetch_add(1, Ordering::Relaxed));
-            let temporary = self.root.join(TEMPORARY).join(unique);
-            let mut file = disk::open_locked(&temporary)?;
-            file.write_all(bytes)
-                .and_then(|()| file.sync_all())
-                .map_err(|error| StoreError::io("write", &temporary, &error))
-                .and_then(|()| shard_of(&to))
-                .and_then(|shard| disk::rename(&temporary, &to).map(|()| shards.insert(shard)))
-                .inspect_err(|_| drop(fs::remove_file(&temporary)))?;
+        let to = self.path(&digest);
+        if to.is_file() {
+            return Ok(digest);
         }
-        shards.iter().try_for_each(|shard| disk::sync_dir(shard))
+        let unique = format!("{}-{}", std::process::id(), self.counter.fetch_add(1, Ordering::Relaxed));
+        let temporary = self.root.join(TEMPORARY).join(unique);
+        let mut file = disk::open_locked(&temporary)?;
+        file.write_all(bytes)
+            .and_then(|()| file.sync_all())
+            .map_err(|error| StoreError::io("write", &temporary, &error))
+            .and_then(|()| make_shard(&to))
+            .and_then(|()| disk::publish(&temporary, &to))
+            .inspect_err(|_| drop(fs::remove_file(&temporary)))?;
+        Ok(digest)
     }
 
     /// Reads a whole blob and checks it against its name.
@@ -258,17 +244,15 @@ impl BlobWriter<'_> {
             .and_then(|()| self.file.sync_all())
             .map_err(|error| StoreError::io("sync", &self.path, &error))?;
         let to = self.store.path(&self.digest);
-        shard_of(&to)?;
+        make_shard(&to)?;
         disk::publish(&self.path, &to)?;
         Ok(self.digest)
     }
 }
 
-/// Directory of a blob, made if there is none.
-fn shard_of(path: &Path) -> Result<PathBuf, StoreError> {
-    let shard = path.parent().unwrap_or(path).to_owned();
-    disk::create_dir(&shard)?;
-    Ok(shard)
+/// Makes the directory of a blob if there is none.
+fn make_shard(path: &Path) -> Result<(), StoreError> {
+    path.parent().map_or(Ok(()), disk::create_dir)
 }
 
 fn check_size(got: u64) -> Result<(), StoreError> {

@@ -129,6 +129,20 @@ pub enum StoreError {
         /// The newest version this build reads.
         newest: u8,
     },
+    /// A pack's name isn't 1 to 64 lower-case letters, digits and dashes.
+    #[error("pack name {got:?} refused: expected 1 to 64 lower-case letters, digits and dashes")]
+    PackName {
+        /// The name given, cut short.
+        got: String,
+    },
+    /// A pack holds a frame that is neither whole nor the torn end of the last write.
+    #[error("pack {} is damaged at byte {offset}: set the file aside", path.display())]
+    PackDamaged {
+        /// The file.
+        path: PathBuf,
+        /// Offset of the frame's first byte.
+        offset: u64,
+    },
     /// A log holds a frame that is neither whole nor the torn end of the last write.
     #[error("log {} is damaged at byte {offset} (entry {seq}): {damage}", path.display())]
     LogDamaged {

@@ -16,6 +16,7 @@ mod error;
 pub mod format;
 pub mod log;
 pub mod merkle;
+pub mod pack;
 pub mod record;
 pub mod registry;
 
@@ -23,5 +24,6 @@ pub use blob::{BlobStore, BlobWriter};
 pub use digest::{Digest, Hasher};
 pub use error::{FrameDamage, StoreError};
 pub use log::{Log, LogEntry, LogHead, TornTail};
+pub use pack::PackStore;
 pub use record::{Memory, Op, Records, Sled};
 pub use registry::{Kind, NewVersion, Registry, Version};
