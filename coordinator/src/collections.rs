@@ -5,7 +5,7 @@
 //! durable wait and share the next commit. What a restart finds is handed back to the state machine, which resumes
 //! or abandons.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,14 +15,15 @@ use tabmesh_federation::phase::abandon::AbandonReason;
 use tabmesh_federation::phase::collect::{Collection, CollectionState, Payloads, Submission};
 use tabmesh_federation::phase::{Outcome, PhaseName, Refusal};
 use tabmesh_federation::round::{Round, RoundEvent};
+use tabmesh_federation::vector::Vector;
 use tabmesh_privacy::private::decode_vector;
 use tabmesh_proto::status::WireError;
 use tabmesh_store::record::MAX_VALUE_BYTES;
-use tabmesh_store::{BlobStore, Digest, Op, Records};
+use tabmesh_store::{BlobStore, Digest, Op, PackStore, Records};
 use tokio::sync::{Notify, oneshot};
 
 use crate::error::CoordinatorError;
-use crate::mesh::{Clock, locked, stored};
+use crate::mesh::{Clock, locked, named, stored};
 
 /// A collection of either kind, as stored.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -123,7 +124,7 @@ pub(crate) struct Arrival {
     /// Digest of the payload.
     pub(crate) digest: NamedDigest,
     /// The noised integers.
-    pub(crate) values: Arc<[i64]>,
+    pub(crate) vector: Vector,
     /// The same as bytes, to be stored.
     pub(crate) payload: Vec<u8>,
     /// Removes the assignment it answers, in the commit that accepts it.
@@ -138,7 +139,7 @@ impl Arrival {
             descriptor,
             agent: self.agent.clone(),
             payload: self.digest,
-            values: Arc::clone(&self.values),
+            vector: self.vector.clone(),
         }
     }
 }
@@ -147,6 +148,8 @@ impl Arrival {
 pub(crate) struct Collections {
     records: Arc<dyn Records>,
     blobs: Arc<BlobStore>,
+    /// The vectors, a pack a collection.
+    packs: PackStore,
     clock: Clock,
     open: Mutex<BTreeMap<CollectionId, Arc<Entry>>>,
 }
@@ -163,16 +166,21 @@ struct Waiting {
 }
 
 impl Collections {
-    pub(crate) fn new(records: Arc<dyn Records>, blobs: Arc<BlobStore>, clock: Clock) -> Self {
-        Self { records, blobs, clock, open: Mutex::new(BTreeMap::new()) }
+    pub(crate) fn new(
+        records: Arc<dyn Records>,
+        blobs: Arc<BlobStore>,
+        packs: PackStore,
+        clock: Clock,
+    ) -> Self {
+        Self { records, blobs, packs, clock, open: Mutex::new(BTreeMap::new()) }
     }
 
-    /// Stores a new collection and takes vectors for it from now on.
+    /// Stores a new collection, `with` whatever belongs to it in the same commit, and takes vectors for it from now on.
     ///
     /// # Errors
     /// [`CoordinatorError::Store`] if it can't be stored.
-    pub(crate) fn open(&self, id: CollectionId, state: Open) -> Result<(), CoordinatorError> {
-        self.save(id, &state, Vec::new())?;
+    pub(crate) fn open(&self, id: CollectionId, state: Open, with: Vec<Op>) -> Result<(), CoordinatorError> {
+        self.save(id, &state, with)?;
         let (state, waiting, changed) = (Mutex::new(state), Mutex::new(Vec::new()), Notify::new());
         locked(&self.open).insert(id, Arc::new(Entry { state, waiting, changed }));
         Ok(())
@@ -189,14 +197,12 @@ impl Collections {
         }
         let state = self.load(id)?.ok_or_else(|| missing(id))?;
         let mut payloads = Payloads::new();
-        let receipts = state.collection().map(|c| c.receipts().clone()).unwrap_or_default();
-        for receipt in receipts.values() {
-            let Ok(bytes) = self.blobs.get(&stored(receipt.payload)) else { continue };
+        for (digest, bytes) in self.packs.read(&id.to_string())? {
             if let Some(values) = decode_vector(&bytes) {
-                payloads.insert(receipt.payload, values.into());
+                payloads.insert(named(digest), values.into());
             }
         }
-        self.open(id, state.restart(payloads, (self.clock)()))
+        self.open(id, state.restart(payloads, (self.clock)()), Vec::new())
     }
 
     /// Judges one vector; what is accepted is durable when this returns. Nothing for an unknown collection.
@@ -259,7 +265,9 @@ impl Collections {
             }
             outcomes.push(Some(outcome));
         }
-        self.blobs.put_all(&payloads)?;
+        if !payloads.is_empty() {
+            self.packs.append(&id.to_string(), &payloads)?;
+        }
         if changed {
             self.save(id, &next, ops)?;
             *state = next;
@@ -313,22 +321,30 @@ impl Collections {
         }
     }
 
-    /// Applies an event to an open round and stores the result.
+    /// Applies events to an open round, in their order, and stores the result.
     ///
     /// # Errors
     /// [`CoordinatorError`] if it isn't an open round or can't be stored.
-    pub(crate) fn apply(&self, id: CollectionId, event: RoundEvent) -> Result<Round, CoordinatorError> {
+    pub(crate) fn apply<const N: usize>(
+        &self,
+        id: CollectionId,
+        events: [RoundEvent; N],
+    ) -> Result<Round, CoordinatorError> {
         let entry = self.entry(id).ok_or_else(|| missing(id))?;
         let mut state = locked(&entry.state);
         let Open::Round(round) = &*state else { return Err(missing(id)) };
-        let step = round.apply(event, (self.clock)());
-        if step.changed {
-            let next = Open::Round(Box::new(step.next.clone()));
-            self.save(id, &next, Vec::new())?;
-            *state = next;
+        let (mut next, mut changed) = (Round::clone(round), false);
+        for event in events {
+            let step = next.apply(event, (self.clock)());
+            (next, changed) = (step.next, changed || step.changed);
+        }
+        if changed {
+            let open = Open::Round(Box::new(next.clone()));
+            self.save(id, &open, Vec::new())?;
+            *state = open;
             entry.changed.notify_one();
         }
-        Ok(step.next)
+        Ok(next)
     }
 
     /// Ends every open collection on an operator's word.
@@ -342,6 +358,26 @@ impl Collections {
             self.save(*id, &next, Vec::new())?;
             *state = next;
             entry.changed.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Removes the vectors of a collection whose result is recorded.
+    ///
+    /// # Errors
+    /// [`CoordinatorError::Store`] if they can't be removed.
+    pub(crate) fn discard(&self, id: CollectionId) -> Result<(), CoordinatorError> {
+        Ok(self.packs.remove(&id.to_string())?)
+    }
+
+    /// Removes the vectors of all collections but these: what a crash left of collections that had ended.
+    ///
+    /// # Errors
+    /// [`CoordinatorError::Store`] if they can't be removed.
+    pub(crate) fn discard_all_but(&self, running: &BTreeSet<CollectionId>) -> Result<(), CoordinatorError> {
+        let running: BTreeSet<String> = running.iter().map(ToString::to_string).collect();
+        for name in self.packs.list()?.iter().filter(|name| !running.contains(*name)) {
+            self.packs.remove(name)?;
         }
         Ok(())
     }

@@ -37,7 +37,7 @@ use tabmesh_proto::identity::DevelopmentCa;
 use tabmesh_proto::message::{Assignment, GoodbyeReason};
 use tabmesh_proto::server::{Services, serve};
 use tabmesh_proto::tls::{DefaultTimeProvider, ServerTls, TlsFiles, TlsMaterial, TlsPolicy};
-use tabmesh_store::{BlobStore, Log, Records, Registry, Sled};
+use tabmesh_store::{BlobStore, Log, PackStore, Records, Registry, Sled};
 use tabmesh_tfm::model::Model;
 
 use crate::catalog::Catalog;
@@ -83,7 +83,10 @@ pub async fn run<L: Listener, F: Future<Output = ()> + Send>(
 ) -> Result<(), CoordinatorError> {
     let tls = server_tls(&config, switches)?;
     let mesh = Arc::new(open(config, switches, surroundings, tls.id().clone())?);
-    for digest in mesh.plans.unfinished() {
+    let unfinished = mesh.plans.unfinished();
+    let running = unfinished.iter().filter_map(|digest| mesh.plans.get(*digest)?.1.next()?.collection());
+    mesh.collections.discard_all_but(&running.collect())?;
+    for digest in unfinished {
         tracing::info!(plan = %digest, "resuming");
         tokio::spawn(pipeline::drive(Arc::clone(&mesh), digest));
     }
@@ -146,6 +149,7 @@ fn open(
 ) -> Result<Mesh, CoordinatorError> {
     let Surroundings { records, clock, ids } = surroundings;
     let blobs = Arc::new(BlobStore::open(&config.data_dir.join("blobs"))?);
+    let packs = PackStore::open(&config.data_dir.join("packs"))?;
     let pkcs8 = read("signing key", &config.signing_key)?;
     let bad_key = |reason: String| CoordinatorError::File {
         what: "signing key",
@@ -169,7 +173,12 @@ fn open(
         catalog: Catalog::load(Arc::clone(&records), Arc::clone(&blobs))?,
         outbox: Outbox::new(Arc::clone(&records), Arc::clone(&blobs), sign),
         adapters: Adapters::default(),
-        collections: Arc::new(Collections::new(Arc::clone(&records), Arc::clone(&blobs), Arc::clone(&clock))),
+        collections: Arc::new(Collections::new(
+            Arc::clone(&records),
+            Arc::clone(&blobs),
+            packs,
+            Arc::clone(&clock),
+        )),
         plans: Plans::load(Arc::clone(&records), Arc::clone(&blobs))?,
         mirror: Mirror::new(config.data_dir.join("ledgers")),
         registry: Registry::new(Arc::clone(&records), Arc::clone(&blobs)),

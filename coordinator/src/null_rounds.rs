@@ -108,6 +108,7 @@ impl NullRounds {
             Err(RoundEnd::Failed(error)) => return Err(error),
         };
         self.mesh.collections.close(round);
+        self.mesh.collections.discard(round)?;
         self.state = read(&self.mesh, stored(after))?;
         self.last = Some(round);
         Ok(())

@@ -33,6 +33,7 @@ use crate::plans::Submitted;
 pub(crate) async fn drive(mesh: Arc<Mesh>, digest: PlanDigest) {
     while let Some((submitted, job)) = mesh.plans.get(digest) {
         let Some(action) = job.next() else { break };
+        let collected = action.collection();
         let event = match perform(&mesh, &submitted, &job, action).await {
             Ok(event) => event,
             Err(error) => {
@@ -50,6 +51,12 @@ pub(crate) async fn drive(mesh: Arc<Mesh>, digest: PlanDigest) {
             if mesh.plans.apply(digest, failed, mesh.now_ms()).is_err() {
                 break;
             }
+        }
+        // What came of the vectors is recorded; after a crash before this the next start removes them.
+        if let Some(collection) = collected
+            && let Err(error) = mesh.collections.discard(collection)
+        {
+            tracing::warn!(%collection, %error, "vectors of an ended collection were not removed");
         }
     }
     if let Err(error) = close(&mesh, digest) {

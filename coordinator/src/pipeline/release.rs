@@ -132,7 +132,7 @@ pub(super) fn open(
     let roster = job.roster().clone();
     let announcement =
         stage_announcement(&query, collection, roster, quorum(mesh, plan), window, MAX_PLAUSIBLE_UNITS)?;
-    mesh.collections.open(collection, Open::Stage(Box::new(Collection::new(announcement))))?;
+    mesh.collections.open(collection, Open::Stage(Box::new(Collection::new(announcement))), Vec::new())?;
     Ok(JobEvent::StageOpened { stage, collection })
 }
 

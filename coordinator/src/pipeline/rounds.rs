@@ -14,7 +14,7 @@ use tabmesh_federation::phase::abandon::AbandonReason;
 use tabmesh_federation::plan::{ClipNorm, Plan};
 use tabmesh_federation::round::{Phase, Round, RoundEvent};
 use tabmesh_proto::message::AssignmentKind;
-use tabmesh_store::Digest;
+use tabmesh_store::{Digest, Op};
 use tabmesh_tfm::adapter::FeatureTokens;
 use tabmesh_tfm::context::Context;
 use tabmesh_tfm::gradient::UnitGroup;
@@ -105,10 +105,10 @@ pub(crate) fn announce(
     let (id, index) = (inputs.id, inputs.index);
     let descriptor = RoundDescriptor::new(inputs, plan, digest)?;
     let stored = mesh.blobs.put(&descriptor.to_bytes())?;
-    mesh.records.put(&descriptor_key(id), stored.to_string().as_bytes())?;
+    let names_it = Op::put(descriptor_key(id), stored.to_string().into_bytes());
     let announcement = descriptor.announcement(named(stored), quorum(mesh, plan), plan)?;
     let round = Round::new(digest, index, announcement);
-    mesh.collections.open(id, Open::Round(Box::new(round)))?;
+    mesh.collections.open(id, Open::Round(Box::new(round)), vec![names_it])?;
     Ok(id)
 }
 
@@ -145,7 +145,7 @@ pub(crate) async fn collect(
     let bytes = mesh.blobs.get(&digest)?;
     let peers = spiffe_ids(roster)?;
     let id = round.to_string().parse()?;
-    mesh.collections.apply(round, RoundEvent::Opened)?;
+    mesh.collections.apply(round, [RoundEvent::Opened])?;
     mesh.outbox.assign(&peers, &id, AssignmentKind::Round, &bytes)?;
     mesh.collections.settled(round).await?;
     mesh.outbox.withdraw(&peers, &id)?;
@@ -175,12 +175,12 @@ pub(crate) fn finish(
     before: &AdapterState,
     id: RoundId,
 ) -> Result<NamedDigest, RoundEnd> {
-    let round = mesh.collections.apply(id, RoundEvent::DeadlineReached)?;
+    let round = mesh.collections.apply(id, [RoundEvent::DeadlineReached])?;
     let collection = match round.phase() {
         Phase::Aggregate(aggregating) => &aggregating.collection,
         Phase::Publish(publishing) => {
             let result = publishing.result;
-            mesh.collections.apply(id, RoundEvent::Published { result })?;
+            mesh.collections.apply(id, [RoundEvent::Published { result }])?;
             return Ok(result);
         }
         Phase::Published { end, .. } => return Ok(end.result),
@@ -210,8 +210,7 @@ pub(crate) fn finish(
     let digest = mesh.put_json(&after)?;
     mesh.adapters.keep(digest, after);
     let result = named(digest);
-    mesh.collections.apply(id, RoundEvent::Aggregated { result })?;
-    mesh.collections.apply(id, RoundEvent::Published { result })?;
+    mesh.collections.apply(id, [RoundEvent::Aggregated { result }, RoundEvent::Published { result }])?;
     Ok(result)
 }
 

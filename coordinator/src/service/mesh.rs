@@ -2,7 +2,7 @@
 
 use tabmesh_federation::id::{AgentId, CollectionId, Digest as NamedDigest};
 use tabmesh_federation::phase::{Outcome, Refusal};
-use tabmesh_privacy::private::decode_vector;
+use tabmesh_federation::vector::Vector;
 use tabmesh_proto::identity::SpiffeId;
 use tabmesh_proto::message::{
     Admission, AgentFrame, BlobRequest, ContractRegistration, Hello, LedgerStatement, Receipt, Submission,
@@ -149,12 +149,13 @@ async fn listen(mesh: Arc<Mesh>, peer: SpiffeId, mut inbound: InboundFrames) {
 /// Takes a vector for the stage or round that its assignment opened.
 async fn take(mesh: &Mesh, peer: &SpiffeId, submission: Submission) -> Answer<Receipt> {
     let uuid = uuid::Uuid::parse_str(submission.assignment_id.as_str()).map_err(|_| WireError::NotFound)?;
+    let digest = NamedDigest::from_bytes(submission.payload_digest);
     let arrival = Arrival {
         collection: CollectionId::from_uuid(uuid),
         attempt: submission.attempt,
         agent: AgentId::new(peer.to_string()).map_err(|_| WireError::IdentityMismatch)?,
-        digest: NamedDigest::from_bytes(submission.payload_digest),
-        values: decode_vector(&submission.payload).ok_or(WireError::Malformed)?.into(),
+        digest,
+        vector: Vector::from_checked_bytes(&submission.payload, digest).ok_or(WireError::Malformed)?,
         payload: submission.payload,
         settles: Outbox::settles(peer, &submission.assignment_id),
     };

@@ -203,6 +203,17 @@ pub enum Action {
     Publish,
 }
 
+impl Action {
+    /// The collection that it drives, if it drives one.
+    #[must_use]
+    pub fn collection(&self) -> Option<CollectionId> {
+        match self {
+            Self::RunStage { collection: id, .. } | Self::RunRound { round: id, .. } => Some(*id),
+            _ => None,
+        }
+    }
+}
+
 /// What a job has produced so far, by digest.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Products {

@@ -23,3 +23,4 @@ pub mod round;
 pub mod schedule;
 pub mod screen;
 pub mod selection;
+pub mod vector;

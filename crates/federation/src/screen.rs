@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::id::Digest;
+use crate::vector::Vector;
 
 /// Why an update is not let into the sum.
 #[derive(Debug, Clone, PartialEq, Error, Serialize, Deserialize)]
@@ -107,7 +108,8 @@ impl ScreenLimits {
     ///
     /// # Errors
     /// The first [`ScreenRefusal`] in the order shape, range, norm, digest (cheap checks first).
-    pub fn screen(&self, values: &[i64], announced: &Digest) -> Result<(), ScreenRefusal> {
+    pub fn screen(&self, vector: &Vector, announced: &Digest) -> Result<(), ScreenRefusal> {
+        let values = vector.values();
         if values.len() != self.len {
             return Err(ScreenRefusal::Shape { expected: self.len, got: values.len() });
         }
@@ -123,9 +125,8 @@ impl ScreenLimits {
         if squares > u128::from(self.max_norm) * u128::from(self.max_norm) {
             return Err(ScreenRefusal::Norm { limit: self.max_norm });
         }
-        let got = Digest::of_payload(values);
-        if got != *announced {
-            return Err(ScreenRefusal::Digest { announced: *announced, got });
+        if vector.digest() != announced {
+            return Err(ScreenRefusal::Digest { announced: *announced, got: *vector.digest() });
         }
         Ok(())
     }
@@ -153,7 +154,7 @@ mod tests {
         Plausible { len: 4, agents: 3, max_units: 100, unit_max: 10, unit_norm: 20, sigma_ceil: 5 };
 
     fn screen(values: &[i64]) -> Result<(), ScreenRefusal> {
-        ScreenLimits::new(FIGURES).screen(values, &Digest::of_payload(values))
+        ScreenLimits::new(FIGURES).screen(&Vector::new(values), &Digest::of_payload(values))
     }
 
     #[test]
@@ -178,7 +179,7 @@ mod tests {
         assert_eq!(screen(&[1060; 4]), Err(ScreenRefusal::Norm { limit: 2075 }));
         let (announced, got) = (Digest::of(b"other"), Digest::of_payload(&[1, 2, 3, 4]));
         assert_eq!(
-            ScreenLimits::new(FIGURES).screen(&[1, 2, 3, 4], &announced),
+            ScreenLimits::new(FIGURES).screen(&Vector::new([1, 2, 3, 4]), &announced),
             Err(ScreenRefusal::Digest { announced, got })
         );
     }
@@ -188,13 +189,14 @@ mod tests {
         let huge = Plausible { max_units: u64::MAX, unit_max: u64::MAX, agents: 7, ..FIGURES };
         let limits = ScreenLimits::new(huge);
         assert!(i64::try_from(limits.max_abs).is_ok_and(|most| most.checked_mul(7).is_some()));
+        let screened = |limits: ScreenLimits| {
+            let vector = Vector::new([i64::MIN; 3]);
+            limits.screen(&vector, vector.digest())
+        };
         let extreme = ScreenLimits { len: 3, max_abs: u64::MAX, max_norm: u64::MAX };
-        assert_eq!(extreme.screen(&[i64::MIN; 3], &Digest::of_payload(&[i64::MIN; 3])), Ok(()));
+        assert_eq!(screened(extreme), Ok(()));
         let tight = ScreenLimits { max_norm: 1 << 63, ..extreme };
-        assert_eq!(
-            tight.screen(&[i64::MIN; 3], &Digest::of_payload(&[i64::MIN; 3])),
-            Err(ScreenRefusal::Norm { limit: 1 << 63 })
-        );
+        assert_eq!(screened(tight), Err(ScreenRefusal::Norm { limit: 1 << 63 }));
     }
 
     #[test]

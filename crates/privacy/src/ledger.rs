@@ -27,7 +27,7 @@ use crate::accountant::crosscheck::second_opinion;
 use crate::accountant::zcdp;
 use crate::budget::{Delta, Epsilon, Rho};
 use crate::mechanism::MechanismEvent;
-use crate::private::{Digest, Private, sha256};
+use crate::private::{Digest, Private};
 
 /// A budget as a domain's policy grants it.
 #[derive(Debug, Clone, PartialEq)]
@@ -447,8 +447,9 @@ impl<J: Journal> Ledger<J> {
     /// the same bytes cost nothing again. An orphan (stored, never committed) gets nothing and must be deleted.
     #[must_use]
     pub fn restore(&self, payload: Vec<u8>) -> Option<(Private<Vec<u8>>, DebitReceipt)> {
-        let receipt = self.receipt(&sha256(&payload))?;
-        Some((Private::new(payload), receipt))
+        let payload = Private::new(payload);
+        let receipt = self.receipt(&payload.payload_digest())?;
+        Some((payload, receipt))
     }
 
     /// The latest commit that answers a query: a retry resends its payload.

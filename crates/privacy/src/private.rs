@@ -6,6 +6,7 @@
 
 use ring::digest::{SHA256, digest};
 use std::fmt;
+use std::sync::OnceLock;
 
 /// SHA-256 of bytes as stored.
 pub type Digest = [u8; 32];
@@ -39,15 +40,30 @@ pub type Digest = [u8; 32];
 /// let rows = vec![1_i64, 2, 3];
 /// let _ = Private::new(rows);
 /// ```
-#[derive(Clone, PartialEq, Eq)]
 pub struct Private<T> {
     value: T,
+    /// Digest of a payload, once somebody asked for it: large ones are hashed once on their way out.
+    digest: OnceLock<Digest>,
 }
+
+impl<T: Clone> Clone for Private<T> {
+    fn clone(&self) -> Self {
+        Self { value: self.value.clone(), digest: self.digest.clone() }
+    }
+}
+
+impl<T: PartialEq> PartialEq for Private<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.value == other.value
+    }
+}
+
+impl<T: Eq> Eq for Private<T> {}
 
 impl<T> Private<T> {
     /// Wraps mechanism output, or stored bytes a committed ledger entry names.
     pub(crate) fn new(value: T) -> Self {
-        Self { value }
+        Self { value, digest: OnceLock::new() }
     }
 
     /// The value itself.
@@ -88,7 +104,7 @@ impl Private<Vec<u8>> {
     /// SHA-256 of the bytes; the ledger's commit entry names it.
     #[must_use]
     pub fn payload_digest(&self) -> Digest {
-        sha256(&self.value)
+        *self.digest.get_or_init(|| sha256(&self.value))
     }
 }
 

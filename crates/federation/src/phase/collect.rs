@@ -16,6 +16,7 @@ use crate::phase::abandon::AbandonReason;
 use crate::phase::{Outcome, PhaseName, Receipt, Refusal, Step};
 use crate::schedule::{Moment, Window};
 use crate::screen::ScreenLimits;
+use crate::vector::Vector;
 
 /// Vectors by agent, in the order every sum uses.
 pub type ByAgent = BTreeMap<AgentId, Arc<[i64]>>;
@@ -81,7 +82,7 @@ pub struct Submission {
     /// Digest the agent's ledger names.
     pub payload: Digest,
     /// The noised integers.
-    pub values: Arc<[i64]>,
+    pub vector: Vector,
 }
 
 /// Where a collection stands.
@@ -305,7 +306,7 @@ impl Collection {
         if self.state != CollectionState::Collecting {
             return Err(Refusal::WrongPhase { event: "submitting", phase: self.phase() });
         }
-        limits.screen(&submission.values, &submission.payload)?;
+        limits.screen(&submission.vector, &submission.payload)?;
         let receipt = Receipt {
             collection: *id,
             attempt: *attempt,
@@ -313,7 +314,7 @@ impl Collection {
             payload: submission.payload,
             received_ms: self.latest_ms,
         };
-        self.values.insert(agent.clone(), Arc::clone(&submission.values));
+        self.values.insert(agent.clone(), Arc::clone(submission.vector.values()));
         self.receipts.insert(agent.clone(), receipt.clone());
         Ok(Outcome::Accepted(receipt))
     }

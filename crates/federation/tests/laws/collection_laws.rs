@@ -8,6 +8,7 @@ use tabmesh_federation::phase::collect::{
 };
 use tabmesh_federation::phase::{Outcome, PhaseName, Receipt, Refusal};
 use tabmesh_federation::screen::ScreenRefusal;
+use tabmesh_federation::vector::Vector;
 
 use crate::world::{
     AGENTS, Answer, DEADLINE_MS, Oracle, agent, announcement, answer, id, one_hot, payloads, submission,
@@ -132,14 +133,14 @@ fn each_refusal_has_its_name() {
     assert_eq!(refusal(&good, DEADLINE_MS), Refusal::Late { deadline_ms: DEADLINE_MS, now_ms: DEADLINE_MS });
     let (accepted, got) = (submission(0, 1).payload, submission(0, 2).payload);
     assert_eq!(refusal(&submission(0, 2), 2_000), Refusal::Conflict { agent: agent(0), accepted, got });
-    let short = Submission { values: [1_i64].into(), ..good.clone() };
+    let short = Submission { vector: Vector::new([1_i64]), ..good.clone() };
     let shape = ScreenRefusal::Shape { expected: AGENTS, got: 1 };
     assert_eq!(refusal(&short, 2_000), Refusal::Screened(shape));
     let lying = Submission { payload: Digest::of(b"other"), ..good.clone() };
     let (announced, got) = (lying.payload, good.payload);
     assert_eq!(refusal(&lying, 2_000), Refusal::Screened(ScreenRefusal::Digest { announced, got }));
-    let huge: std::sync::Arc<[i64]> = vec![i64::MAX; AGENTS].into();
-    let huge = Submission { payload: Digest::of_payload(&huge), values: huge, ..good.clone() };
+    let huge = Vector::new([i64::MAX; AGENTS]);
+    let huge = Submission { payload: *huge.digest(), vector: huge, ..good.clone() };
     assert!(matches!(refusal(&huge, 2_000), Refusal::Screened(ScreenRefusal::Range { position: 0, .. })));
     let cancelled = state.cancel(AbandonReason::Cancelled { by: "op".into() }, 2_000).next;
     let expected = Refusal::WrongPhase { event: "submitting", phase: PhaseName::Abandoned };

@@ -10,6 +10,7 @@ use tabmesh_federation::phase::collect::{Announcement, Payloads, Quorum, Submiss
 use tabmesh_federation::phase::{Outcome, Receipt, Refusal};
 use tabmesh_federation::schedule::Window;
 use tabmesh_federation::screen::{Plausible, ScreenLimits};
+use tabmesh_federation::vector::Vector;
 
 /// Agents in the roster; one more exists outside it.
 pub(crate) const AGENTS: usize = 5;
@@ -52,14 +53,14 @@ pub(crate) fn one_hot(i: usize, amount: i64) -> Arc<[i64]> {
 }
 
 pub(crate) fn submission(i: usize, amount: i64) -> Submission {
-    let values = one_hot(i, amount);
+    let vector = Vector::new(one_hot(i, amount));
     Submission {
         collection: id(1),
         attempt: 1,
         descriptor: Digest::of(b"descriptor"),
         agent: agent(i),
-        payload: Digest::of_payload(&values),
-        values,
+        payload: *vector.digest(),
+        vector,
     }
 }
 
