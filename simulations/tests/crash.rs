@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use tabmesh_agent::publication::Artefacts;
 use tabmesh_federation::manifest::Trust;
@@ -19,10 +20,13 @@ use tabmesh_sim::quickstart::dataset::{DOMAINS, Participation};
 use tabmesh_sim::quickstart::deployed::{Deployment, Setup};
 use tabmesh_sim::quickstart::deployment::PlanChoices;
 use tabmesh_sim::quickstart::pki::Role;
+use tabmesh_store::PackStore;
 use tokio::sync::OnceCell;
 
 /// Rounds of the plan.
 const ROUNDS: u32 = 3;
+/// Longest wait for vectors that arrive within a second.
+const PATIENCE: Duration = Duration::from_secs(180);
 /// Stages of the release.
 const STAGES: u64 = 4;
 
@@ -154,4 +158,42 @@ async fn a_coordinator_killed_in_a_round_goes_on_with_it_after_its_restart() {
     assert_eq!(last.phase, "done", "{last:?}");
     settled(&mut deployment).await;
     assert_eq!(&published(&deployment), undisturbed().await);
+}
+
+/// With one agent away, the coordinator dies when it holds the vectors of all others: they are still there for the sum, and
+/// nobody pays for a second one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vectors_that_were_acknowledged_survive_the_coordinator() {
+    let root = tempfile::tempdir().unwrap();
+    let mut deployment = Deployment::start(root.path(), setup()).unwrap();
+    let (operator, id) = submitted(&mut deployment).await;
+    until(&operator, &id, "round 2 asked").await.unwrap();
+    deployment.agents[0].kill().unwrap();
+    let members = DOMAINS.iter().filter(|domain| domain.participation == Participation::Member).count();
+    let packs = PackStore::open(&deployment.layout.coordinator().join("data").join("packs")).unwrap();
+    let arrived = || {
+        let names = packs.list().unwrap();
+        // A pack may be removed between listing and reading; the next look decides.
+        names.iter().map(|name| packs.read(name).map_or(0, |vectors| vectors.len())).max().unwrap_or(0)
+    };
+    let all_but_one = async {
+        while arrived() < members - 1 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, all_but_one).await.expect("the other agents' vectors are kept");
+    let acknowledged: Vec<_> =
+        DOMAINS.iter().map(|domain| debits(&ledger(&deployment, domain.id))).skip(1).collect();
+    deployment.coordinator.kill().unwrap();
+    deployment.restart_coordinator().unwrap();
+    deployment.restart_agent(0).unwrap();
+    let operator = deployment.operator().await.unwrap();
+    let last = until(&operator, &id, "").await.unwrap();
+    assert_eq!(last.phase, "done", "{last:?}");
+    settled(&mut deployment).await;
+    for (domain, before) in DOMAINS.iter().skip(1).zip(acknowledged) {
+        assert!(debits(&ledger(&deployment, domain.id)).is_superset(&before), "{}", domain.id);
+    }
+    assert_eq!(&published(&deployment), undisturbed().await);
+    assert!(packs.list().unwrap().is_empty(), "vectors of ended collections are removed");
 }

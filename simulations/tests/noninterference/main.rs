@@ -14,6 +14,7 @@ mod tap;
 use std::io::Write;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tabmesh_federation::descriptor::RoundDescriptor;
 use tabmesh_privacy::release::ReleaseQuery;
@@ -47,7 +48,10 @@ async fn neighbouring_tables_differ_in_nothing_but_the_noised_payload() {
         let folder = root.path().join(format!("run-{number}"));
         std::fs::create_dir_all(&folder).unwrap();
         std::os::unix::fs::symlink(&certificates, folder.join("certs")).unwrap();
-        outcomes.push((table, mesh::run(&folder, &pki, &addresses, table, &log.0).await));
+        // The coordinator's clock stands still, so a deadline never passes: a silent agent would be waited for forever.
+        let run = tokio::time::timeout(PATIENCE, mesh::run(&folder, &pki, &addresses, table, &log.0)).await;
+        let run = run.unwrap_or_else(|_| panic!("{table:?}: the loop does not end; is an agent silent?"));
+        outcomes.push((table, run));
     }
     let (_, plain) = &outcomes[0];
     assert!(plain.calls.iter().all(|calls| vectors(calls).len() == 6), "four stages and two rounds each");
@@ -61,6 +65,9 @@ async fn neighbouring_tables_differ_in_nothing_but_the_noised_payload() {
         outcomes[2..].iter().filter(|(_, other)| vectors(&other.calls[0]) != vectors(&plain.calls[0]));
     assert_eq!(differs.count(), 4, "the tables must show in the noised payload, or this test sees nothing");
 }
+
+/// Longest time for one run of the loop, which takes some seconds.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Addresses that nobody listens at; every run uses the same.
 fn free_addresses() -> Vec<SocketAddr> {
