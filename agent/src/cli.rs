@@ -80,6 +80,25 @@ enum Command {
         #[command(flatten)]
         dev: Development,
     },
+    /// Writes the published synthetic corpus as a CSV file with its Croissant card.
+    ///
+    /// The rows are differentially private as they were published; writing them out costs nothing.
+    Corpus {
+        /// Configuration file.
+        #[arg(long, short)]
+        config: PathBuf,
+        /// Folder for `corpus.csv` and `croissant.json`.
+        #[arg(long)]
+        out: PathBuf,
+        /// Address of the licence to state in the card.
+        #[arg(long)]
+        licence: Option<String>,
+        /// Form of the answer.
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+        #[command(flatten)]
+        dev: Development,
+    },
     /// Distils a small student from the promoted model: no context at serving time, for latency-sensitive use.
     ///
     /// The student learns the promoted model's answers to the domain's own training rows and to corpus rows, and is
@@ -171,6 +190,7 @@ Examples:
   tabmesh-agent run --config agent.yaml
   tabmesh-agent predict --config agent.yaml --input rows.parquet --output out.parquet
   tabmesh-agent distill --config agent.yaml
+  tabmesh-agent corpus --config agent.yaml --out corpus
   tabmesh-agent budget --config agent.yaml --html budget.html";
 
 /// Runs the command line and gives the process's exit code: 0 done, 1 failed, 2 wrong usage.
@@ -212,6 +232,9 @@ fn dispatch(command: Command) -> miette::Result<ExitCode> {
         Command::Convert { contract, output } => command::convert::run(&contract, output.as_deref()),
         Command::Predict { config, input, output, dev } => {
             command::predict::run(&local(&config, dev)?, &input, &output)
+        }
+        Command::Corpus { config, out, licence, output, dev } => {
+            command::corpus::run(&local(&config, dev)?, &out, licence.as_deref(), output)
         }
         Command::Distill { config, hidden, epochs, seed, output, dev } => {
             let fitting = Fitting { hidden, epochs, seed };

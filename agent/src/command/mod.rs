@@ -3,5 +3,6 @@
 pub(crate) mod budget;
 pub(crate) mod check;
 pub(crate) mod convert;
+pub(crate) mod corpus;
 pub(crate) mod distill;
 pub(crate) mod predict;

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod batch;
+pub mod card;
 pub mod contract;
 pub mod error;
 mod features;
