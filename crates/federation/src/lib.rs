@@ -22,4 +22,5 @@ pub mod release_plan;
 pub mod round;
 pub mod schedule;
 pub mod screen;
+pub mod secagg;
 pub mod selection;
