@@ -209,7 +209,7 @@ pub struct Guard {
 }
 
 /// An answer that may be sent once it is stored.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 #[must_use = "an answer that isn't stored and released was never given"]
 pub struct Prepared<M> {
     snapshot: Vec<u8>,
@@ -240,6 +240,13 @@ impl<M> Prepared<M> {
         } else {
             Err(Refusal::NotStored { expected: self.guard, got: stored })
         }
+    }
+}
+
+impl<M: std::fmt::Debug> std::fmt::Debug for Prepared<M> {
+    // Without the snapshot: it holds secrets.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Prepared({:?}, {:?})", self.guard, self.message)
     }
 }
 
