@@ -8,5 +8,6 @@ mod honest;
 mod naive;
 mod refusals;
 mod restart;
+mod ring;
 mod uniform;
 mod world;

@@ -10,11 +10,11 @@ use tabmesh_federation::secagg::descriptor::{
 };
 use tabmesh_federation::secagg::keys::KeyError;
 use tabmesh_federation::secagg::mask::Width;
-use tabmesh_federation::secagg::message::{Consents, Step};
+use tabmesh_federation::secagg::message::{Consents, Masked, Opened, Step};
 use tabmesh_federation::secagg::policy::PolicyRefusal;
-use tabmesh_federation::secagg::server::{Accepted, Advertising, Rejection};
+use tabmesh_federation::secagg::server::{Abort, Accepted, Advertising, Rejection};
 
-use crate::world::{NOW_MS, Shape, Stage, World, identity, revealed, rng, row, seat, sent};
+use crate::world::{NOW_MS, Shape, Silent, Stage, World, identity, opened, revealed, rng, row, seat, sent};
 
 fn world() -> World {
     World::new(Shape::complete(5, 20))
@@ -324,4 +324,61 @@ fn contributions_of_another_length_are_refused() {
         &mut rng(1),
     );
     assert!(made.is_err());
+}
+
+#[test]
+fn a_wrong_share_is_got_past_and_named_where_there_are_spare_ones() {
+    let world = World::new(Shape::complete(10, 20));
+    let swap = |all: &mut Vec<Opened>| {
+        let other = all[2].seeds[&seat(1)].clone();
+        all[2].seeds.insert(seat(0), other);
+    };
+    let (mut opening, mut all) = opened(&world, &Silent::new(), 1, |_| {}).unwrap();
+    swap(&mut all);
+    for own in all {
+        opening.accept(own, NOW_MS).unwrap();
+    }
+    let sum = opening.close().unwrap();
+    assert_eq!(sum.values, world.plain_sum(&sum.survivors, 1));
+    assert_eq!(sum.wrong_shares, [seat(2)].into());
+    // Seven answers are just enough, and one of them is wrong.
+    let silent: Silent = [(7, Step::Open), (8, Step::Open), (9, Step::Open)].into();
+    let (mut opening, mut all) = opened(&world, &silent, 1, |_| {}).unwrap();
+    swap(&mut all);
+    for own in all {
+        opening.accept(own, NOW_MS).unwrap();
+    }
+    assert_eq!(opening.close(), Err(Abort::WrongShares { owner: seat(0) }));
+}
+
+#[test]
+fn shares_that_were_not_due_are_refused() {
+    let world = world();
+    let (mut opening, all) = opened(&world, &[(4, Step::Mask)].into(), 1, |_| {}).unwrap();
+    let mut both = all[0].clone();
+    let extra = both.seeds[&seat(1)].clone();
+    both.keys.insert(seat(1), extra);
+    assert_eq!(opening.accept(both, NOW_MS), Err(Rejection::WrongShares { seat: seat(0) }));
+    let mut fewer = all[0].clone();
+    assert!(fewer.keys.remove(&seat(4)).is_some(), "the dropout's key is due");
+    assert_eq!(opening.accept(fewer, NOW_MS), Err(Rejection::WrongShares { seat: seat(0) }));
+    assert_eq!(opening.accept(all[0].clone(), NOW_MS), Ok(Accepted::New));
+}
+
+#[test]
+fn a_vector_beyond_the_bound_shows_in_the_sum() {
+    let world = world();
+    // Seat 0 sends something else than its agent made (and so can't sign): the top byte of its first word moves by 64.
+    let tamper = |masked: &mut Masked| {
+        if masked.seat == seat(0) {
+            masked.payload[7] = masked.payload[7].wrapping_add(64);
+            masked.digest = Digest::of(&masked.payload);
+        }
+    };
+    let (mut opening, all) = opened(&world, &[(0, Step::Consent)].into(), 1, tamper).unwrap();
+    for own in all {
+        opening.accept(own, NOW_MS).unwrap();
+    }
+    let refused = opening.close().unwrap_err();
+    assert!(matches!(refused, Abort::OutOfRange { position: 0, agents: 5, .. }), "{refused}");
 }

@@ -13,12 +13,12 @@ use tabmesh_federation::secagg::descriptor::{SumDescriptor, least_threshold};
 use tabmesh_federation::secagg::graph::{Regular, Topology};
 use tabmesh_federation::secagg::mask::Width;
 use tabmesh_federation::secagg::message::{
-    Advert, AdvertList, Consents, Delivery, RevealList, Step, Survivors,
+    Advert, AdvertList, Consents, Delivery, Masked, Opened, RevealList, Step, Survivors,
 };
 use tabmesh_federation::secagg::noise::NoisePlan;
 use tabmesh_federation::secagg::policy::{Expected, Policy};
 use tabmesh_federation::secagg::roster::{Member, Roster, Seat};
-use tabmesh_federation::secagg::server::{Abort, Advertising, SecureSum};
+use tabmesh_federation::secagg::server::{Abort, Advertising, Opening, SecureSum};
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::mechanism::SigmaSquared;
 use tabmesh_privacy::signature::SigningKey;
@@ -208,6 +208,20 @@ pub(crate) fn run(world: &World, silent: &Silent) -> Result<SecureSum, Abort> {
 
 /// One whole sum; agents silent from a step on answer neither it nor later ones.
 pub(crate) fn run_with(world: &World, silent: &Silent, debit: u64) -> Result<SecureSum, Abort> {
+    let (mut opening, opened) = opened(world, silent, debit, |_| {})?;
+    for own in opened {
+        opening.accept(own, NOW_MS).unwrap();
+    }
+    opening.close()
+}
+
+/// A sum up to the opened shares, which the server hasn't got yet; `tamper` sees every masked vector on its way.
+pub(crate) fn opened(
+    world: &World,
+    silent: &Silent,
+    debit: u64,
+    tamper: impl Fn(&mut Masked),
+) -> Result<(Opening, Vec<Opened>), Abort> {
     let speaks = |i: usize, step: Step| silent.get(&i).is_none_or(|from| step < *from);
     let bytes = world.bytes();
     let mut server = Advertising::open(&bytes, Arc::clone(&world.roster))?;
@@ -243,18 +257,18 @@ pub(crate) fn run_with(world: &World, silent: &Silent, debit: u64) -> Result<Sec
     let (deliveries, mut masking) = sharing.close()?;
     for (i, agent) in agents.iter_mut().filter(|(i, _)| speaks(**i, Step::Mask)) {
         let Some(delivery) = deliveries.get(&seat(*i)) else { continue };
-        let masked = sent(agent.mask(delivery, &world.contribution(*i, debit), NOW_MS).unwrap());
+        let mut masked = sent(agent.mask(delivery, &world.contribution(*i, debit), NOW_MS).unwrap());
+        tamper(&mut masked);
         masking.accept(&masked, NOW_MS).unwrap();
     }
     let (survivors, mut consenting) = masking.close()?;
     for (_, agent) in agents.iter_mut().filter(|(i, _)| speaks(**i, Step::Consent)) {
         consenting.accept(&sent(agent.consent(&survivors, NOW_MS).unwrap()), NOW_MS).unwrap();
     }
-    let (consents, mut opening) = consenting.close()?;
-    for (_, agent) in agents.iter_mut().filter(|(i, _)| speaks(**i, Step::Open)) {
-        opening.accept(sent(agent.open(&consents, NOW_MS).unwrap()), NOW_MS).unwrap();
-    }
-    opening.close()
+    let (consents, opening) = consenting.close()?;
+    let speaking = agents.iter_mut().filter(|(i, _)| speaks(**i, Step::Open));
+    let opened = speaking.map(|(_, agent)| sent(agent.open(&consents, NOW_MS).unwrap())).collect();
+    Ok((opening, opened))
 }
 
 /// Agents of one sum and the messages up to a point, for tests that then deviate.
@@ -263,7 +277,7 @@ pub(crate) struct Stage {
     pub(crate) agents: Vec<Agent>,
     pub(crate) adverts: AdvertList,
     pub(crate) deliveries: BTreeMap<Seat, Delivery>,
-    pub(crate) masked: Vec<tabmesh_federation::secagg::message::Masked>,
+    pub(crate) masked: Vec<Masked>,
     pub(crate) survivors: Survivors,
     pub(crate) consents: Consents,
 }
