@@ -1,9 +1,10 @@
 //! The signed agreement on who is in the sum: nobody opens a share before enough agents have signed the same history.
 //!
-//! Bonawitz et al. 2017, §6 (round 3, "consistency check", against an active server). What is signed is a running digest
-//! over the descriptor, all adverts, the graph seed, everybody who shared, and every survivor with the digest of its
-//! masked vector. Two agents that were told different things sign different digests. With a threshold of more than
-//! (n + C)/2 two sets of signers have an honest agent in common, who signs once: so only one history can be opened.
+//! Bonawitz et al. 2017, §6 (round 3, "consistency check", against an active server). What is signed is a running
+//! digest over the descriptor, all adverts, the graph seed, everybody who shared, and every survivor with the
+//! digest of its masked vector. Two agents that were told different things sign different digests. With a
+//! threshold of more than (n + C)/2 two sets of signers have an honest agent in common, who signs once: so only
+//! one history can be opened.
 
 use std::collections::BTreeSet;
 

@@ -39,8 +39,9 @@ pub struct Contribution {
 impl Contribution {
     /// Brings each value within the descriptor's bound on data and adds this agent's noise share.
     ///
-    /// `digest` is that of the descriptor as received and checked; `debit` is the ledger sequence number of the entry that pays
-    /// for this attempt. Bringing values within a bound moves no two vectors further apart, so the sensitivity stands.
+    /// `digest` is that of the descriptor as received and checked; `debit` is the ledger sequence number of the
+    /// entry that pays for this attempt. Bringing values within a bound moves no two vectors further apart, so the
+    /// sensitivity stands.
     ///
     /// # Errors
     /// [`ContributionError`] for another length or noise that can't be drawn.

@@ -1,8 +1,8 @@
 //! What a secure sum is about: every figure it depends on, in one document whose digest is in every message and key.
 //!
-//! The descriptor names the payload it sums (a round's descriptor or a release query), model, plan, roster, dimension,
-//! modulus, bound, noise and thresholds. An agent compares it with what it has admitted itself ([`super::policy`]); what
-//! is checked here is that the figures fit each other.
+//! The descriptor names the payload it sums (a round's descriptor or a release query), model, plan, roster,
+//! dimension, modulus, bound, noise and thresholds. An agent compares it with what it has admitted itself
+//! ([`super::policy`]); what is checked here is that the figures fit each other.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -201,8 +201,8 @@ impl SumDescriptor {
     }
 }
 
-/// The smallest threshold that is safe: above two thirds of the agents, the bound for a server that lies (Bonawitz et al.
-/// 2017, §6), and above (n + C)/2, so that any two sets of that size have an honest agent in common.
+/// The smallest threshold that is safe: above two thirds of the agents, the bound for a server that lies (Bonawitz
+/// et al. 2017, §6), and above (n + C)/2, so that any two sets of that size have an honest agent in common.
 #[must_use]
 pub fn least_threshold(agents: usize, colluders: u32) -> usize {
     let thirds = (2 * agents) / 3;

@@ -1,16 +1,16 @@
 //! Who exchanges shares and masks with whom: everybody, or the `degree` nearest on a ring in random order.
 //!
-//! Bell, Bonawitz, Gascón, Lepoint, Raykova 2020 ("Secure Single-Server Aggregation with (Poly)Logarithmic Overhead", §3)
-//! take a Harary graph over a random permutation: each agent is joined to degree/2 agents on either side. The order comes
-//! from a seed that all agents commit to before any of them reveals its part, so neither the server nor colluders choose
-//! it, and a missing part ends the attempt: leaving parts out would be a choice.
+//! Bell, Bonawitz, Gascón, Lepoint, Raykova 2020 ("Secure Single-Server Aggregation with (Poly)Logarithmic
+//! Overhead", §3) take a Harary graph over a random permutation: each agent is joined to degree/2 agents on either
+//! side. The order comes from a seed that all agents commit to before any of them reveals its part, so neither the
+//! server nor colluders choose it, and a missing part ends the attempt: leaving parts out would be a choice.
 //!
 //! The server may choose whom to drop *after* it knows the graph. So each agent refuses to unmask if more than
-//! `max_dropped` of its neighbours are gone. Then, with C colluders fixed before the seed, two things can go wrong, each
-//! with the probability that [`Regular::security_bits`] bounds:
+//! `max_dropped` of its neighbours are gone. Then, with C colluders fixed before the seed, two things can go
+//! wrong, each with the probability that [`Regular::security_bits`] bounds:
 //! - an agent has `share_threshold` colluding neighbours, who could open both of its secrets;
-//! - the honest survivors fall into parts whose sums could be told apart. On a ring this takes an honest survivor one of
-//!   whose sides has no honest survivor left, so of degree/2 agents at least degree/2 − max_dropped collude.
+//! - the honest survivors fall into parts whose sums could be told apart. On a ring this takes an honest survivor
+//!   one of whose sides has no honest survivor left: of degree/2 agents at least degree/2 − max_dropped collude.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -85,8 +85,8 @@ pub enum GraphError {
 }
 
 impl Regular {
-    /// The smallest degree over `agents` that is secure against `colluders` (failure below 2⁻[`SECURITY_BITS`]) and comes
-    /// through `dropouts` at random (failure below 2⁻[`LIVENESS_BITS`]).
+    /// The smallest degree over `agents` that is secure against `colluders` (failure below 2⁻[`SECURITY_BITS`])
+    /// and comes through `dropouts` at random (failure below 2⁻[`LIVENESS_BITS`]).
     ///
     /// `least` is the fewest agents that may be left after the first phase; security is held against that number.
     ///
@@ -256,8 +256,8 @@ fn bits(agents: usize, probability: f64) -> f64 {
     -(agents as f64 * probability).log2()
 }
 
-/// P[X ≥ `at_least`] for the number X of marked ones among `draws` out of `population` without replacement, `marked` of
-/// whom are marked (hypergeometric).
+/// P[X ≥ `at_least`] for the number X of marked ones among `draws` out of `population` without replacement,
+/// `marked` of whom are marked (hypergeometric).
 fn tail(population: usize, marked: u32, draws: u32, at_least: u32) -> f64 {
     let (population, marked, draws) = (population as u64, u64::from(marked), u64::from(draws));
     let marked = marked.min(population);
@@ -368,8 +368,9 @@ mod tests {
         assert!(chi < 70.0, "{chi}");
     }
 
-    // What the module text argues: with honest survivors that each miss at most `max_dropped` neighbours, honest survivors
-    // stay connected for adversarial drops. The worst a server can do on a ring is to drop a run of neighbours.
+    // What the module text argues: with honest survivors that each miss at most `max_dropped` neighbours, honest
+    // survivors stay connected for adversarial drops. The worst a server can do on a ring is to drop a run of
+    // neighbours.
     #[test]
     fn dropping_a_run_isolates_nobody_who_checks() {
         let all = seats(200);

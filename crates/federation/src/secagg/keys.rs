@@ -1,9 +1,10 @@
 //! Keys of one secure sum: fresh X25519 pairs, what is derived from them, and the sealing of shares.
 //!
-//! Each agent draws two pairs a sum (Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine
-//! Learning", round 0): one agrees on keys that seal shares, the other on keys of pairwise masks. The second one's secret
-//! is shared out and may be given to the server if its owner drops out, so the two must never be the same. Every
-//! derived key depends on the digest of the descriptor: keys of another model, plan, attempt or roster don't fit.
+//! Each agent draws two pairs a sum (Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving
+//! Machine Learning", round 0): one agrees on keys that seal shares, the other on keys of pairwise masks. The
+//! second one's secret is shared out and may be given to the server if its owner drops out, so the two must never
+//! be the same. Every derived key depends on the digest of the descriptor: keys of another model, plan, attempt or
+//! roster don't fit.
 
 use std::fmt;
 
@@ -191,8 +192,8 @@ impl Label {
     }
 }
 
-/// HKDF-SHA256 (RFC 5869) of a secret: salt `tabmesh secagg v1`, info `label ‖ 00 ‖ H(descriptor) ‖ seat ‖ seat`, seats
-/// as little-endian 16-bit numbers; 32 bytes out.
+/// HKDF-SHA256 (RFC 5869) of a secret: salt `tabmesh secagg v1`, info `label ‖ 00 ‖ H(descriptor) ‖ seat ‖ seat`,
+/// seats as little-endian 16-bit numbers; 32 bytes out.
 #[must_use]
 pub fn derive(secret: &Secret, label: Label, descriptor: &Digest, seats: [Seat; 2]) -> Secret {
     let [first, second] = seats.map(|seat| seat.index().to_le_bytes());

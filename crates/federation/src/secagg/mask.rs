@@ -1,9 +1,9 @@
 //! Masks, and the ring they live in: integers modulo 2³² or 2⁶⁴.
 //!
-//! A mask is the ChaCha20 keystream of a 256-bit key (RFC 8439, block counter from 1), cut in chunks of
-//! 16 KiB whose number is the nonce, read as little-endian words. The modulus is a power of two, so every word is uniform
-//! without rejection. Signed values are taken modulo 2^b; a descriptor's bound keeps the sum of all agents within half
-//! of it, so it comes back unchanged.
+//! A mask is the ChaCha20 keystream of a 256-bit key (RFC 8439, block counter from 1), cut in chunks of 16 KiB
+//! whose number is the nonce, read as little-endian words. The modulus is a power of two, so every word is uniform
+//! without rejection. Signed values are taken modulo 2^b; a descriptor's bound keeps the sum of all agents within
+//! half of it, so it comes back unchanged.
 
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use serde::{Deserialize, Serialize};
@@ -237,8 +237,8 @@ impl Keystream {
 
     /// Fills `out`, at most [`CHUNK_BYTES`], with the beginning of a chunk.
     pub fn fill(&self, chunk: u64, out: &mut [u8]) {
-        // Encrypting zeros gives the keystream; the tag isn't used. The nonce is 0₃₂ ‖ chunk, so no two chunks of a key
-        // share keystream.
+        // Encrypting zeros gives the keystream; the tag isn't used. The nonce is 0₃₂ ‖ chunk, so no two chunks of
+        // a key share keystream.
         out.fill(0);
         let mut nonce = [0; 12];
         nonce[4..].copy_from_slice(&chunk.to_le_bytes());
@@ -270,8 +270,8 @@ mod tests {
 
     const WIDTHS: [Width; 2] = [Width::Bits32, Width::Bits64];
 
-    // Another implementation of the cipher (rand_chacha, 64-bit nonce as its stream number) gives the same words: chunk 0
-    // from block 1 on, as RFC 8439 counts for encryption.
+    // Another implementation of the cipher (rand_chacha, 64-bit nonce as its stream number) gives the same words:
+    // chunk 0 from block 1 on, as RFC 8439 counts for encryption.
     #[test]
     fn chunk_zero_is_the_keystream_another_library_gives() {
         let key = [7; 32];

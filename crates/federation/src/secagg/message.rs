@@ -1,7 +1,7 @@
 //! What agents and server tell each other, phase by phase.
 //!
-//! No message has a field that depends on rows, except the masked vector: no counts, no metrics, no failure texts. Every
-//! one names the digest of the descriptor; lists are in the order of seats, so that one list has one form.
+//! No message has a field that depends on rows, except the masked vector: no counts, no metrics, no failure texts.
+//! Every one names the digest of the descriptor; lists are in the order of seats, so that one list has one form.
 
 use std::collections::BTreeMap;
 
@@ -42,8 +42,8 @@ impl Advert {
         Self { signature, ..self }
     }
 
-    /// `H(descriptor) ‖ seat ‖ share key ‖ mask key ‖ seed commitment ‖ nonce commitment`, the seat as a little-endian
-    /// 16-bit number.
+    /// `H(descriptor) ‖ seat ‖ share key ‖ mask key ‖ seed commitment ‖ nonce commitment`, the seat as a
+    /// little-endian 16-bit number.
     #[must_use]
     pub fn signed_bytes(&self) -> Vec<u8> {
         [

@@ -1,9 +1,11 @@
-//! Noise shares: each agent adds a part of the noise, and the part is large enough that enough honest ones are a whole.
+//! Noise shares: each agent adds a part of the noise, and the part is large enough that enough honest ones are a
+//! whole.
 //!
-//! With at most D agents missing and C who subtract their own part, σ_l² = σ_c² / (n − D − C): the noise of the honest
-//! survivors is at least σ_c². A set of survivors for which it isn't is never unmasked. A sum of h discrete Gaussians
-//! isn't one itself; Kairouz, Liu, Steinke (2021, arXiv 2102.06387, Theorem 1 and Proposition 14) bound what that costs:
-//! ρ = ½·(Δ/(√h·σ_l) + √d·τ)², τ = 10·Σ_{k=1}^{h−1} exp(−2π²σ_l²·k/(k+1)). At σ_l ≥ 5, the least allowed, τ < 10⁻¹⁰⁰.
+//! With at most D agents missing and C who subtract their own part, σ_l² = σ_c² / (n − D − C): the noise of the
+//! honest survivors is at least σ_c². A set of survivors for which it isn't is never unmasked. A sum of h discrete
+//! Gaussians isn't one itself; Kairouz, Liu, Steinke (2021, arXiv 2102.06387, Theorem 1 and Proposition 14) bound
+//! what that costs: ρ = ½·(Δ/(√h·σ_l) + √d·τ)², τ = 10·Σ_{k=1}^{h−1} exp(−2π²σ_l²·k/(k+1)). At σ_l ≥ 5, the least
+//! allowed, τ < 10⁻¹⁰⁰.
 
 use serde::{Deserialize, Serialize};
 use tabmesh_privacy::budget::{RHO_UNITS, Rho};
@@ -107,8 +109,8 @@ impl NoisePlan {
     #[must_use]
     pub fn suffices(&self, survivors: usize) -> bool {
         let honest = self.honest(survivors) as u128;
-        // h·num_l·den_c ≥ num_c·den_l with numerators below 2⁵⁸ and denominators up to 2⁶⁰: the factors of up to 128 bits
-        // are compared as 192-bit numbers, high part first.
+        // h·num_l·den_c ≥ num_c·den_l with numerators below 2⁵⁸ and denominators up to 2⁶⁰: the factors of up to
+        // 128 bits are compared as 192-bit numbers, high part first.
         let left = wide_product(honest * u128::from(self.share.num()), self.central.den());
         let right = wide_product(u128::from(self.central.num()), self.share.den());
         left >= right
@@ -131,7 +133,8 @@ impl NoisePlan {
         let spread = f64::from(dimension).sqrt() * tau;
         let root = (l2_sensitivity_squared as f64 / self.central.as_f64()).sqrt();
         let excess = (root * spread + spread * spread / 2.0) * RHO_UNITS as f64;
-        // At least one unit: τ is above zero even where no float can say so. The cast saturates, and then the sum does.
+        // At least one unit: τ is above zero even where no float can say so. The cast saturates, and then the sum
+        // does.
         let units = (excess.ceil() as u64).max(1);
         let rho = gaussian.checked_add(Rho::from_units(units)).ok_or(NoiseError::Cost)?;
         Ok(Guarantee { rho, tau, local })
@@ -236,7 +239,8 @@ mod tests {
         assert!((guarantee.local.as_f64() - 16.0 / 50.0).abs() < 2e-12);
     }
 
-    // At σ = ½, which the sampler refuses, τ is 0.07 and would be a large part of the cost: the formula isn't a constant.
+    // At σ = ½, which the sampler refuses, τ is 0.07 and would be a large part of the cost: the formula isn't a
+    // constant.
     #[test]
     fn tau_is_not_negligible_below_the_least_sigma() {
         let tiny = tau(sigma_squared(1, 4), 2);

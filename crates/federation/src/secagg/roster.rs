@@ -1,7 +1,7 @@
 //! Who may take part in a secure sum: an ordered list with identity keys, and seats in it.
 //!
-//! Every agent holds its own copy, from registration, not from the message that starts the sum; the descriptor names its
-//! digest. A server that invents agents has no identity key the copy would contain.
+//! Every agent holds its own copy, from registration, not from the message that starts the sum; the descriptor
+//! names its digest. A server that invents agents has no identity key the copy would contain.
 
 use std::collections::BTreeSet;
 use std::fmt;

@@ -1,9 +1,9 @@
 //! Taking masks off the total: secrets are joined from opened shares, and each mask is computed once.
 //!
-//! A survivor's self mask is taken off by its seed; the masks between a dropout and its surviving neighbours by the
-//! dropout's mask key. Each joined secret is held against what its owner announced (a commitment, or the public key), so
-//! a wrong share that matters is noticed; other windows of shares are tried, which gets past one wrong share wherever a spare
-//! one is.
+//! A survivor's self mask is taken off by its seed; the masks between a dropout and its surviving neighbours by
+//! the dropout's mask key. Each joined secret is held against what its owner announced (a commitment, or the
+//! public key), so a wrong share that matters is noticed; other windows of shares are tried, which gets past one
+//! wrong share wherever a spare one is.
 
 use std::collections::{BTreeMap, BTreeSet};
 

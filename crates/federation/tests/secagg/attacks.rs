@@ -1,7 +1,8 @@
 //! Ten known attacks on secure sums, each against the real agent and against one without the check.
 //!
-//! Every test has two halves: what the real agents do, and a negative control in which the check is missing and the attack
-//! gets what it is after, so that a check that stops working fails a test, and a control that stops working fails as well.
+//! Every test has two halves: what the real agents do, and a negative control in which the check is missing and
+//! the attack gets what it is after, so that a check that stops working fails a test, and a control that stops
+//! working fails as well.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -51,8 +52,8 @@ fn naive_sum(agents: &[Naive], vectors: &[Vec<i64>]) -> Vec<i64> {
     total.decode()
 }
 
-// 1. Pasquini et al. 2111.07380: every agent but the victim gets a model on which its gradient is zero, so that the sum is
-// the victim's.
+// 1. Pasquini et al. 2111.07380: every agent but the victim gets a model on which its gradient is zero, so that
+// the sum is the victim's.
 #[test]
 fn attack_01_model_inconsistency() {
     let world = world();
@@ -84,8 +85,8 @@ fn attack_01_model_inconsistency() {
     assert_ne!(naive_sum(&bound, &vectors), row(0, 40));
 }
 
-// 2. The server tells one half that the victim dropped out and the other half that it is alive, and gets shares of both
-// of its secrets.
+// 2. The server tells one half that the victim dropped out and the other half that it is alive, and gets shares of
+// both of its secrets.
 #[test]
 fn attack_02_lying_about_dropouts() {
     let n = 7;
@@ -178,8 +179,8 @@ fn attack_03_sybils_and_key_substitution() {
     let refused = strict.enter(0, Guard::default()).unwrap_err();
     assert!(matches!(refused, Refusal::Policy(PolicyRefusal::Beyond { what: "organisations", .. })));
 
-    // Control: an agent that masks towards whatever keys it is sent. The server knows all of its pairs' secrets and gets
-    // its self mask like that of any survivor.
+    // Control: an agent that masks towards whatever keys it is sent. The server knows all of its pairs' secrets
+    // and gets its self mask like that of any survivor.
     let victim = Naive::new(0, world.digest());
     let keys: BTreeMap<Seat, PublicKey> = (1..N).map(|i| (seat(i), secrets[i].public())).collect();
     let mut vector = victim.mask(&row(0, 40), &keys);
@@ -285,8 +286,8 @@ fn attack_05_differencing_across_retries() {
     assert_eq!(difference, own.values().as_slice());
 }
 
-// 6. Keys or masks that serve twice (MicroSecAgg, 2410.09676): the difference of two masked vectors is the difference of
-// the vectors.
+// 6. Keys or masks that serve twice (MicroSecAgg, 2410.09676): the difference of two masked vectors is the
+// difference of the vectors.
 #[test]
 fn attack_06_key_and_mask_reuse() {
     let world = world();
@@ -355,8 +356,8 @@ fn attack_07_weak_masks_bias_and_overflow() {
         Refusal::Policy(PolicyRefusal::Descriptor(SumDescriptorError::Range { what: "bound on values", .. }))
     ));
 
-    // Control: a mask whose 256-bit secret is folded to 16 bits before use (a deployed one folds to 32). Whoever sees the
-    // masked vector tries all of them, and knows the plaintext by its small values.
+    // Control: a mask whose 256-bit secret is folded to 16 bits before use (a deployed one folds to 32). Whoever
+    // sees the masked vector tries all of them, and knows the plaintext by its small values.
     let plain = row(2, 64);
     let fold = |secret: &Secret| {
         secret.as_bytes().as_chunks::<2>().0.iter().fold(0_u16, |all, part| all ^ u16::from_le_bytes(*part))
@@ -437,8 +438,8 @@ fn attack_08_malicious_parameters() {
 // 9. Data beside the mask: counts, metrics, lengths, failure texts.
 #[test]
 fn attack_09_side_data() {
-    // Two worlds that differ in the victim's rows alone, under equal generators: every message is the same byte for byte,
-    // except for the masked vector, whose length is.
+    // Two worlds that differ in the victim's rows alone, under equal generators: every message is the same byte
+    // for byte, except for the masked vector, whose length is.
     let world = world();
     let messages = |rows: &[i64]| {
         let mut stage = Stage::shared(world.clone());
@@ -466,7 +467,10 @@ fn attack_09_side_data() {
     assert!(payloads[0] != payloads[1] && payloads[1] != payloads[2]);
 
     // Control: a message with a row count beside the vector, as federated clients have it, tells the worlds apart.
-    let beside = |rows: &[i64]| serde_json::json!({"side": sides[0].3, "num_examples": rows.iter().filter(|v| **v != 0).count()});
+    let beside = |rows: &[i64]| {
+        let examples = rows.iter().filter(|value| **value != 0).count();
+        serde_json::json!({"side": sides[0].3, "num_examples": examples})
+    };
     assert_ne!(beside(&[0; 40]), beside(&full));
 }
 
@@ -498,8 +502,8 @@ fn attack_10_rollback() {
         assert_eq!(refused, SnapshotError::RolledBack { snapshot: *before, guard });
     }
 
-    // Control: a caller that rolls the guard back with the snapshot. All agents but the victim answer a second time, and
-    // both of its secrets are out.
+    // Control: a caller that rolls the guard back with the snapshot. All agents but the victim answer a second
+    // time, and both of its secrets are out.
     let mut rolled_back: Vec<Agent> = snapshots[1..]
         .iter()
         .enumerate()

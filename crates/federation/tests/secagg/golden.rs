@@ -1,8 +1,9 @@
 //! The wire form, pinned: an implementation in another language has to give these bytes.
 //!
-//! Made with Python 3.11 and `cryptography` 48: `hmac`/`hashlib` for HKDF-SHA256 and SHA-256, `algorithms.ChaCha20` with a
-//! 16-byte nonce of counter 1 (little-endian 32 bits), four zero bytes and the chunk number (little-endian 64 bits), and
-//! `ChaCha20Poly1305`. Secret: the bytes 0 to 31. Descriptor digest: SHA-256 of `descriptor`.
+//! Made with Python 3.11 and `cryptography` 48: `hmac`/`hashlib` for HKDF-SHA256 and SHA-256,
+//! `algorithms.ChaCha20` with a 16-byte nonce of counter 1 (little-endian 32 bits), four zero bytes and the chunk
+//! number (little-endian 64 bits), and `ChaCha20Poly1305`. Secret: the bytes 0 to 31. Descriptor digest: SHA-256
+//! of `descriptor`.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -55,7 +55,8 @@ proptest! {
     }
 }
 
-// Above the threshold, but with less noise than the sum needs: fewer dropouts were counted on than the threshold allows.
+// Above the threshold, but with less noise than the sum needs: fewer dropouts were counted on than the threshold
+// allows.
 #[test]
 fn a_threshold_that_is_met_without_enough_noise_ends_it() {
     let mut world = World::new(Shape { dropouts: 1, ..Shape::complete(10, 20) });

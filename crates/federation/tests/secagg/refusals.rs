@@ -368,7 +368,8 @@ fn shares_that_were_not_due_are_refused() {
 #[test]
 fn a_vector_beyond_the_bound_shows_in_the_sum() {
     let world = world();
-    // Seat 0 sends something else than its agent made (and so can't sign): the top byte of its first word moves by 64.
+    // Seat 0 sends something else than its agent made (and so can't sign): the top byte of its first word moves by
+    // 64.
     let tamper = |masked: &mut Masked| {
         if masked.seat == seat(0) {
             masked.payload[7] = masked.payload[7].wrapping_add(64);

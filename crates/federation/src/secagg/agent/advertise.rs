@@ -32,7 +32,8 @@ pub struct Entry<'a> {
 impl Agent {
     /// Enters the sum that `bytes` describe, with keys drawn for it alone.
     ///
-    /// Entering once more instead of restoring has fresh keys, so it goes with no earlier message, and takes a new debit.
+    /// Entering once more instead of restoring has fresh keys, so it goes with no earlier message, and takes a new
+    /// debit.
     ///
     /// # Errors
     /// [`Refusal::Policy`], [`Refusal::NotInRoster`] or [`Refusal::Late`].

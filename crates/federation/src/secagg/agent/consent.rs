@@ -7,8 +7,8 @@ impl Agent {
     /// Answers the list of survivors with a signature over everything this agent was told.
     ///
     /// # Errors
-    /// [`Refusal`] if the list is short or has strangers, this agent's own vector isn't in it as it was sent, the honest
-    /// survivors' noise is too little, or too many neighbours are gone.
+    /// [`Refusal`] if the list is short or has strangers, this agent's own vector isn't in it as it was sent, the
+    /// honest survivors' noise is too little, or too many neighbours are gone.
     pub fn consent(&mut self, list: &Survivors, now_ms: i64) -> Result<Prepared<Consent>, Refusal> {
         let request = request_of(list);
         if let Some(Answer::Consent(consent)) = self.replay(Step::Consent, list.descriptor, request)? {

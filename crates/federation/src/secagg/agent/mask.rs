@@ -14,8 +14,8 @@ use crate::secagg::share::{SHARE_BYTES, Share};
 impl Agent {
     /// Answers the delivery of shares with the masked contribution.
     ///
-    /// The contribution's debit must be durable before. Asked again with the same delivery, the agent gives the same bytes
-    /// and looks at no contribution.
+    /// The contribution's debit must be durable before. Asked again with the same delivery, the agent gives the
+    /// same bytes and looks at no contribution.
     ///
     /// # Errors
     /// [`Refusal`] if too few shared, shares are missing, foreign or don't open, or the contribution is for another

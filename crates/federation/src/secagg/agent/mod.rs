@@ -4,11 +4,11 @@
 //! Advertise → (Reveal, on a ring) → Share → Mask → Consent → Open
 //! ```
 //!
-//! One file a step. Every answer comes as a [`Prepared`]: its caller stores the snapshot, then the [`Guard`], and only then gets
-//! the message. The same request again gets the same bytes; another request for an answered step is refused for ever,
-//! also after a restart, since two answers are what the attacks on secure sums live on. The guard is a counter that the
-//! caller keeps where a restored snapshot doesn't bring it back (beside the ledger's head): a snapshot older than its
-//! guard is refused. A failed step leaves the agent as it was.
+//! One file a step. Every answer comes as a [`Prepared`]: its caller stores the snapshot, then the [`Guard`], and
+//! only then gets the message. The same request again gets the same bytes; another request for an answered step is
+//! refused for ever, also after a restart, since two answers are what the attacks on secure sums live on. The
+//! guard is a counter that the caller keeps where a restored snapshot doesn't bring it back (beside the ledger's
+//! head): a snapshot older than its guard is refused. A failed step leaves the agent as it was.
 
 mod advertise;
 mod consent;

@@ -1,4 +1,5 @@
-//! Steps 2 and 3: check everybody's keys, reveal a part of the graph seed where there is a ring, and share secrets out.
+//! Steps 2 and 3: check everybody's keys, reveal a part of the graph seed where there is a ring, and share secrets
+//! out.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -25,8 +26,8 @@ impl Agent {
     /// Answers the list of adverts: with a reveal on a ring, with shares on the complete graph.
     ///
     /// # Errors
-    /// [`Refusal`] if the list is short, out of order, has strangers, a bad signature or a key twice, or if this agent's own
-    /// advert isn't in it as it was sent.
+    /// [`Refusal`] if the list is short, out of order, has strangers, a bad signature or a key twice, or if this
+    /// agent's own advert isn't in it as it was sent.
     pub fn adverts<R: RngCore + CryptoRng>(
         &mut self,
         list: &AdvertList,

@@ -51,8 +51,9 @@ pub enum SnapshotError {
 impl Agent {
     /// Takes up a stored state, against the guard that was stored beside it.
     ///
-    /// A crash between the writes of snapshot and guard leaves the guard one answer behind; that answer hasn't been sent.
-    /// In both cases the last request gives the same answer again, as a [`super::Prepared`] whose guard is to be stored.
+    /// A crash between the writes of snapshot and guard leaves the guard one answer behind; that answer hasn't
+    /// been sent. In both cases the last request gives the same answer again, as a [`super::Prepared`] whose guard
+    /// is to be stored.
     ///
     /// # Errors
     /// [`SnapshotError`] naming what is wrong.

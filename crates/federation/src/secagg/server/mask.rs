@@ -71,7 +71,8 @@ impl Masking {
     /// Ends the phase: the list of survivors, for each of them.
     ///
     /// # Errors
-    /// [`Abort`] if too few are left, their noise is too little, or one has lost too many neighbours: no agent would sign.
+    /// [`Abort`] if too few are left, their noise is too little, or one has lost too many neighbours: no agent
+    /// would sign.
     pub fn close(self) -> Result<(Survivors, Consenting), Abort> {
         let Self { common, adverts, graph, transcript, senders, total, survivors: digests } = self;
         common.enough(Step::Mask, digests.len())?;

@@ -4,10 +4,10 @@
 //! Advertising → Revealing → Sharing → Masking → Consenting → Opening → SecureSum
 //! ```
 //!
-//! One type and one file a phase; `accept` takes an agent's answer, `close` ends the phase and gives what to send and the
-//! next phase, or an [`Abort`] by name. The server never has a secret that agents didn't open to it. An answer sent twice
-//! counts once; another one in its place is refused. When to close is its driver's matter: at the deadline, or earlier
-//! if everybody who could has answered.
+//! One type and one file a phase; `accept` takes an agent's answer, `close` ends the phase and gives what to send
+//! and the next phase, or an [`Abort`] by name. The server never has a secret that agents didn't open to it. An
+//! answer sent twice counts once; another one in its place is refused. When to close is its driver's matter: at
+//! the deadline, or earlier if everybody who could has answered.
 
 mod advertise;
 mod consent;

@@ -43,8 +43,8 @@ impl Opening {
     /// Takes an agent's opened shares.
     ///
     /// # Errors
-    /// [`Rejection`] unless they are exactly the ones due: a seed of each survivor, a key of each dropout, among those whose
-    /// shares it holds.
+    /// [`Rejection`] unless they are exactly the ones due: a seed of each survivor, a key of each dropout, among
+    /// those whose shares it holds.
     pub fn accept(&mut self, opened: Opened, now_ms: i64) -> Result<Accepted, Rejection> {
         let (step, seat) = (Step::Open, opened.seat);
         self.common.check(step, seat, opened.descriptor, |seat| self.signers.contains(&seat), now_ms)?;
