@@ -22,5 +22,6 @@ pub mod release_plan;
 pub mod round;
 pub mod schedule;
 pub mod screen;
+pub mod secagg;
 pub mod selection;
 pub mod vector;

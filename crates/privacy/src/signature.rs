@@ -21,12 +21,23 @@ pub enum Context {
     Registration,
     /// A domain's policy file.
     Policy,
+    /// The fresh keys an agent announces for one secure sum.
+    SumAdvert,
+    /// The set of agents a secure sum is over.
+    SumSurvivors,
 }
 
 impl Context {
     /// Every context there is.
-    pub const ALL: [Self; 5] =
-        [Self::Report, Self::Manifest, Self::LedgerHead, Self::Registration, Self::Policy];
+    pub const ALL: [Self; 7] = [
+        Self::Report,
+        Self::Manifest,
+        Self::LedgerHead,
+        Self::Registration,
+        Self::Policy,
+        Self::SumAdvert,
+        Self::SumSurvivors,
+    ];
 
     /// The text in front of the signed bytes.
     #[must_use]
@@ -37,6 +48,8 @@ impl Context {
             Self::LedgerHead => "tabmesh ledger head v1",
             Self::Registration => "tabmesh registration v1",
             Self::Policy => "tabmesh policy v1",
+            Self::SumAdvert => "tabmesh sum advert v1",
+            Self::SumSurvivors => "tabmesh sum survivors v1",
         }
     }
 }

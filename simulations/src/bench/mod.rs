@@ -7,6 +7,7 @@ pub mod merkle;
 pub mod raw_table;
 pub mod rounds;
 pub mod sampler;
+pub mod secagg;
 pub mod serving;
 pub mod tables;
 
@@ -63,6 +64,8 @@ pub enum Bench {
         #[arg(long, default_value_t = 1_000_000)]
         dimension: u32,
     },
+    /// What does a secure sum cost an agent and the server? Simulated agents, all in this process.
+    Secagg(secagg::Options),
     /// Verifies a log: hash chain and Merkle root over all entries, in seconds of processor time.
     Merkle {
         /// Entries of the log.
@@ -84,6 +87,7 @@ pub fn run(bench: Bench, output: Output) -> anyhow::Result<ExitCode> {
         Bench::Accountant { vectors } => accountant::run(&vectors, output)?,
         Bench::Serving(args) => serving::run(&args, output)?,
         Bench::Sampler { dimension } => sampler::run(dimension, output)?,
+        Bench::Secagg(options) => secagg::run(&options, output)?,
         Bench::Merkle { entries } => merkle::run(entries, output)?,
     }
     Ok(ExitCode::SUCCESS)
