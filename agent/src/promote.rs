@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tabmesh_contract::batch::{TypedBatch, UnitKey};
 use tabmesh_federation::id::Digest;
 use tabmesh_federation::manifest::Manifest;
-use tabmesh_tfm::adapter::FeatureTokens;
+use tabmesh_tfm::adapter::Adapter;
 use tabmesh_tfm::context::Context;
 use tabmesh_tfm::model::Model;
 use tabmesh_tfm::table::{Coding, EncodedTable, Preprocessing};
@@ -48,7 +48,7 @@ pub enum Rows {
 pub enum Tokens {
     /// Without adapter.
     Off,
-    /// With the published feature tokens on query rows.
+    /// With the published adapter on query rows; by default that is feature tokens.
     On,
 }
 
@@ -94,8 +94,8 @@ impl std::fmt::Display for Candidate {
             Rows::Mixed => "mixed context",
         };
         let tokens = match self.tokens {
-            Tokens::Off => "no tokens",
-            Tokens::On => "tokens",
+            Tokens::Off => "no adapter",
+            Tokens::On => "adapter",
         };
         write!(f, "{weights}, {rows}, {tokens}")
     }
@@ -107,7 +107,7 @@ pub struct Loaded {
     preprocessing: Preprocessing,
     base: Model,
     tuned: Model,
-    adapter: Option<FeatureTokens>,
+    adapter: Option<Adapter>,
     corpus: TypedBatch,
     own: FeatureSchema,
     sizes: ContextSection,
@@ -119,7 +119,7 @@ pub struct Loaded {
 /// A model with its context, ready to answer.
 pub struct Variant {
     context: Context,
-    tokens: Option<FeatureTokens>,
+    adapter: Option<Adapter>,
     preprocessing: Preprocessing,
     shared: FeatureSchema,
     own: FeatureSchema,
@@ -139,15 +139,14 @@ impl Loaded {
         secret: &[u8; 32],
         in_release: bool,
     ) -> Result<Self, ArtefactError> {
+        let tuned = artefacts.model(&manifest.tuned)?;
+        let adapter = |digest| artefacts.adapter(&digest, &manifest.tuned, &tuned);
         Ok(Self {
             schema: manifest.schema.clone(),
             preprocessing: artefacts.preprocessing(&manifest.preprocessing)?,
             base: artefacts.model(&manifest.base)?,
-            tuned: artefacts.model(&manifest.tuned)?,
-            adapter: manifest
-                .adapter
-                .map(|digest| artefacts.adapter(&digest, &manifest.tuned))
-                .transpose()?,
+            adapter: manifest.adapter.map(adapter).transpose()?,
+            tuned,
             corpus: artefacts.corpus(&manifest.corpus, &manifest.schema)?,
             own: own.clone(),
             sizes,
@@ -226,13 +225,13 @@ impl Loaded {
             Weights::Base => &self.base,
             Weights::Tuned => &self.tuned,
         };
-        let tokens = match candidate.tokens {
+        let adapter = match candidate.tokens {
             Tokens::On => self.adapter.clone(),
             Tokens::Off => None,
         };
         Ok(Variant {
             context: Context::build(model, &context)?,
-            tokens,
+            adapter,
             preprocessing: self.preprocessing.clone(),
             shared: self.schema.clone(),
             own: self.own.clone(),
@@ -306,7 +305,7 @@ impl Variant {
             return Ok(Vec::new());
         }
         let rows = encoded(&self.preprocessing, rows, &self.own, &self.shared)?;
-        Ok(self.context.logits(&rows, self.tokens.as_ref())?)
+        Ok(self.context.logits(&rows, self.adapter.as_ref())?)
     }
 }
 

@@ -16,7 +16,7 @@ use tabmesh_federation::manifest::{Manifest, ManifestError, SignedManifest, Trus
 use tabmesh_privacy::signature::VerifyingKey;
 use tabmesh_proto::client::{ClientError, MeshClient};
 use tabmesh_store::{BlobStore, StoreError};
-use tabmesh_tfm::adapter::FeatureTokens;
+use tabmesh_tfm::adapter::Adapter;
 use tabmesh_tfm::error::TfmError;
 use tabmesh_tfm::model::Model;
 use tabmesh_tfm::table::Preprocessing;
@@ -114,10 +114,10 @@ impl Artefacts {
         }
         // Parsed once before it counts as current: what can't be loaded is never pointed at.
         self.model(&manifest.base)?;
-        self.model(&manifest.tuned)?;
+        let tuned = self.model(&manifest.tuned)?;
         self.preprocessing(&manifest.preprocessing)?;
         self.corpus(&manifest.corpus, &manifest.schema)?;
-        manifest.adapter.map(|digest| self.adapter(&digest, &manifest.tuned)).transpose()?;
+        manifest.adapter.map(|digest| self.adapter(&digest, &manifest.tuned, &tuned)).transpose()?;
         crate::files::replace(&self.pointer, document).map_err(|error| self.broken(&error))?;
         Ok(manifest)
     }
@@ -171,12 +171,12 @@ impl Artefacts {
         Ok(document.batch(schema)?)
     }
 
-    /// An adapter that belongs to a base.
+    /// An adapter that belongs to a base, given by digest and loaded.
     ///
     /// # Errors
-    /// [`ArtefactError`] if it is missing, damaged or no adapter.
-    pub fn adapter(&self, digest: &Digest, base: &Digest) -> Result<FeatureTokens, ArtefactError> {
-        Ok(FeatureTokens::from_safetensors(&self.blobs.get(&named(digest))?, &base.to_string())?)
+    /// [`ArtefactError`] if it is missing, damaged or no adapter of this base.
+    pub fn adapter(&self, digest: &Digest, base: &Digest, model: &Model) -> Result<Adapter, ArtefactError> {
+        Ok(Adapter::from_safetensors(&self.blobs.get(&named(digest))?, &base.to_string(), model)?)
     }
 
     fn broken(&self, error: &std::io::Error) -> ArtefactError {

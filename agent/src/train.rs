@@ -9,8 +9,8 @@ use tabmesh_contract::batch::{TypedBatch, TypedColumn};
 use tabmesh_contract::schema::FeatureSchema;
 use tabmesh_federation::descriptor::RoundDescriptor;
 use tabmesh_federation::id::Digest;
-use tabmesh_federation::plan::Plan;
-use tabmesh_tfm::adapter::FeatureTokens;
+use tabmesh_federation::plan::{AdapterSpec, Plan};
+use tabmesh_tfm::adapter::{Adapter, Kind};
 use tabmesh_tfm::context::Context;
 use tabmesh_tfm::error::TfmError;
 use tabmesh_tfm::gradient::{Clip, PreparedRows, UnitGroup};
@@ -23,6 +23,8 @@ use crate::work::WorkError;
 pub struct Trainer {
     artefacts: [Digest; 3],
     context: Context,
+    /// The plan's kind of adapter on the frozen model; rounds differ in its values.
+    adapter: Adapter,
     rows: PreparedRows,
     units: Vec<UnitGroup>,
 }
@@ -51,11 +53,13 @@ impl Trainer {
         for (row, unit) in rows.units.iter().enumerate() {
             units.entry(*unit).or_default().push(row);
         }
-        let rows = context.prepare(&preprocessing.encode(&rows, Coding::OwnRow)?)?;
+        let adapter = Adapter::initial(kind_of(plan.rounds.adapter), &model, context.column_keys())?;
+        let rows = context.prepare(&preprocessing.encode(&rows, Coding::OwnRow)?, &adapter)?;
         Ok(Self {
             artefacts: [descriptor.base, descriptor.context, descriptor.preprocessing],
             units: units.into_values().map(|rows| UnitGroup { rows }).collect(),
             context,
+            adapter,
             rows,
         })
     }
@@ -69,17 +73,29 @@ impl Trainer {
     /// The sum over units of clipped, integer gradients at the descriptor's adapter.
     ///
     /// # Errors
-    /// [`WorkError::Model`] if the adapter doesn't fit the model.
+    /// [`WorkError::Model`] if the descriptor's adapter isn't of the plan's kind on this model.
     pub fn clipped_sum(&self, descriptor: &RoundDescriptor) -> Result<Vec<i64>, WorkError> {
-        let width = descriptor.width as usize;
-        let tokens =
-            FeatureTokens::new(descriptor.adapter_keys.clone(), width, descriptor.adapter_values.clone())?;
-        if self.context.column_keys() != descriptor.adapter_keys {
-            let (expected, got) = (self.context.column_keys().join(","), descriptor.adapter_keys.join(","));
-            return Err(TfmError::mismatch("adapter columns", expected, got).into());
+        let layout = self.adapter.layout();
+        if layout.keys != descriptor.adapter_keys || layout.width != descriptor.width as usize {
+            let shown = |keys: &[String], width: usize| format!("{} of width {width}", keys.join(","));
+            let got = shown(&descriptor.adapter_keys, descriptor.width as usize);
+            let expected = shown(&layout.keys, layout.width);
+            return Err(TfmError::mismatch("adapter keys", expected, got).into());
         }
+        let adapter = self.adapter.with_values(descriptor.adapter_values.clone())?;
         let clip = Clip::new(descriptor.clip_norm, descriptor.scale as f64)?;
-        Ok(self.context.clipped_sum(&self.rows, &tokens, &self.units, clip)?)
+        Ok(self.context.clipped_sum(&self.rows, &adapter, &self.units, clip)?)
+    }
+}
+
+/// The model's name for what a plan trains.
+fn kind_of(spec: AdapterSpec) -> Kind {
+    match spec {
+        AdapterSpec::FeatureTokens => Kind::FeatureTokens,
+        AdapterSpec::Head => Kind::Head,
+        AdapterSpec::Lora { rank } => Kind::Lora { rank: rank as usize },
+        AdapterSpec::FrozenLora { rank, seed } => Kind::FrozenLora { rank: rank as usize, seed },
+        AdapterSpec::Core { rank } => Kind::Core { rank: rank as usize },
     }
 }
 
@@ -95,4 +111,87 @@ pub fn onto(rows: &TypedBatch, own: &FeatureSchema, shared: &FeatureSchema) -> T
         })
         .collect();
     TypedBatch { columns, labels: rows.labels.clone(), units: rows.units.clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use rand::{Rng, SeedableRng};
+    use rand_chacha::ChaCha20Rng;
+    use tabmesh_contract::contract::Contract;
+    use tabmesh_tfm::model::Model;
+    use tabmesh_tfm::model::config::ModelConfig;
+    use tabmesh_tfm::table::Preprocessing;
+
+    use super::*;
+    use crate::source::{DomainKey, View, open_contract};
+
+    const ROWS: [[&str; 4]; 6] = [
+        ["31", "cash", "2.5", "1"],
+        ["44", "card", "0", "0"],
+        ["", "card", "11", "0"],
+        ["18", "", "4", "1"],
+        ["70", "cash", "", "0"],
+        ["25", "card", "1.5", "1"],
+    ];
+    const FEATURES: [&str; 4] = [
+        "type: decimal, range: [0, 99], feature: person.age",
+        "type: categorical, categories: [cash, card], feature: sale.payment",
+        "type: decimal, range: [0, 20], feature: sale.amount",
+        "type: integer, role: target, feature: sale.fraud, categories: ['0', '1']",
+    ];
+
+    /// A domain whose table has the features under other names and in another order.
+    fn domain(names: [&str; 4], order: [usize; 4], extra: &str) -> (Contract, TypedBatch) {
+        let columns: String =
+            order.iter().map(|at| format!("  - {{name: {}, {}}}\n", names[*at], FEATURES[*at])).collect();
+        let contract = format!(
+            "name: shop.sales
+version: '1.0.0'
+owner: shop@example.com
+schema:
+{columns}{extra}privacy: {{sensitivity: low, allow_training: true, max_units: 100}}
+source: {{type: csv, path: sales.csv}}
+"
+        );
+        let contract = Contract::parse("contract.yaml", &contract).unwrap().0;
+        let line = |row: &[&str; 4]| order.map(|at| row[at]).join(",");
+        let mut text = format!("{},own\n", line(&names));
+        ROWS.iter().for_each(|row| text.push_str(&format!("{},7\n", line(row))));
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("sales.csv"), text).unwrap();
+        let source = open_contract(&contract, folder.path()).unwrap();
+        let schema = contract.approved_schema().unwrap();
+        let view = View::new(&*source, &contract, &schema, DomainKey::new(&[3; 32])).unwrap();
+        let rows = view.rows().unwrap().next().unwrap().unwrap().batch;
+        (contract, rows)
+    }
+
+    /// Two domains with the same canonical features are one table to the model, whatever their tables look like; a
+    /// feature that only one of them has is not in what they share.
+    #[test]
+    fn domains_with_the_same_features_in_another_order_get_the_same_prediction() {
+        let (first, rows) = domain(["age", "payment", "amount", "label"], [0, 1, 2, 3], "");
+        let (second, turned) = domain(
+            ["fraud_a", "zahlart", "betrag", "betrug"],
+            [3, 2, 0, 1],
+            "  - {name: own, type: decimal, range: [0, 9], feature: shop.own}\n",
+        );
+        let shared = first.approved_schema().unwrap();
+        let model = Model::random(&ModelConfig::tiny(), &mut ChaCha20Rng::seed_from_u64(3)).unwrap();
+        let coding = Preprocessing::fit(&shared, &rows).unwrap();
+        let predicted = |contract: &Contract, rows: &TypedBatch| {
+            let rows = onto(rows, &contract.approved_schema().unwrap(), &shared);
+            let rows = coding.encode(&rows, Coding::Foreign).unwrap();
+            let context = Context::build(&model, &rows).unwrap();
+            let initial = Adapter::initial(Kind::FeatureTokens, &model, context.column_keys()).unwrap();
+            let mut rng = ChaCha20Rng::seed_from_u64(4);
+            let values = (0..initial.dimension()).map(|_| rng.random_range(-0.5..0.5)).collect();
+            let adapter = initial.with_values(values).unwrap();
+            [None, Some(&adapter)].map(|adapter| context.logits(&rows, adapter).unwrap())
+        };
+        let expected = predicted(&first, &rows);
+        assert_eq!(predicted(&second, &turned), expected);
+        assert_ne!(expected[0], expected[1]);
+    }
 }

@@ -3,7 +3,7 @@
 use miette::Diagnostic;
 use tabmesh_federation::descriptor::DescriptorError;
 use tabmesh_federation::job::JobError;
-use tabmesh_federation::plan::PlanError;
+use tabmesh_federation::plan::{AdapterSpec, PlanError};
 use tabmesh_federation::release_plan::{ReleasePlanError, SharedError};
 use tabmesh_federation::selection::SelectionError;
 use tabmesh_proto::convert::ConvertError;
@@ -63,6 +63,14 @@ pub enum CoordinatorError {
         /// Names of the rules.
         rules: String,
     },
+    /// The plan's adapter has no place on the base.
+    #[error("rounds.adapter: {adapter} does not fit the base model: {reason}")]
+    Adapter {
+        /// What the plan trains.
+        adapter: AdapterSpec,
+        /// What is wrong, naming expected and found.
+        reason: String,
+    },
     /// Another plan is running.
     #[error("plan {running} is running; cancel it or wait for its end")]
     Running {
@@ -110,7 +118,9 @@ impl CoordinatorError {
     #[must_use]
     pub fn wire(&self) -> WireError {
         match self {
-            Self::Plan(_) | Self::Policy { .. } | Self::Message(_) => WireError::Malformed,
+            Self::Plan(_) | Self::Policy { .. } | Self::Adapter { .. } | Self::Message(_) => {
+                WireError::Malformed
+            }
             Self::NotFound { .. } => WireError::NotFound,
             Self::Running { .. } => WireError::Conflict,
             _ => WireError::Internal,

@@ -12,6 +12,7 @@ use tabmesh_federation::id::{AgentId, Digest as NamedDigest, PlanDigest, RoundId
 use tabmesh_federation::plan::Plan;
 use tabmesh_proto::accept::Listener;
 use tabmesh_proto::tls::ServerTls;
+use tabmesh_tfm::adapter::{Kind, Layout};
 
 use crate::config::Config;
 use crate::error::CoordinatorError;
@@ -47,7 +48,8 @@ impl NullRounds {
         let mesh = Arc::new(open(config, switches, surroundings, tls.id().clone())?);
         let (plan, digest) =
             Plan::parse(plan, "plan").map_err(|error| CoordinatorError::Step(error.to_string()))?;
-        let state = AdapterState::zero(vec!["null".to_owned()], len, 1.0, &plan);
+        let layout = Layout { kind: Kind::FeatureTokens, keys: vec!["null".to_owned()], width: len };
+        let state = AdapterState::initial(layout, &vec![0.0; len], 1.0, &plan);
         Ok(Self { mesh, tls, plan, digest, state, last: None })
     }
 

@@ -38,6 +38,9 @@ enum Command {
         /// Make the figures of two runs equal: noise is drawn from this seed, NOT private.
         #[arg(long)]
         seed: Option<u64>,
+        /// What the rounds train, as a plan's `rounds.adapter` says it: `lora`, or `{kind: lora, rank: 2}`.
+        #[arg(long, value_name = "KIND")]
+        adapter: Option<String>,
         /// Form of the result.
         #[arg(long, value_enum, default_value_t = Output::Text)]
         output: Output,
@@ -110,8 +113,8 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
 
 fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Quickstart { dir, keep, hold, fast, seed, output } => {
-            quickstart::run(quickstart::Options { dir, keep, hold, fast, seed, output })?;
+        Command::Quickstart { dir, keep, hold, fast, seed, adapter, output } => {
+            quickstart::run(quickstart::Options { dir, keep, hold, fast, seed, adapter, output })?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Bench { what, output } => bench::run(what, output),

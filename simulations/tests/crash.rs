@@ -36,6 +36,8 @@ fn setup() -> Setup {
         pretrain_steps: 2,
         rounds: ROUNDS,
         deadline_s: 120,
+        // The default kind goes through the loop in the other tests.
+        adapter: Some("{kind: lora, rank: 2}".to_owned()),
         ..PlanChoices::default()
     };
     Setup { program: env!("CARGO_BIN_EXE_tabmesh-sim").into(), rows: Some(200), plan, seed: Some(11) }

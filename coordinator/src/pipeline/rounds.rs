@@ -6,19 +6,20 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 use tabmesh_federation::aggregate::optimiser::ServerOptimiser;
 use tabmesh_federation::aggregate::{Aggregate, Contributions, Rule, Updates};
-use tabmesh_federation::descriptor::{RoundDescriptor, RoundInputs};
+use tabmesh_federation::descriptor::{MAX_ADAPTER_VALUES, RoundDescriptor, RoundInputs};
 use tabmesh_federation::id::{AgentId, Digest as NamedDigest, PlanDigest, RoundId};
 use tabmesh_federation::job::{Job, JobEvent};
 use tabmesh_federation::packed;
 use tabmesh_federation::phase::abandon::AbandonReason;
-use tabmesh_federation::plan::{ClipNorm, Plan};
+use tabmesh_federation::plan::{AdapterSpec, ClipNorm, Plan};
 use tabmesh_federation::round::{Phase, Round, RoundEvent};
 use tabmesh_proto::message::AssignmentKind;
 use tabmesh_store::{Digest, Op};
-use tabmesh_tfm::adapter::FeatureTokens;
+use tabmesh_tfm::adapter::{Adapter, Kind, Layout};
 use tabmesh_tfm::context::Context;
 use tabmesh_tfm::gradient::UnitGroup;
 use tabmesh_tfm::model::Model;
+use tabmesh_tfm::model::config::ModelConfig;
 
 use super::release::Released;
 use super::{collection_id, corpus, quorum, spiffe_ids};
@@ -27,9 +28,12 @@ use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, locked, named, stored};
 use crate::plans::Submitted;
 
-/// The adapter between rounds: keys, current iterate, optimiser, clip norm.
+/// The adapter between rounds: kind, keys, current iterate, optimiser, clip norm.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct AdapterState {
+    /// States from before there was a choice have the default kind.
+    #[serde(default)]
+    kind: Kind,
     pub(crate) keys: Vec<String>,
     pub(crate) width: usize,
     #[serde(with = "packed")]
@@ -39,11 +43,12 @@ pub(crate) struct AdapterState {
 }
 
 impl AdapterState {
-    /// A zero adapter before the first round.
-    pub(crate) fn zero(keys: Vec<String>, width: usize, clip_norm: f64, plan: &Plan) -> Self {
-        let len = keys.len() * width;
-        let optimiser = ServerOptimiser::new(plan.rounds.optimiser, plan.rounds.count, len);
-        Self { keys, width, values: vec![0.0; len], clip_norm, optimiser }
+    /// An adapter before the first round, at values that leave the model as it is.
+    pub(crate) fn initial(layout: Layout, values: &[f32], clip_norm: f64, plan: &Plan) -> Self {
+        let Layout { kind, keys, width } = layout;
+        let optimiser = ServerOptimiser::new(plan.rounds.optimiser, plan.rounds.count, values.len());
+        let values = values.iter().map(|v| f64::from(*v)).collect();
+        Self { kind, keys, width, values, clip_norm, optimiser }
     }
 
     /// The state after the abandoned rounds too: the schedule goes on, the iterate stays.
@@ -58,9 +63,9 @@ impl AdapterState {
 
     /// The adapter as published: the mean of the last iterates.
     pub(super) fn artefact(&self, base: &str) -> Result<Vec<u8>, CoordinatorError> {
-        let values = self.optimiser.averaged(&self.values).iter().map(|v| *v as f32).collect();
-        let tokens = FeatureTokens::new(self.keys.clone(), self.width, values)?;
-        Ok(tokens.to_safetensors(base)?)
+        let values: Vec<f32> = self.optimiser.averaged(&self.values).iter().map(|v| *v as f32).collect();
+        let layout = Layout { kind: self.kind, keys: self.keys.clone(), width: self.width };
+        Ok(layout.to_safetensors(&values, base)?)
     }
 }
 
@@ -236,7 +241,7 @@ pub(crate) fn read(mesh: &Mesh, digest: Digest) -> Result<AdapterState, Coordina
     }
 }
 
-/// The adapter after the last published round, or a zero one before the first.
+/// The adapter after the last published round, or the initial one before the first.
 async fn state(
     mesh: &Arc<Mesh>,
     submitted: &Arc<Submitted>,
@@ -263,25 +268,56 @@ async fn state(
     Ok(state)
 }
 
-/// A zero adapter, with the clip norm of the plan or the 95th percentile of gradient norms on corpus rows.
+/// The plan's adapter as it starts, with the clip norm of the plan or the 95th percentile of gradient norms on corpus rows.
 fn initial(mesh: &Mesh, submitted: &Submitted, job: &Job) -> Result<AdapterState, CoordinatorError> {
     let rounds = &submitted.plan.rounds;
     let tuned = job.products().tuned.ok_or_else(|| CoordinatorError::Step("no tuned model".to_owned()))?;
     let (model, _) = Model::from_safetensors(&mesh.blobs.get(&stored(tuned))?)?;
     let encoded = corpus::encoded(mesh, submitted, job)?;
-    let tokens = FeatureTokens::zero(encoded.column_keys.clone(), model.config().embed_dim)?;
+    let adapter = Adapter::initial(kind_of(rounds.adapter), &model, &encoded.column_keys)?;
     let clip_norm = match rounds.clip_norm {
         ClipNorm::Fixed(norm) => norm,
         ClipNorm::Auto(_) => {
             let context_rows = (rounds.context_rows as usize).min(encoded.rows / 2);
             let context = Context::build(&model, &encoded.take(&(0..context_rows).collect::<Vec<_>>()))?;
             let queries: Vec<usize> = (context_rows..encoded.rows).take(CLIP_ROWS).collect();
-            let prepared = context.prepare(&encoded.take(&queries))?;
+            let prepared = context.prepare(&encoded.take(&queries), &adapter)?;
             let units: Vec<UnitGroup> = (0..queries.len()).map(|row| UnitGroup { rows: vec![row] }).collect();
-            context.norm_quantile(&prepared, &tokens, &units, CLIP_PERCENTILE)?.max(SMALLEST_CLIP)
+            context.norm_quantile(&prepared, &adapter, &units, CLIP_PERCENTILE)?.max(SMALLEST_CLIP)
         }
     };
-    Ok(AdapterState::zero(tokens.keys().to_vec(), tokens.width(), clip_norm, &submitted.plan))
+    Ok(AdapterState::initial(adapter.layout().clone(), adapter.values(), clip_norm, &submitted.plan))
+}
+
+/// The model's name for what a plan trains.
+fn kind_of(spec: AdapterSpec) -> Kind {
+    match spec {
+        AdapterSpec::FeatureTokens => Kind::FeatureTokens,
+        AdapterSpec::Head => Kind::Head,
+        AdapterSpec::Lora { rank } => Kind::Lora { rank: rank as usize },
+        AdapterSpec::FrozenLora { rank, seed } => Kind::FrozenLora { rank: rank as usize, seed },
+        AdapterSpec::Core { rank } => Kind::Core { rank: rank as usize },
+    }
+}
+
+/// Refuses an adapter that the base has no room for, or whose values don't fit into a round.
+pub(crate) fn check_adapter(mesh: &Mesh, adapter: AdapterSpec) -> Result<(), CoordinatorError> {
+    // Feature tokens fit every base; how many there are shows when the columns are known.
+    if adapter == AdapterSpec::FeatureTokens {
+        return Ok(());
+    }
+    let (base, _) = Model::from_safetensors(&mesh.blobs.get(&mesh.base_model()?)?)?;
+    fits(adapter, base.config()).map_err(|reason| CoordinatorError::Adapter { adapter, reason })
+}
+
+fn fits(adapter: AdapterSpec, config: &ModelConfig) -> Result<(), String> {
+    let layout = Layout::of(kind_of(adapter), config, &[]).map_err(|error| error.to_string())?;
+    let got = layout.dimension();
+    if got <= MAX_ADAPTER_VALUES {
+        Ok(())
+    } else {
+        Err(format!("it has {got} values there, a round has at most {MAX_ADAPTER_VALUES}"))
+    }
 }
 
 /// Noisy number of units of each agent, from the label counts of stage 1.
@@ -308,3 +344,43 @@ const CLIP_ROWS: usize = 512;
 const CLIP_PERCENTILE: f64 = 0.95;
 /// Smallest clip norm that a plan may have.
 const SMALLEST_CLIP: f64 = 1e-4;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    #[test]
+    fn adapters_without_room_are_refused_by_name() {
+        let nano = ModelConfig::nano();
+        for adapter in [
+            AdapterSpec::Head,
+            AdapterSpec::Lora { rank: 64 },
+            AdapterSpec::FrozenLora { rank: 64, seed: 1 },
+            AdapterSpec::Core { rank: 64 },
+        ] {
+            assert_eq!(fits(adapter, &nano), Ok(()), "{adapter}");
+        }
+        // 12 blocks, two factors, rows of 512: rank 10 has 122,880 values and rank 11 has 135,168.
+        let published = ModelConfig::published();
+        assert_eq!(fits(AdapterSpec::Lora { rank: 10 }, &published), Ok(()));
+        let refused = fits(AdapterSpec::Lora { rank: 11 }, &published).unwrap_err();
+        assert!(refused.contains("135168 values"), "{refused}");
+        let refused = fits(AdapterSpec::Core { rank: 17 }, &ModelConfig::tiny()).unwrap_err();
+        assert!(refused.contains("17 with rows of width 16"), "{refused}");
+    }
+
+    /// States stored before plans could choose hold feature tokens.
+    #[test]
+    fn states_without_a_kind_hold_feature_tokens() {
+        let (plan, _) = Plan::parse(b"kind: TabmeshPlan\nname: p\ntarget: a.y\n", "p").unwrap();
+        let layout = Layout { kind: Kind::Lora { rank: 1 }, keys: vec!["icl.0.up".to_owned()], width: 2 };
+        let state = AdapterState::initial(layout, &[0.5, 0.0], 1.0, &plan);
+        let mut stored = serde_json::to_value(&state).unwrap();
+        let read: AdapterState = serde_json::from_value(stored.clone()).unwrap();
+        assert_eq!((read.kind, read.values), (state.kind, vec![0.5, 0.0]));
+        stored.as_object_mut().unwrap().remove("kind");
+        let read: AdapterState = serde_json::from_value(stored).unwrap();
+        assert_eq!(read.kind, Kind::FeatureTokens);
+    }
+}

@@ -124,8 +124,9 @@ impl OperatorService for OperatorCalls {
     }
 }
 
-/// Asks policy about a plan, for each product that would take part.
+/// Holds a plan against the base, and asks policy about it for each product that would take part.
 fn judge(mesh: &Mesh, plan: &Plan) -> Result<(), CoordinatorError> {
+    pipeline::rounds::check_adapter(mesh, plan.rounds.adapter)?;
     let members = pipeline::candidates(mesh, plan);
     let cohort = u32::try_from(members.len()).unwrap_or(u32::MAX);
     for (agent, admitted) in members {

@@ -6,13 +6,13 @@
 //! Whose rows the context may hold is the caller's decision: for serving inside a domain its own rows and corpus
 //! rows, for gradients and everything that leaves a domain corpus rows only.
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use crate::{
-    adapter::FeatureTokens,
+    adapter::{Adapter, path::Applied},
     error::TfmError,
     features::text_vectors,
-    model::{Model, slot_sums},
+    model::{Model, query::QueryPath},
     table::EncodedTable,
 };
 
@@ -23,8 +23,6 @@ pub struct Context {
     rows: usize,
     /// Feature tokens of the base by slot `(1, columns, E)`.
     slots: Option<Tensor>,
-    /// 0/1 matrix from column deltas to slots.
-    slot_sums: Tensor,
     /// Summary of the context for each column block, `(views * slots, inducing, 2 E)`.
     columns: Vec<Tensor>,
     /// Keys and values of the context for each in-context block, `(views, rows, 2 D)`.
@@ -38,7 +36,7 @@ type View = (Vec<Tensor>, Vec<Tensor>);
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Serving<'a> {
     /// Adapter for the query rows.
-    pub tokens: Option<&'a FeatureTokens>,
+    pub adapter: Option<&'a Adapter>,
     /// Added to the logit of class 1, e.g. [`prior_shift`].
     pub logit_offset: f64,
 }
@@ -85,7 +83,6 @@ impl Context {
             column_keys: table.column_keys.clone(),
             rows: table.rows,
             slots,
-            slot_sums: slot_sums(config.variant.grouping(), table.columns)?,
             columns: Vec::new(),
             keys_values: Vec::new(),
         };
@@ -147,23 +144,19 @@ impl Context {
     /// Logits of class 1 before any offset, one per query row; labels of the queries are not read.
     ///
     /// # Errors
-    /// [`TfmError::Mismatch`] if columns differ from the context's or the adapter has another width.
-    pub fn logits(
-        &self,
-        queries: &EncodedTable,
-        tokens: Option<&FeatureTokens>,
-    ) -> Result<Vec<f64>, TfmError> {
+    /// [`TfmError::Mismatch`] if columns differ from the context's or the adapter belongs to a base of other sizes.
+    pub fn logits(&self, queries: &EncodedTable, adapter: Option<&Adapter>) -> Result<Vec<f64>, TfmError> {
         self.check_queries(queries)?;
-        let delta = tokens.map(|t| self.slot_delta(t)).transpose()?;
+        let applied = adapter.map(|adapter| adapter.applied(self)).transpose()?.unwrap_or_default();
         let mut logits = Vec::with_capacity(queries.rows);
         for values in queries.values.chunks(CHUNK_ROWS * queries.columns) {
-            logits.extend(self.averaged(values, delta.as_ref())?.into_iter().map(f64::from));
+            logits.extend(self.averaged(values, &applied)?.into_iter().map(f64::from));
         }
         Ok(logits)
     }
 
     /// Logits of class 1 of a few rows, averaged over all views in one pass.
-    fn averaged(&self, values: &[f32], delta: Option<&Tensor>) -> Result<Vec<f32>, TfmError> {
+    fn averaged(&self, values: &[f32], mut applied: &Applied) -> Result<Vec<f32>, TfmError> {
         let columns = self.column_keys.len();
         let parts = &self.model.parts;
         let rows = values.len() / columns;
@@ -173,12 +166,10 @@ impl Context {
         let cells = parts.column.output(cells, &groups)?;
         let (_, _, width) = cells.dims3()?;
         let cells = cells.reshape((VIEWS, (), rows, width))?.transpose(1, 2)?.contiguous()?;
-        let mut cells = self.with_slots(cells.flatten_to(1)?)?;
-        if let Some(delta) = delta {
-            cells = cells.broadcast_add(delta)?;
-        }
+        let cells = applied.cells(self.with_slots(cells.flatten_to(1)?)?)?;
         let vectors = parts.row.rows(&cells)?.reshape((VIEWS, rows, ()))?;
-        let scores = parts.decoder.scores(&parts.icl.cached(vectors, &self.keys_values)?)?;
+        let read = parts.icl.cached(vectors, &self.keys_values, &mut applied)?;
+        let scores = parts.decoder.scores_along(&read, &mut applied)?;
         let margins = (scores.narrow(2, 1, 1)? - scores.narrow(2, 0, 1)?)?.squeeze(2)?;
         let mut sums = vec![0f32; rows];
         for (view, margins) in margins.to_vec2::<f32>()?.into_iter().enumerate() {
@@ -196,7 +187,7 @@ impl Context {
         if !serving.logit_offset.is_finite() {
             return Err(TfmError::mismatch("logit offset", "a finite number", serving.logit_offset));
         }
-        let logits = self.logits(queries, serving.tokens)?;
+        let logits = self.logits(queries, serving.adapter)?;
         Ok(logits
             .into_iter()
             .map(|logit| {
@@ -235,25 +226,37 @@ impl Context {
         self.with_slots(cells.transpose(0, 1)?.contiguous()?)
     }
 
-    /// Logits of class 1 `(rows)` of one view from cells `(rows, columns, E)`, class order restored.
-    pub(crate) fn margins(&self, view: usize, cells: &Tensor) -> Result<Tensor, TfmError> {
-        let parts = &self.model.parts;
-        let vectors = parts.row.rows(cells)?.unsqueeze(0)?;
-        let cache = of_view(&self.keys_values, view)?;
-        let scores = parts.decoder.scores(&parts.icl.cached(vectors, &cache)?)?.squeeze(0)?;
+    /// Row vectors `(1, rows, D)` of cells `(rows, slots, E)`.
+    pub(crate) fn vectors(&self, cells: &Tensor) -> Result<Tensor, TfmError> {
+        Ok(self.model.parts.row.rows(cells)?.unsqueeze(0)?)
+    }
+
+    /// Query rows `(1, rows, D)` after reading the context in one view, from row vectors `(1, rows, D)`.
+    pub(crate) fn read(
+        &self,
+        view: usize,
+        vectors: Tensor,
+        path: &mut dyn QueryPath,
+    ) -> Result<Tensor, TfmError> {
+        self.model.parts.icl.cached(vectors, &of_view(&self.keys_values, view)?, path)
+    }
+
+    /// Logits of class 1 `(rows)` of one view from rows `(1, rows, D)` that have read, class order restored.
+    pub(crate) fn margins(
+        &self,
+        view: usize,
+        read: &Tensor,
+        path: &mut dyn QueryPath,
+    ) -> Result<Tensor, TfmError> {
+        let scores = self.model.parts.decoder.scores_along(read, path)?.squeeze(0)?;
         let (zero, one) = (scores.narrow(1, 0, 1)?.squeeze(1)?, scores.narrow(1, 1, 1)?.squeeze(1)?);
         Ok(if is_swapped(view) { (zero - one)? } else { (one - zero)? })
     }
 
-    /// An adapter's deltas by slot `(1, columns, E)`.
-    pub(crate) fn slot_delta(&self, tokens: &FeatureTokens) -> Result<Tensor, TfmError> {
-        let width = self.model.config().embed_dim;
-        if tokens.width() != width {
-            return Err(TfmError::mismatch("adapter width", width, tokens.width()));
-        }
-        let columns = self.column_keys.len();
-        let delta = Tensor::from_vec(tokens.aligned(&self.column_keys), (columns, width), &Device::Cpu)?;
-        Ok(self.slot_sums.matmul(&delta)?.unsqueeze(0)?)
+    /// The same context, whose query rows go through other weights than it was made with.
+    #[cfg(test)]
+    pub(crate) fn with_query_weights(self, model: Model) -> Self {
+        Self { model, ..self }
     }
 
     fn with_slots(&self, cells: Tensor) -> Result<Tensor, TfmError> {
@@ -301,7 +304,7 @@ pub(crate) mod tests {
 
     use super::{Context, MAX_CONTEXT_ROWS, Serving, prior_shift};
     use crate::{
-        adapter::FeatureTokens,
+        adapter::{Adapter, Kind},
         error::TfmError,
         features::text_vectors,
         model::{
@@ -349,11 +352,18 @@ pub(crate) mod tests {
         }
     }
 
-    pub(crate) fn tokens(columns: usize, seed: u64) -> FeatureTokens {
+    /// An adapter of [`model`] with random values.
+    pub(crate) fn adapter(kind: Kind, columns: usize, seed: u64) -> Adapter {
+        adapter_of(&model(), kind, columns, seed)
+    }
+
+    /// As [`adapter`], of another model.
+    pub(crate) fn adapter_of(model: &Model, kind: Kind, columns: usize, seed: u64) -> Adapter {
         let mut rng = ChaCha20Rng::seed_from_u64(seed);
-        let keys = (0..columns).map(|i| format!("f.c{i}")).collect();
-        let values = (0..columns * 8).map(|_| rng.random_range(-0.5..0.5)).collect();
-        FeatureTokens::new(keys, 8, values).unwrap()
+        let keys: Vec<String> = (0..columns).map(|i| format!("f.c{i}")).collect();
+        let initial = Adapter::initial(kind, model, &keys).unwrap();
+        let values = (0..initial.dimension()).map(|_| rng.random_range(-0.5..0.5)).collect();
+        initial.with_values(values).unwrap()
     }
 
     #[test]
@@ -394,8 +404,8 @@ pub(crate) mod tests {
     #[test]
     fn a_batch_gives_what_single_rows_give() {
         let (context, queries) = (Context::build(&model(), &table(40, 4, 3)).unwrap(), table(270, 4, 4));
-        let tokens = tokens(4, 5);
-        let serving = Serving { tokens: Some(&tokens), logit_offset: 0.3 };
+        let adapter = adapter(Kind::FeatureTokens, 4, 5);
+        let serving = Serving { adapter: Some(&adapter), logit_offset: 0.3 };
         let batched = context.predict(&queries, serving).unwrap();
         for i in (0..queries.rows).step_by(17) {
             let single = context.predict(&queries.take(&[i]), serving).unwrap();
@@ -404,20 +414,48 @@ pub(crate) mod tests {
         }
     }
 
+    /// Keys decide, not positions: the same deltas in another order are the same adapter. A column without a delta and a
+    /// delta without a column change nothing.
     #[test]
-    fn zero_adapter_is_the_base_and_another_is_not() {
+    fn feature_tokens_go_by_key() {
         let (context, queries) = (Context::build(&model(), &table(40, 4, 3)).unwrap(), table(20, 4, 4));
+        let given = adapter(Kind::FeatureTokens, 4, 5);
+        let moved = context.logits(&queries, Some(&given)).unwrap();
+        let rows: Vec<(&String, &[f32])> = given.layout().keys.iter().zip(given.values().chunks(8)).collect();
+        let of = |rows: &[(String, Vec<f32>)]| {
+            let keys: Vec<String> = rows.iter().map(|(key, _)| key.clone()).collect();
+            let values = rows.iter().flat_map(|(_, values)| values.clone()).collect();
+            Adapter::initial(Kind::FeatureTokens, &model(), &keys).unwrap().with_values(values).unwrap()
+        };
+        let mut turned: Vec<(String, Vec<f32>)> =
+            rows.iter().rev().map(|(key, values)| ((*key).clone(), values.to_vec())).collect();
+        turned.insert(2, ("another.column".to_owned(), vec![9.0; 8]));
+        assert_eq!(context.logits(&queries, Some(&of(&turned))).unwrap(), moved);
+        let strangers: Vec<_> =
+            turned.iter().map(|(key, values)| (format!("x.{key}"), values.clone())).collect();
         let base = context.logits(&queries, None).unwrap();
-        let zero = FeatureTokens::zero(context.column_keys().to_vec(), 8).unwrap();
-        assert_eq!(context.logits(&queries, Some(&zero)).unwrap(), base);
-        let moved = context.logits(&queries, Some(&tokens(4, 5))).unwrap();
-        assert!(base.iter().zip(&moved).any(|(a, b)| (a - b).abs() > 1e-3));
-        // Keys decide, not positions: the same deltas in another order are the same adapter.
-        let given = tokens(4, 5);
-        let mut keys = given.keys().to_vec();
-        keys.reverse();
-        let turned = FeatureTokens::new(keys.clone(), 8, given.aligned(&keys)).unwrap();
-        assert_eq!(context.logits(&queries, Some(&turned)).unwrap(), moved);
+        assert_eq!(context.logits(&queries, Some(&of(&strangers))).unwrap(), base);
+        assert_ne!(moved, base);
+    }
+
+    /// A column without a known text is an anonymous column: what a model that reads no texts makes of it.
+    #[test]
+    fn columns_without_text_are_anonymous() {
+        let (model, queries) = (model(), table(20, 4, 4));
+        let predicted = |model: &Model, texts: [&str; 4]| {
+            let rows = EncodedTable { column_texts: texts.map(str::to_owned).into(), ..table(40, 4, 3) };
+            Context::build(model, &rows).unwrap().logits(&queries, None).unwrap()
+        };
+        let mut tensors = model.tensors().clone();
+        let projection = tensors.get_mut("feature_tokens.weight").unwrap();
+        *projection = projection.zeros_like().unwrap();
+        let unread = Model::from_tensors(model.config(), tensors).unwrap();
+        let known = ["person.age", "person.job", "sale.amount", "sale.kind"];
+        let anonymous = predicted(&model, [""; 4]);
+        assert_eq!(anonymous, predicted(&unread, known));
+        assert_eq!(anonymous, predicted(&model, ["--", "", " | ", ""]));
+        let one_known = predicted(&model, ["", "", "sale.amount", ""]);
+        assert!(one_known != anonymous && one_known != predicted(&model, known));
     }
 
     /// Swapping the classes of the context swaps the prediction, whatever the weights are.

@@ -1,29 +1,31 @@
-//! Per-row gradients of the log loss by the feature-token deltas, and their clipped integer sum.
+//! Per-row gradients of the log loss by an adapter's values, and their clipped integer sum.
 //!
 //! Private rows go through the query path only: with a context of corpus rows a row's gradient is a function of that
-//! row alone, so adding or removing a unit moves the sum by that unit's clipped gradient and nothing else. The cells
-//! of a row don't depend on the deltas; they are computed once per context and each round runs row stage, in-context
-//! stage and decoder. The gradient is that of the served prediction, both views averaged, before clipping.
+//! row alone, so adding or removing a unit moves the sum by that unit's clipped gradient and nothing else. What comes
+//! before the first point that the adapter changes is computed once per context; each round runs the rest of the query
+//! path forward and back. The gradient is that of the served prediction, both views averaged, before clipping.
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 
 use crate::{
-    adapter::FeatureTokens,
+    adapter::{
+        Adapter, Entry,
+        path::{Applied, Played, Tape},
+    },
     context::{CHUNK_ROWS, Context},
     error::TfmError,
-    model::variant::Grouping,
+    model::query::{Plain, QueryPath},
     table::EncodedTable,
 };
 
-/// Rows with the part of their computation that no delta changes. Holds private data; has no wire form.
+/// Rows with the part of their computation that no adapter of a kind changes. Holds private data; has no wire form.
 pub struct PreparedRows {
     rows: usize,
     columns: usize,
-    grouping: Grouping,
-    width: usize,
+    entry: Entry,
     labels: Vec<u8>,
-    /// Cells `(rows, slots, E)` of each view.
-    cells: Vec<Vec<f32>>,
+    /// What enters at `entry`, row by row, of each view.
+    views: Vec<Vec<f32>>,
 }
 
 impl std::fmt::Debug for PreparedRows {
@@ -37,7 +39,7 @@ impl std::fmt::Debug for PreparedRows {
 pub struct GradientChunk {
     /// Index of the first row.
     pub first_row: usize,
-    /// Gradients `(rows of the chunk, columns, E)` in the column order of the context.
+    /// Gradients `(rows of the chunk, D)` in the order of the adapter's values.
     pub gradients: Vec<f32>,
     /// Log loss of each row.
     pub losses: Vec<f64>,
@@ -114,45 +116,78 @@ impl Clip {
 }
 
 impl Context {
-    /// Computes the cells of labelled rows once for many rounds.
+    /// Computes what adapters of this one's kind leave as it is, of labelled rows, once for many rounds.
     ///
     /// # Errors
     /// [`TfmError::Mismatch`] if columns differ from the context's or a row has no label.
-    pub fn prepare(&self, rows: &EncodedTable) -> Result<PreparedRows, TfmError> {
+    pub fn prepare(&self, rows: &EncodedTable, adapter: &Adapter) -> Result<PreparedRows, TfmError> {
         self.check_queries(rows)?;
-        let width = self.model().config().embed_dim;
-        let mut cells = vec![Vec::with_capacity(rows.rows * rows.columns * width); self.views()];
+        let entry = adapter.entry();
+        let mut views = vec![Vec::new(); self.views()];
         for values in rows.values.chunks(CHUNK_ROWS * rows.columns) {
-            for (view, kept) in cells.iter_mut().enumerate() {
-                kept.extend(self.cells(view, values)?.flatten_all()?.to_vec1::<f32>()?);
+            for (view, kept) in views.iter_mut().enumerate() {
+                let entering = match entry {
+                    Entry::Cells => self.cells(view, values)?,
+                    Entry::Vectors => self.vectors(&self.cells(view, values)?)?,
+                    Entry::Read => self.read(view, self.vectors(&self.cells(view, values)?)?, &mut Plain)?,
+                };
+                kept.extend(entering.flatten_all()?.to_vec1::<f32>()?);
             }
         }
         Ok(PreparedRows {
             rows: rows.rows,
             columns: rows.columns,
-            grouping: self.model().config().variant.grouping(),
-            width,
+            entry,
             labels: rows.known_labels()?,
-            cells,
+            views,
         })
     }
 
-    /// Gradients of all prepared rows at the given deltas, chunk by chunk.
+    /// Gradients of all prepared rows at the adapter's values, chunk by chunk.
     ///
     /// # Errors
-    /// [`TfmError::Mismatch`] if the adapter has another width or the rows belong to another context.
+    /// [`TfmError::Mismatch`] if the adapter belongs to a base of other sizes, or the rows to another context or kind.
     pub fn row_gradients<'a>(
         &'a self,
         rows: &'a PreparedRows,
-        tokens: &FeatureTokens,
+        adapter: &'a Adapter,
     ) -> Result<RowGradients<'a>, TfmError> {
-        if rows.columns != self.column_keys().len() || rows.cells.len() != self.views() {
-            return Err(TfmError::mismatch("prepared columns", self.column_keys().len(), rows.columns));
-        }
-        Ok(RowGradients { context: self, rows, delta: self.slot_delta(tokens)?, next: 0 })
+        Ok(RowGradients { pass: Pass::new(self, rows, adapter)?, next: 0 })
     }
 
-    /// Sum over units of clipped integer gradients, in the column order of the context (`columns * E` entries).
+    /// Log loss of each prepared row at the adapter's values.
+    ///
+    /// # Errors
+    /// As [`Self::row_gradients`].
+    pub fn losses(&self, rows: &PreparedRows, adapter: &Adapter) -> Result<Vec<f64>, TfmError> {
+        let pass = Pass::new(self, rows, adapter)?;
+        let mut losses = Vec::with_capacity(rows.rows);
+        for (first, count) in pass.chunks() {
+            losses.extend(pass.losses(first, count)?);
+        }
+        Ok(losses)
+    }
+
+    /// The plain sum of all prepared rows' gradients: one step without privacy. It costs what per-row gradients cost,
+    /// since a row is an outer product or a copy away from what the backward pass computes anyway.
+    ///
+    /// # Errors
+    /// As [`Self::row_gradients`].
+    pub fn summed_gradient(&self, rows: &PreparedRows, adapter: &Adapter) -> Result<Vec<f64>, TfmError> {
+        let pass = Pass::new(self, rows, adapter)?;
+        let mut sum = vec![0f64; adapter.dimension()];
+        for (first, count) in pass.chunks() {
+            let mut part = vec![0f32; adapter.dimension()];
+            let (played, _) = pass.back(first, count)?;
+            for row in 0..count {
+                pass.add_row(&played, row, &mut part);
+            }
+            sum.iter_mut().zip(&part).for_each(|(s, p)| *s += f64::from(*p));
+        }
+        Ok(sum)
+    }
+
+    /// Sum over units of clipped integer gradients, in the order of the adapter's values.
     ///
     /// No units or no rows give zeros. Row indices out of range are skipped.
     ///
@@ -161,12 +196,12 @@ impl Context {
     pub fn clipped_sum(
         &self,
         rows: &PreparedRows,
-        tokens: &FeatureTokens,
+        adapter: &Adapter,
         units: &[UnitGroup],
         clip: Clip,
     ) -> Result<Vec<i64>, TfmError> {
-        let mut sum = vec![0i64; rows.columns * rows.width];
-        self.for_each_unit(rows, tokens, units, &mut |gradient| {
+        let mut sum = vec![0i64; adapter.dimension()];
+        self.for_each_unit(rows, adapter, units, &mut |gradient| {
             for (total, value) in sum.iter_mut().zip(clip.integers(gradient)) {
                 *total = total.checked_add(value).ok_or(TfmError::TooLarge {
                     what: "sum of gradients",
@@ -188,12 +223,12 @@ impl Context {
     pub fn norm_quantile(
         &self,
         rows: &PreparedRows,
-        tokens: &FeatureTokens,
+        adapter: &Adapter,
         units: &[UnitGroup],
         quantile: f64,
     ) -> Result<f64, TfmError> {
         let mut norms = Vec::with_capacity(units.len());
-        self.for_each_unit(rows, tokens, units, &mut |gradient| {
+        self.for_each_unit(rows, adapter, units, &mut |gradient| {
             norms.push(gradient.iter().map(|g| g * g).sum::<f64>().sqrt());
             Ok(())
         })?;
@@ -206,11 +241,11 @@ impl Context {
     fn for_each_unit(
         &self,
         rows: &PreparedRows,
-        tokens: &FeatureTokens,
+        adapter: &Adapter,
         units: &[UnitGroup],
         f: &mut dyn FnMut(&[f64]) -> Result<(), TfmError>,
     ) -> Result<(), TfmError> {
-        let size = rows.columns * rows.width;
+        let size = adapter.dimension();
         // Units end with their last row; what is open at a time is bounded by rows that units spread apart.
         let mut last_row = vec![None; units.len()];
         let mut owners: Vec<Vec<usize>> = vec![Vec::new(); rows.rows];
@@ -221,7 +256,7 @@ impl Context {
             }
         }
         let mut open: std::collections::BTreeMap<usize, Vec<f64>> = std::collections::BTreeMap::new();
-        for chunk in self.row_gradients(rows, tokens)? {
+        for chunk in self.row_gradients(rows, adapter)? {
             let chunk = chunk?;
             for (i, gradient) in chunk.gradients.chunks_exact(size).enumerate() {
                 let row = chunk.first_row + i;
@@ -246,9 +281,7 @@ impl Context {
 
 /// Iterator over the gradients of prepared rows.
 pub struct RowGradients<'a> {
-    context: &'a Context,
-    rows: &'a PreparedRows,
-    delta: Tensor,
+    pass: Pass<'a>,
     next: usize,
 }
 
@@ -262,73 +295,139 @@ impl Iterator for RowGradients<'_> {
     type Item = Result<GradientChunk, TfmError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.next >= self.rows.rows {
+        if self.next >= self.pass.rows.rows {
             return None;
         }
-        let (first, count) = (self.next, GRADIENT_ROWS.min(self.rows.rows - self.next));
+        let (first, count) = (self.next, GRADIENT_ROWS.min(self.pass.rows.rows - self.next));
         self.next += count;
-        Some(self.chunk(first, count))
+        Some(self.pass.gradients(first, count))
     }
 }
 
-impl RowGradients<'_> {
-    fn chunk(&self, first: usize, count: usize) -> Result<GradientChunk, TfmError> {
-        let PreparedRows { columns, grouping, width, ref labels, ref cells, .. } = *self.rows;
-        let slots = grouping.slots(columns);
-        let (size, shape) = (slots * width, (count, slots, width));
-        // Gradients of intermediate tensors are dropped on the way back; a zero variable keeps the one at the cells.
-        let tap = Var::zeros(shape, candle_core::DType::F32, &Device::Cpu)?;
-        let offset = tap.as_tensor().broadcast_add(&self.delta)?;
-        let mut logits: Option<Tensor> = None;
-        for (view, cells) in cells.iter().enumerate() {
-            let cells =
-                Tensor::from_slice(&cells[first * size..(first + count) * size], shape, &Device::Cpu)?;
-            let margin = self.context.margins(view, &(cells + &offset)?)?;
-            logits = Some(match logits {
-                Some(sum) => (sum + margin)?,
-                None => margin,
-            });
+/// Prepared rows through the rest of the query path, at one adapter.
+struct Pass<'a> {
+    context: &'a Context,
+    rows: &'a PreparedRows,
+    adapter: &'a Adapter,
+    applied: Applied,
+}
+
+impl<'a> Pass<'a> {
+    fn new(context: &'a Context, rows: &'a PreparedRows, adapter: &'a Adapter) -> Result<Self, TfmError> {
+        if rows.columns != context.column_keys().len() || rows.views.len() != context.views() {
+            return Err(TfmError::mismatch("prepared columns", context.column_keys().len(), rows.columns));
         }
-        let logits = logits.ok_or_else(|| TfmError::mismatch("views of a context", "at least 1", 0))?;
-        let share = 1.0 / cells.len() as f64;
-        let values: Vec<f64> = logits.to_vec1::<f32>()?.into_iter().map(|v| f64::from(v) * share).collect();
-        let labels = &labels[first..first + count];
+        if rows.entry != adapter.entry() {
+            let (expected, got) = (format!("{:?}", adapter.entry()), format!("{:?}", rows.entry));
+            return Err(TfmError::mismatch("prepared stage", expected, got));
+        }
+        Ok(Self { context, rows, adapter, applied: adapter.applied(context)? })
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = (usize, usize)> {
+        let rows = self.rows.rows;
+        (0..rows).step_by(GRADIENT_ROWS).map(move |first| (first, GRADIENT_ROWS.min(rows - first)))
+    }
+
+    /// What enters of `count` rows in one view.
+    fn entering(&self, view: usize, first: usize, count: usize) -> Result<Tensor, TfmError> {
+        let all = &self.rows.views[view];
+        let width = all.len() / self.rows.rows.max(1);
+        let values = &all[first * width..(first + count) * width];
+        Ok(match self.rows.entry {
+            Entry::Cells => {
+                let cell = self.context.model().config().embed_dim;
+                Tensor::from_slice(values, (count, width / cell, cell), &Device::Cpu)?
+            }
+            Entry::Vectors | Entry::Read => Tensor::from_slice(values, (1, count, width), &Device::Cpu)?,
+        })
+    }
+
+    /// Logits of one view.
+    fn view(
+        &self,
+        view: usize,
+        first: usize,
+        count: usize,
+        path: &mut dyn QueryPath,
+    ) -> Result<Tensor, TfmError> {
+        let context = self.context;
+        let entering = self.entering(view, first, count)?;
+        let read = match self.rows.entry {
+            Entry::Cells => context.read(view, context.vectors(&path.cells(entering)?)?, path)?,
+            Entry::Vectors => context.read(view, entering, path)?,
+            Entry::Read => entering,
+        };
+        context.margins(view, &read, path)
+    }
+
+    fn losses(&self, first: usize, count: usize) -> Result<Vec<f64>, TfmError> {
+        let views = (0..self.rows.views.len()).map(|view| self.view(view, first, count, &mut &self.applied));
+        let logits = averaged(&views.collect::<Result<Vec<_>, _>>()?)?;
+        Ok(logits.iter().zip(self.labels(first, count)).map(|(v, y)| log_loss(*v, *y)).collect())
+    }
+
+    fn labels(&self, first: usize, count: usize) -> &[u8] {
+        &self.rows.labels[first..first + count]
+    }
+
+    /// Forward and back: what the sites of each view saw, and the losses.
+    fn back(&self, first: usize, count: usize) -> Result<(Vec<Played>, Vec<f64>), TfmError> {
+        let mut tapes: Vec<Tape<'_>> = self.rows.views.iter().map(|_| Tape::new(&self.applied)).collect();
+        let mut margins = Vec::with_capacity(tapes.len());
+        for (view, tape) in tapes.iter_mut().enumerate() {
+            margins.push(self.view(view, first, count, tape)?);
+        }
+        let logits = averaged(&margins)?;
+        let labels = self.labels(first, count);
+        let losses = logits.iter().zip(labels).map(|(v, y)| log_loss(*v, *y)).collect();
         // The derivative of the log loss by the averaged logit is p - y; each view carries its share of it.
-        let outer: Vec<f32> = values
+        let share = 1.0 / margins.len() as f64;
+        let outer: Vec<f32> = logits
             .iter()
             .zip(labels)
             .map(|(v, y)| ((1.0 / (1.0 + (-v).exp()) - f64::from(*y)) * share) as f32)
             .collect();
-        let losses = values.iter().zip(labels).map(|(v, y)| log_loss(*v, *y)).collect();
         let outer = Tensor::from_vec(outer, count, &Device::Cpu)?;
-        let gradients = (logits * outer)?.sum_all()?.backward()?;
-        let slots_gradient: Vec<f32> = match gradients.get(&tap) {
-            Some(g) => g.flatten_all()?.to_vec1()?,
-            None => vec![0.0; count * size],
-        };
-        let mut columns_gradient = vec![0f32; count * columns * width];
-        let rows = columns_gradient.chunks_exact_mut(columns * width);
-        for (to, from) in rows.zip(slots_gradient.chunks_exact(size)) {
-            spread(from, to, grouping, width);
+        let mut played = Vec::with_capacity(tapes.len());
+        for (margin, tape) in margins.into_iter().zip(tapes) {
+            played.push(tape.played(&(margin * &outer)?.sum_all()?.backward()?, count)?);
         }
-        Ok(GradientChunk { first_row: first, gradients: columns_gradient, losses })
+        Ok((played, losses))
+    }
+
+    fn add_row(&self, played: &[Played], row: usize, gradient: &mut [f32]) {
+        for view in played {
+            self.adapter.add_gradient(&self.applied, &view.row(row), gradient);
+        }
+    }
+
+    fn gradients(&self, first: usize, count: usize) -> Result<GradientChunk, TfmError> {
+        let size = self.adapter.dimension();
+        let (played, losses) = self.back(first, count)?;
+        let mut gradients = vec![0f32; count * size];
+        if size > 0 {
+            for (row, gradient) in gradients.chunks_exact_mut(size).enumerate() {
+                self.add_row(&played, row, gradient);
+            }
+        }
+        Ok(GradientChunk { first_row: first, gradients, losses })
     }
 }
 
-/// Pulls a row's slot gradients back to its columns, each of which may be part of several slots.
-fn spread(slots: &[f32], columns_gradient: &mut [f32], grouping: Grouping, width: usize) {
-    let columns = columns_gradient.len() / width;
-    for (j, slot) in slots.chunks_exact(width).enumerate() {
-        for column in grouping.members(j, columns).flatten() {
-            for (to, g) in columns_gradient[column * width..][..width].iter_mut().zip(slot) {
-                *to += g;
-            }
-        }
+/// Mean of the views' logits.
+fn averaged(views: &[Tensor]) -> Result<Vec<f64>, TfmError> {
+    let rows = views.first().map_or(0, Tensor::elem_count);
+    let mut logits = vec![0f64; rows];
+    for view in views {
+        let share = 1.0 / views.len() as f64;
+        logits.iter_mut().zip(view.to_vec1::<f32>()?).for_each(|(sum, v)| *sum += f64::from(v) * share);
     }
+    Ok(logits)
 }
 
 /// Log loss of a label under a logit, without overflow.
-fn log_loss(logit: f64, label: u8) -> f64 {
+pub(crate) fn log_loss(logit: f64, label: u8) -> f64 {
     let signed = if label == 1 { -logit } else { logit };
     signed.max(0.0) + (-signed.abs()).exp().ln_1p()
 }
@@ -340,73 +439,28 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use proptest::prelude::*;
 
-    use super::{Clip, UnitGroup, log_loss};
+    use super::{Clip, UnitGroup};
     use crate::{
-        adapter::FeatureTokens,
+        adapter::Kind,
         context::{
             Context,
-            tests::{model, model_of, table, tokens},
+            tests::{adapter, model, table},
         },
-        model::variant::{FeatureGroup, Variant},
+        error::TfmError,
     };
-
-    fn gradients(context: &Context, rows: &crate::table::EncodedTable, at: &FeatureTokens) -> Vec<f32> {
-        let prepared = context.prepare(rows).unwrap();
-        context.row_gradients(&prepared, at).unwrap().flat_map(|c| c.unwrap().gradients).collect()
-    }
-
-    #[test]
-    fn batched_gradients_equal_one_row_at_a_time() {
-        let (context, rows, at) =
-            (Context::build(&model(), &table(40, 5, 3)).unwrap(), table(200, 5, 6), tokens(5, 7));
-        let all = gradients(&context, &rows, &at);
-        for i in (0..rows.rows).step_by(23) {
-            let one = gradients(&context, &rows.take(&[i]), &at);
-            let worst = one.iter().zip(&all[i * 40..]).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-            assert!(worst < 1e-6, "row {i}: {worst}");
-        }
-    }
-
-    /// Central differences of the log loss of the served prediction, for 2, 3 and 6 columns (with few columns a
-    /// slot holds a column twice), and for models whose slots are single columns or blocks of columns.
-    #[test]
-    fn gradients_match_central_differences_of_the_served_loss() {
-        let blocks = Variant { col_feature_group: FeatureGroup::Valid, ..Variant::default() };
-        let plain = Variant::default();
-        for (variant, columns) in
-            [(plain, 2usize), (plain, 3), (plain, 6), (Variant::first(), 4), (blocks, 5)]
-        {
-            let context = Context::build(&model_of(variant), &table(40, columns, 3)).unwrap();
-            let (rows, at) = (table(3, columns, 8), tokens(columns, 9));
-            let analytic = gradients(&context, &rows, &at);
-            for (row, label) in rows.labels.iter().enumerate() {
-                let loss = |entry: usize, by: f64| {
-                    let mut step = vec![0f64; at.dimension()];
-                    step[entry] = by;
-                    let mut moved = at.clone();
-                    moved.add_scaled(&step, 1.0).unwrap();
-                    log_loss(context.logits(&rows.take(&[row]), Some(&moved)).unwrap()[0], label.unwrap())
-                };
-                for entry in (0..at.dimension()).step_by(5) {
-                    let numeric = (loss(entry, 0.01) - loss(entry, -0.01)) / 0.02;
-                    let exact = f64::from(analytic[row * at.dimension() + entry]);
-                    assert!(
-                        (numeric - exact).abs() < 1e-4 + 0.01 * exact.abs(),
-                        "{columns}: {numeric} {exact}"
-                    );
-                }
-            }
-        }
-    }
 
     /// Units are summed before clipping, and the sum equals the obvious computation from row gradients.
     #[test]
     fn clipped_sum_equals_the_naive_one_and_ignores_other_units() {
-        let (context, rows, at) =
-            (Context::build(&model(), &table(40, 3, 3)).unwrap(), table(400, 3, 6), tokens(3, 7));
-        let prepared = context.prepare(&rows).unwrap();
+        let (context, rows, at) = (
+            Context::build(&model(), &table(40, 3, 3)).unwrap(),
+            table(400, 3, 6),
+            adapter(Kind::FeatureTokens, 3, 7),
+        );
+        let prepared = context.prepare(&rows, &at).unwrap();
         let units: Vec<UnitGroup> = (0..150).map(|u| UnitGroup { rows: vec![u, 399 - u, 10_000] }).collect();
-        let flat = gradients(&context, &rows, &at);
+        let chunks = context.row_gradients(&prepared, &at).unwrap();
+        let flat: Vec<f32> = chunks.flat_map(|chunk| chunk.unwrap().gradients).collect();
         let row = |i: usize| flat[i * 24..(i + 1) * 24].iter().map(|g| f64::from(*g));
         let unit_gradient =
             |u: &UnitGroup| -> Vec<f64> { row(u.rows[0]).zip(row(u.rows[1])).map(|(a, b)| a + b).collect() };
@@ -424,8 +478,17 @@ mod tests {
             units.iter().filter(|u| unit_gradient(u).iter().map(|g| g * g).sum::<f64>().sqrt() > p50).count();
         assert!((70..=80).contains(&cut), "{cut}");
         assert_eq!(context.clipped_sum(&prepared, &at, &[], clip).unwrap(), vec![0; 24]);
-        let none = context.prepare(&table(0, 3, 1)).unwrap();
+        let none = context.prepare(&table(0, 3, 1), &at).unwrap();
         assert_eq!(context.clipped_sum(&none, &at, &units, clip).unwrap(), vec![0; 24]);
+        assert!(context.losses(&none, &at).unwrap().is_empty());
+    }
+
+    #[test]
+    fn rows_prepared_for_another_kind_are_refused() {
+        let context = Context::build(&model(), &table(40, 3, 3)).unwrap();
+        let prepared = context.prepare(&table(4, 3, 6), &adapter(Kind::Head, 3, 7)).unwrap();
+        let refused = context.row_gradients(&prepared, &adapter(Kind::FeatureTokens, 3, 7)).err();
+        assert!(matches!(refused, Some(TfmError::Mismatch { what: "prepared stage", .. })));
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub mod regression;
 pub mod student;
 pub mod table;
 
-pub use adapter::FeatureTokens;
+pub use adapter::Adapter;
 pub use context::{Context, Serving};
 pub use error::TfmError;
 pub use model::{

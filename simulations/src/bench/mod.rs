@@ -3,6 +3,7 @@
 pub mod accountant;
 pub mod golden;
 mod golden_tables;
+pub mod gradients;
 pub mod merkle;
 pub mod raw_table;
 pub mod rounds;
@@ -58,6 +59,12 @@ pub enum Bench {
     },
     /// How long does a prediction take against a ready context? One row at a time, and a batch.
     Serving(serving::Args),
+    /// What do clipped per-row gradients cost over a plain step? Every kind of adapter, in processor time.
+    ///
+    /// Measured on one context: the forward pass, a step without privacy (the sum of all rows' gradients), and per-row gradients
+    /// clipped and summed as integers, as an agent answers a round. What no value of the adapter changes is computed once
+    /// before, as it is over the rounds of a plan.
+    Gradients(gradients::Args),
     /// Draws noise vectors and prints draws per second of processor time.
     Sampler {
         /// Coordinates of a vector.
@@ -86,6 +93,7 @@ pub fn run(bench: Bench, output: Output) -> anyhow::Result<ExitCode> {
         Bench::Utility(args) => crate::utility::run(&args, output)?,
         Bench::Accountant { vectors } => accountant::run(&vectors, output)?,
         Bench::Serving(args) => serving::run(&args, output)?,
+        Bench::Gradients(args) => gradients::run(&args, output)?,
         Bench::Sampler { dimension } => sampler::run(dimension, output)?,
         Bench::Secagg(options) => secagg::run(&options, output)?,
         Bench::Merkle { entries } => merkle::run(entries, output)?,

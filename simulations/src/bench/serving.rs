@@ -142,7 +142,8 @@ fn elapsed(began: Instant) -> f64 {
     began.elapsed().as_secs_f64()
 }
 
-fn table(rng: &mut ChaCha20Rng, rows: usize, columns: usize) -> EncodedTable {
+/// Labelled rows of random values.
+pub(super) fn table(rng: &mut ChaCha20Rng, rows: usize, columns: usize) -> EncodedTable {
     let keys: Vec<String> = (0..columns).map(|column| format!("bench.c{column}")).collect();
     EncodedTable {
         rows,

@@ -141,6 +141,8 @@ pub struct PlanChoices {
     pub pretrain_steps: u32,
     /// Federated rounds.
     pub rounds: u32,
+    /// What they train, as a plan says it; the plan's default if none.
+    pub adapter: Option<String>,
 }
 
 impl Default for PlanChoices {
@@ -155,6 +157,7 @@ impl Default for PlanChoices {
             corpus_rows: 12_000,
             pretrain_steps: 150,
             rounds: 10,
+            adapter: None,
         }
     }
 }
@@ -433,8 +436,9 @@ serve:
 }
 
 fn plan_yaml(choices: &PlanChoices) -> String {
-    let PlanChoices { name, target, epsilon, delta, agents, deadline_s, corpus_rows, pretrain_steps, rounds } =
-        choices;
+    let PlanChoices { name, target, epsilon, delta, agents, deadline_s, .. } = choices;
+    let PlanChoices { corpus_rows, pretrain_steps, rounds, adapter, .. } = choices;
+    let adapter = adapter.as_ref().map_or(String::new(), |adapter| format!(", adapter: {adapter}"));
     format!(
         "\
 # tabmesh-coordinator plan submit plan.yaml
@@ -446,7 +450,7 @@ privacy: {{epsilon: {epsilon}, delta: {delta}}}
 release: {{deadline_s: {deadline_s}}}
 corpus: {{rows: {corpus_rows}}}
 pretrain: {{steps: {pretrain_steps}}}
-rounds: {{count: {rounds}, deadline_s: {deadline_s}}}
+rounds: {{count: {rounds}, deadline_s: {deadline_s}{adapter}}}
 ",
         name = quoted(name),
     )
@@ -488,7 +492,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use tabmesh_contract::contract::Contract;
-    use tabmesh_federation::plan::Plan;
+    use tabmesh_federation::plan::{AdapterSpec, Plan};
 
     use super::*;
     use crate::quickstart::{dataset, pki};
@@ -537,6 +541,10 @@ mod tests {
         assert_eq!((plan.cohort.min_agents, plan.cohort.max_agents), (5, 5));
         assert!(plan.cohort.tags.is_empty());
         assert_eq!(plan.target.as_str(), TARGET);
+        assert_eq!(plan.rounds.adapter, AdapterSpec::FeatureTokens);
+        let adapter = Some("{kind: lora, rank: 2}".to_owned());
+        let (plan, _) = Plan::parse(plan_yaml(&PlanChoices { adapter, ..choices }).as_bytes(), "p").unwrap();
+        assert_eq!(plan.rounds.adapter, AdapterSpec::Lora { rank: 2 });
     }
 
     #[test]

@@ -36,6 +36,8 @@ pub struct Options {
     pub fast: bool,
     /// Seed of noise and secrets.
     pub seed: Option<u64>,
+    /// What the rounds train, as a plan says it.
+    pub adapter: Option<String>,
     /// Form of the result.
     pub output: Output,
 }
@@ -146,10 +148,11 @@ struct Outcome {
 
 async fn whole(options: &Options, root: &Path) -> Result<()> {
     let mut steps = Steps::new();
+    let plan = PlanChoices { adapter: options.adapter.clone(), ..PlanChoices::default() };
     let plan = if options.fast {
-        PlanChoices { corpus_rows: 4_000, pretrain_steps: 12, rounds: 3, ..PlanChoices::default() }
+        PlanChoices { corpus_rows: 4_000, pretrain_steps: 12, rounds: 3, ..plan }
     } else {
-        PlanChoices::default()
+        plan
     };
     let program = std::env::current_exe().context("finding this program's own file")?;
     let rows = options.fast.then_some(FAST_ROWS);

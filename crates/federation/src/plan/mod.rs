@@ -5,6 +5,7 @@
 //! documented default except `kind`, `name` and `target`; features are what the admitted contracts share, so a
 //! plan cannot ask for more than owners approved.
 
+mod adapter;
 mod budget;
 mod document;
 
@@ -18,6 +19,7 @@ use crate::aggregate::optimiser::OptimiserSpec;
 use crate::checks;
 use crate::id::PlanDigest;
 
+pub use adapter::{AdapterSpec, MAX_ADAPTER_RANK};
 pub use budget::{PlanBudget, STAGES};
 pub use document::{Fault, Faults, PlanError};
 
@@ -245,9 +247,11 @@ pub struct RoundsSpec {
     /// Share of agents cut at each end by `trimmed_mean`, in [0, 0.5). Default 0.1.
     #[garde(custom(checks::below_half))]
     pub trim: f64,
-    /// What is trained. Default `feature_tokens`.
-    #[garde(skip)]
-    pub adapter: AdapterKind,
+    /// What is trained: a kind's name, or a map with `kind` and its figures. Default `feature_tokens`.
+    #[serde(deserialize_with = "adapter::name_or_map")]
+    #[schemars(with = "adapter::NameOrMap")]
+    #[garde(dive)]
+    pub adapter: AdapterSpec,
     /// Corpus rows in the model's context during rounds, 16 to 4096. Default 384.
     #[garde(range(min = 16, max = MAX_CONTEXT_ROWS))]
     pub context_rows: u32,
@@ -264,7 +268,7 @@ impl Default for RoundsSpec {
             optimiser: OptimiserSpec::default(),
             aggregation: Aggregation::default(),
             trim: 0.1,
-            adapter: AdapterKind::default(),
+            adapter: AdapterSpec::default(),
             context_rows: 384,
         }
     }
@@ -292,15 +296,6 @@ impl Default for ClipNorm {
     fn default() -> Self {
         Self::Auto(Auto::Auto)
     }
-}
-
-/// What rounds train.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum AdapterKind {
-    /// One vector per feature, added to that feature's cells of query rows.
-    #[default]
-    FeatureTokens,
 }
 
 impl Plan {

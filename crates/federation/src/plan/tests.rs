@@ -65,6 +65,37 @@ fn clip_norm_is_a_word_or_a_number() {
 }
 
 #[test]
+fn an_adapter_is_a_name_or_a_map_with_its_figures() {
+    let with = |text: &str| format!("{MINIMAL}rounds:\n  adapter: {text}\n");
+    let read = |text: &str| Plan::parse(with(text).as_bytes(), "p").unwrap().0.rounds.adapter;
+    for (text, expected) in [
+        ("feature_tokens", AdapterSpec::FeatureTokens),
+        ("{kind: feature_tokens}", AdapterSpec::FeatureTokens),
+        ("head", AdapterSpec::Head),
+        ("lora", AdapterSpec::Lora { rank: 1 }),
+        ("{kind: lora, rank: 2}", AdapterSpec::Lora { rank: 2 }),
+        ("{rank: 4, kind: frozen_lora}", AdapterSpec::FrozenLora { rank: 4, seed: 0 }),
+        (
+            "{kind: frozen_lora, seed: 18446744073709551615}",
+            AdapterSpec::FrozenLora { rank: 1, seed: u64::MAX },
+        ),
+        ("core", AdapterSpec::Core { rank: 8 }),
+    ] {
+        assert_eq!(read(text), expected, "{text}");
+    }
+    for text in
+        ["full_weights", "{kind: lora, rang: 2}", "{kind: lora, rank: two}", "{rank: 2}", "[lora]", "3"]
+    {
+        let found = faults(&with(text));
+        assert_eq!((found.len(), found[0].line), (1, 5), "{text}: {}", found[0].message);
+    }
+    let found = faults(&with("{kind: lora, rank: 65}"));
+    assert_eq!((found[0].path.as_str(), found[0].line), ("rounds.adapter.rank", 5));
+    let properties = &Plan::json_schema()["properties"]["rounds"];
+    assert_eq!(properties["default"]["adapter"]["kind"], "feature_tokens");
+}
+
+#[test]
 fn syntax_faults_have_line_and_column() {
     let found = faults("kind: TabmeshPlan\nname: x\ntarget: a.b\nprivacy:\n  epsilonn: 3\n");
     assert_eq!((found.len(), found[0].line, found[0].column), (1, 5, 3));
@@ -152,6 +183,10 @@ fn limits_hold_at_one_too_many() {
         ("rounds: {clip_norm: ", "1}", ".inf}"),
         ("rounds: {noise_multiplier: ", "10000}", "10001}"),
         ("rounds: {trim: ", "0.49}", "0.5}"),
+        ("rounds: {adapter: {kind: lora, rank: ", "64}}", "65}}"),
+        ("rounds: {adapter: {kind: lora, rank: ", "1}}", "0}}"),
+        ("rounds: {adapter: {kind: frozen_lora, seed: 3, rank: ", "64}}", "65}}"),
+        ("rounds: {adapter: {kind: core, rank: ", "64}}", "65}}"),
         ("rounds: {context_rows: ", "4096}", "4097}"),
         ("rounds: {context_rows: ", "16}", "15}"),
         ("rounds: {deadline_s: ", "604800}", "604801}"),

@@ -92,6 +92,11 @@ impl Block {
         Ok(linear(normed, &weight, &bias)?)
     }
 
+    /// Weight `(width, width)` of the queries, rows in the model file's order.
+    pub(crate) fn query_weight(&self) -> Result<Tensor, TfmError> {
+        Ok(self.in_proj.0.narrow(0, 0, self.width)?)
+    }
+
     /// Rows `first..first + count` of the input projection, which holds queries, keys and values in this order.
     fn projection(&self, first: usize, count: usize) -> Result<(Tensor, Tensor), TfmError> {
         let weight = self.in_proj.0.narrow(0, first, count)?;
@@ -116,8 +121,24 @@ impl Block {
         frequencies: Option<&[f32]>,
         context: usize,
     ) -> Result<Tensor, TfmError> {
+        self.read(x, self.queries(normed)?, kv, frequencies, context)
+    }
+
+    /// Queries `(batch, length, width)` of normed rows, before rotation and scaling.
+    pub(crate) fn queries(&self, normed: &Tensor) -> Result<Tensor, TfmError> {
         let (weight, bias) = self.projection(0, self.width)?;
-        let mut q = linear(normed, &weight, &bias)?;
+        Ok(linear(normed, &weight, &bias)?)
+    }
+
+    /// As [`Self::attend`], from the rows' queries.
+    pub(crate) fn read(
+        &self,
+        x: &Tensor,
+        mut q: Tensor,
+        kv: &Tensor,
+        frequencies: Option<&[f32]>,
+        context: usize,
+    ) -> Result<Tensor, TfmError> {
         if let Some(frequencies) = frequencies {
             q = rope::rotate(&q, self.heads, frequencies)?;
         }

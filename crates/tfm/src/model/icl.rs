@@ -7,6 +7,7 @@ use super::{
     config::ModelConfig,
     forward::Observe,
     params::{Source, affine},
+    query::QueryPath,
 };
 use crate::{error::TfmError, ops::linear::linear};
 
@@ -86,11 +87,23 @@ impl IclStage {
         Ok(cache)
     }
 
-    /// Query rows `(1, queries, D)` after reading a cached context.
-    pub(crate) fn cached(&self, mut rows: Tensor, cache: &[Tensor]) -> Result<Tensor, TfmError> {
-        for (block, kv) in self.blocks.iter().zip(cache) {
-            rows = block.attend(&rows, &block.normed(&rows)?, kv, None, kv.dim(1)?)?;
+    /// Query rows `(1, queries, D)` after reading a cached context, along a path that may change their queries.
+    pub(crate) fn cached(
+        &self,
+        mut rows: Tensor,
+        cache: &[Tensor],
+        path: &mut dyn QueryPath,
+    ) -> Result<Tensor, TfmError> {
+        for (i, (block, kv)) in self.blocks.iter().zip(cache).enumerate() {
+            let normed = block.normed(&rows)?;
+            let queries = path.queries(i, &normed, block.queries(&normed)?)?;
+            rows = block.read(&rows, queries, kv, None, kv.dim(1)?)?;
         }
         Ok(rows)
+    }
+
+    /// Weights `(D, D)` of the queries, block by block.
+    pub(crate) fn query_weights(&self) -> Result<Vec<Tensor>, TfmError> {
+        self.blocks.iter().map(Block::query_weight).collect()
     }
 }

@@ -13,6 +13,7 @@ pub mod forward;
 pub(crate) mod icl;
 pub mod many;
 pub(crate) mod params;
+pub(crate) mod query;
 pub(crate) mod row;
 pub mod variant;
 
@@ -255,7 +256,7 @@ impl Parts {
 }
 
 /// The matrix `(slots, columns)` that sums column tokens into slots: how often each slot holds each column.
-pub(crate) fn slot_sums(grouping: Grouping, columns: usize) -> Result<Tensor, TfmError> {
+fn slot_sums(grouping: Grouping, columns: usize) -> Result<Tensor, TfmError> {
     let slots = grouping.slots(columns);
     let mut sums = vec![0f32; slots * columns];
     for slot in 0..slots {

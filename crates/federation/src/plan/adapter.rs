@@ -1,0 +1,119 @@
+//! What rounds train: the kinds of adapter that a plan can name, with their figures.
+//!
+//! A kind without figures may be written as its name alone, as in `adapter: feature_tokens`; with figures it is a map, as in
+//! `adapter: {kind: lora, rank: 2}`. All kinds act on query rows only.
+
+use std::fmt;
+
+use garde::Validate;
+use schemars::JsonSchema;
+use serde::de::value::{MapAccessDeserializer, MapDeserializer};
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize};
+
+/// What rounds train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema, Validate)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum AdapterSpec {
+    /// One vector per feature, added to that feature's cells. The default.
+    #[default]
+    FeatureTokens,
+    /// Gain and bias of the final norm and the decoder's last layer.
+    Head,
+    /// Both factors of a change of low rank to the query projections of the in-context stage (LoRA).
+    Lora {
+        /// Rank of the change, 1 to 64 and at most the width of the base's rows. Default 1.
+        #[serde(default = "default_rank")]
+        #[garde(range(min = 1, max = MAX_ADAPTER_RANK))]
+        rank: u32,
+    },
+    /// As `lora`, with the factor that reads rows fixed at values drawn from a public seed (FFA-LoRA).
+    FrozenLora {
+        /// Rank of the change, 1 to 64 and at most the width of the base's rows. Default 1.
+        #[serde(default = "default_rank")]
+        #[garde(range(min = 1, max = MAX_ADAPTER_RANK))]
+        rank: u32,
+        /// Seed of the fixed values. Default 0.
+        #[serde(default)]
+        #[garde(skip)]
+        seed: u64,
+    },
+    /// A square core between the leading singular directions of each query projection of the base (LoRA-SB).
+    Core {
+        /// Side of the core, 1 to 64 and at most the width of the base's rows. Default 8.
+        #[serde(default = "default_core_rank")]
+        #[garde(range(min = 1, max = MAX_ADAPTER_RANK))]
+        rank: u32,
+    },
+}
+
+impl fmt::Display for AdapterSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::FeatureTokens => f.write_str("feature_tokens"),
+            Self::Head => f.write_str("head"),
+            Self::Lora { rank } => write!(f, "lora of rank {rank}"),
+            Self::FrozenLora { rank, seed } => write!(f, "frozen_lora of rank {rank}, seed {seed}"),
+            Self::Core { rank } => write!(f, "core of rank {rank}"),
+        }
+    }
+}
+
+/// Reads a kind from its name or from a map.
+pub(super) fn name_or_map<'de, D: Deserializer<'de>>(deserializer: D) -> Result<AdapterSpec, D::Error> {
+    struct Either;
+
+    impl<'de> Visitor<'de> for Either {
+        type Value = AdapterSpec;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a kind of adapter, or a map with `kind` and its figures")
+        }
+
+        fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<AdapterSpec, E> {
+            // A name is a map with nothing beside the kind.
+            let pair = std::iter::once(("kind", name));
+            AdapterSpec::deserialize(MapDeserializer::<_, E>::new(pair))
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<AdapterSpec, A::Error> {
+            AdapterSpec::deserialize(MapAccessDeserializer::new(map))
+        }
+    }
+
+    deserializer.deserialize_any(Either)
+}
+
+/// The two forms, for the JSON schema.
+#[derive(JsonSchema)]
+#[schemars(untagged, inline)]
+#[expect(dead_code, reason = "describes a document and is never made")]
+pub(super) enum NameOrMap {
+    /// A kind at its default figures.
+    Name(AdapterName),
+    /// A kind with its figures.
+    Map(AdapterSpec),
+}
+
+/// Names of the kinds.
+#[derive(JsonSchema)]
+#[schemars(rename_all = "snake_case")]
+#[expect(dead_code, reason = "describes a document and is never made")]
+pub(super) enum AdapterName {
+    FeatureTokens,
+    Head,
+    Lora,
+    FrozenLora,
+    Core,
+}
+
+fn default_rank() -> u32 {
+    1
+}
+
+fn default_core_rank() -> u32 {
+    8
+}
+
+/// Largest rank of an adapter.
+pub const MAX_ADAPTER_RANK: u32 = 64;
