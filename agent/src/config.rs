@@ -1,13 +1,17 @@
 //! The agent's configuration and its local policy file: the domain's own word on grants and limits.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use garde::Validate;
 use miette::{Diagnostic, NamedSource};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tabmesh_privacy::budget::{Delta, Epsilon};
+use tabmesh_tfm::context::{Budget, CacheKind, Plan, Precision};
 use thiserror::Error;
+
+use crate::serve::batch::Batching;
 
 /// Why a configuration or policy file is refused.
 #[derive(Debug, Error, Diagnostic)]
@@ -61,6 +65,7 @@ pub struct Config {
     pub serve: ServeSection,
     /// Rows of context at serving time.
     #[serde(default)]
+    #[garde(dive)]
     pub context: ContextSection,
     /// Answers leave at multiples of so many milliseconds after their assignment arrived, 1 to 60,000.
     #[serde(default = "default_send_slot_ms")]
@@ -109,21 +114,114 @@ pub struct ServeSection {
     /// SPIFFE ids that may ask for predictions beyond loopback.
     #[serde(default)]
     pub allowed: Vec<String>,
+    /// Requests that arrive together are predicted together.
+    #[serde(default)]
+    pub batching: BatchingSection,
 }
 
-/// How many rows stand in the model's context when it serves.
+/// How requests are put together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+pub struct BatchingSection {
+    /// Most rows predicted together, 1 to 65,536.
+    pub max_batch_rows: usize,
+    /// Longest wait of a request for others, microseconds, 0 to 1,000,000; 0 predicts every request alone.
+    pub max_wait_us: u64,
+}
+
+impl Default for BatchingSection {
+    fn default() -> Self {
+        let Batching { max_rows, max_wait } = Batching::default();
+        Self {
+            max_batch_rows: max_rows,
+            max_wait_us: u64::try_from(max_wait.as_micros()).unwrap_or(u64::MAX),
+        }
+    }
+}
+
+impl From<BatchingSection> for Batching {
+    fn from(section: BatchingSection) -> Self {
+        Self { max_rows: section.max_batch_rows, max_wait: Duration::from_micros(section.max_wait_us) }
+    }
+}
+
+/// How many rows stand in the model's context when it serves, and what they may cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Validate)]
+#[serde(deny_unknown_fields, default)]
+#[garde(allow_unvalidated)]
 pub struct ContextSection {
     /// Own rows at most.
     pub local_rows: usize,
     /// Corpus rows at most, beside own rows, in the mixed context.
     pub corpus_rows: usize,
+    /// What of the context is held.
+    pub cache: CacheSection,
+    /// In which numbers.
+    pub precision: PrecisionSection,
+    /// Most MiB held for one context, 1 to 1,048,576.
+    #[garde(range(min = 1, max = MOST_MIB))]
+    pub held_mib: usize,
+    /// Most MiB while a context is built, held ones included, 1 to 1,048,576.
+    #[garde(range(min = 1, max = MOST_MIB))]
+    pub build_mib: usize,
 }
 
 impl Default for ContextSection {
     fn default() -> Self {
-        Self { local_rows: 512, corpus_rows: 256 }
+        Self {
+            local_rows: 512,
+            corpus_rows: 256,
+            cache: CacheSection::Auto,
+            precision: PrecisionSection::Auto,
+            held_mib: DEFAULT_HELD_MIB,
+            build_mib: DEFAULT_BUILD_MIB,
+        }
+    }
+}
+
+/// What of a context is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheSection {
+    /// Keys and values if they fit, else row vectors.
+    Auto,
+    /// Keys and values: fast.
+    Kv,
+    /// Row vectors: small, and slow for single rows.
+    Repr,
+}
+
+/// In which numbers a context is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PrecisionSection {
+    /// Single precision if it fits, else half.
+    Auto,
+    /// Single precision.
+    F32,
+    /// Half precision.
+    F16,
+}
+
+impl ContextSection {
+    /// What a context of `classes` classes may take, and how it may be held.
+    #[must_use]
+    pub fn plan(&self, classes: usize) -> Plan {
+        let bytes = |mib: usize| mib.saturating_mul(1 << 20);
+        Plan {
+            classes,
+            kind: match self.cache {
+                CacheSection::Auto => None,
+                CacheSection::Kv => Some(CacheKind::Kv),
+                CacheSection::Repr => Some(CacheKind::Repr),
+            },
+            precision: match self.precision {
+                PrecisionSection::Auto => None,
+                PrecisionSection::F32 => Some(Precision::F32),
+                PrecisionSection::F16 => Some(Precision::F16),
+            },
+            budget: Budget { held: bytes(self.held_mib), building: bytes(self.build_mib) },
+        }
     }
 }
 
@@ -240,6 +338,12 @@ fn default_minimum_cohort() -> usize {
     3
 }
 
+/// Default of [`ContextSection::held_mib`].
+pub const DEFAULT_HELD_MIB: usize = 512;
+/// Default of [`ContextSection::build_mib`].
+pub const DEFAULT_BUILD_MIB: usize = 1024;
+/// Largest memory limit, MiB.
+pub const MOST_MIB: usize = 1 << 20;
 /// The example of `config example`; a test parses it.
 const EXAMPLE: &str = "\
 # tabmesh-agent run --config agent.yaml
@@ -254,8 +358,11 @@ coordinator:
   signing_public_key: keys/coordinator.pub
 tls: {ca: tls/ca.pem, cert: tls/agent.pem, key: tls/agent.key}
 signing_key: keys/agent.pk8
-serve: {bind: \"127.0.0.1:8080\", model_name: income}
-context: {local_rows: 512, corpus_rows: 256}
+serve:
+  bind: \"127.0.0.1:8080\"
+  model_name: income
+  batching: {max_batch_rows: 256, max_wait_us: 500}  # 0 us: every request alone
+context: {local_rows: 512, corpus_rows: 256, cache: auto, precision: auto, held_mib: 512, build_mib: 1024}
 ";
 
 #[cfg(test)]
@@ -266,6 +373,27 @@ mod tests {
     fn the_example_parses() {
         let config: Config = parse(Path::new("agent.yaml"), Config::example()).unwrap();
         assert_eq!(config.context, ContextSection::default());
+        assert_eq!(config.serve.batching, BatchingSection::default());
+    }
+
+    #[test]
+    fn memory_limits_hold_at_one_above() {
+        let parsed = |held: usize, build: usize| {
+            let old = "held_mib: 512, build_mib: 1024";
+            assert!(Config::example().contains(old));
+            let new = format!("held_mib: {held}, build_mib: {build}");
+            parse::<Config>(Path::new("agent.yaml"), &Config::example().replace(old, &new)).is_ok()
+        };
+        assert!(parsed(1, MOST_MIB) && parsed(MOST_MIB, 1));
+        assert!(!parsed(MOST_MIB + 1, 1) && !parsed(1, MOST_MIB + 1) && !parsed(0, 1) && !parsed(1, 0));
+    }
+
+    #[test]
+    fn a_plan_is_what_the_file_says() {
+        let section = ContextSection { cache: CacheSection::Repr, held_mib: 3, ..ContextSection::default() };
+        let plan = section.plan(2);
+        assert_eq!((plan.kind, plan.precision), (Some(CacheKind::Repr), None));
+        assert_eq!((plan.budget.held, plan.budget.building), (3 << 20, DEFAULT_BUILD_MIB << 20));
     }
 
     #[test]

@@ -189,6 +189,7 @@ impl Agent {
             config.serve.model_name.clone(),
             Arc::clone(&self.clock),
         );
+        serve.batching = config.serve.batching.into();
         serve.tls = config.serve.tls.as_ref().map(|files| serve::TlsFiles {
             cert: files.cert.clone(),
             key: files.key.clone(),

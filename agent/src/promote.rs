@@ -230,7 +230,7 @@ impl Loaded {
             Tokens::Off => None,
         };
         Ok(Variant {
-            context: Context::build(model, &context)?,
+            context: Context::build_as(model, &context, self.sizes.plan(self.schema.target().classes.len()))?,
             adapter,
             preprocessing: self.preprocessing.clone(),
             shared: self.schema.clone(),

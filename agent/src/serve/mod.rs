@@ -12,11 +12,12 @@
 //!
 //! ```text
 //! listen (TLS, identity) -> rest (routes, admission) -> oip + binary (wire) -> tensor (typed batch)
-//!                        -> Predictor (blocking pool) -> rest (answer) -> log (ids and digests)
+//!                        -> batch (queue, threads) -> Predictor -> rest (answer) -> log (ids and digests)
 //! ```
 //!
 //! Protocol: Open Inference Protocol, `inference_rest`, with Triton's binary tensor data extension.
 
+pub mod batch;
 mod binary;
 mod error;
 mod listen;
@@ -28,7 +29,7 @@ mod tensor;
 mod tests;
 mod tls;
 
-use std::{future::Future, net::SocketAddr, sync::Arc};
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use tabmesh_contract::{
     batch::TypedBatch,
@@ -38,12 +39,13 @@ use tabmesh_proto::identity::{DevelopmentCa, SpiffeId};
 use thiserror::Error;
 use tokio::net::TcpListener;
 
-pub use self::{error::RequestError, oip::Datatype, tls::TlsFiles};
 use self::{
+    batch::{Batching, MAX_TOGETHER_ROWS, MAX_WAIT},
     log::PredictionLog,
     rest::{Endpoint, Model},
     tls::TlsGate,
 };
+pub use self::{error::RequestError, oip::Datatype, tls::TlsFiles};
 
 /// Milliseconds since the Unix epoch, from the process's clock.
 pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
@@ -61,7 +63,7 @@ pub trait Predictor: Send + Sync {
     fn current(&self) -> Option<ServedVersion>;
 
     /// Class probabilities of each row, `rows × classes`, each finite; a row's answer does not depend on the
-    /// rows beside it. Runs on a blocking thread and works on one version from start to end. Values are not
+    /// rows beside it. Runs on a thread of its own and works on one version from start to end. Values are not
     /// yet clamped to declared ranges; labels are `None` and units are zero.
     ///
     /// # Errors
@@ -150,6 +152,8 @@ pub struct ServeConfig {
     pub max_concurrency: usize,
     /// Requests that may wait for their turn, at most [`MAX_QUEUE`]; one more is answered 503.
     pub max_queue: usize,
+    /// How requests that arrive together are predicted together.
+    pub batching: Batching,
     /// The process's clock.
     pub clock: Clock,
 }
@@ -174,6 +178,7 @@ impl ServeConfig {
             max_body_bytes: DEFAULT_BODY_BYTES,
             max_concurrency: DEFAULT_CONCURRENCY,
             max_queue: DEFAULT_QUEUE,
+            batching: Batching::default(),
             clock,
         }
     }
@@ -201,7 +206,10 @@ impl ServeConfig {
         check_limit("max_batch_rows", self.max_batch_rows, 1, MAX_BATCH_ROWS)?;
         check_limit("max_body_bytes", self.max_body_bytes, 1, MAX_BODY_BYTES)?;
         check_limit("max_concurrency", self.max_concurrency, 1, MAX_CONCURRENCY)?;
-        check_limit("max_queue", self.max_queue, 0, MAX_QUEUE)
+        check_limit("max_queue", self.max_queue, 0, MAX_QUEUE)?;
+        check_limit("batching.max_batch_rows", self.batching.max_rows, 1, MAX_TOGETHER_ROWS)?;
+        let micros = |wait: Duration| usize::try_from(wait.as_micros()).unwrap_or(usize::MAX);
+        check_limit("batching.max_wait_us", micros(self.batching.max_wait), 0, micros(MAX_WAIT))
     }
 }
 
@@ -218,6 +226,7 @@ impl std::fmt::Debug for ServeConfig {
             .field("max_body_bytes", &self.max_body_bytes)
             .field("max_concurrency", &self.max_concurrency)
             .field("max_queue", &self.max_queue)
+            .field("batching", &self.batching)
             .finish_non_exhaustive()
     }
 }
@@ -287,7 +296,7 @@ pub enum ServeError {
         /// Why; never the contents.
         reason: String,
     },
-    /// The listener has no usable local address.
+    /// The listener has no usable local address, or the system has no thread left.
     #[error("listener: {reason}")]
     Listener {
         /// The operating system's words.
@@ -323,7 +332,7 @@ pub async fn serve(
         models.push(Model::new(format!("{}{suffix}", config.model_name), other)?);
     }
     tracing::info!(address = %local, tls = gate.is_some(), model = %config.model_name, mode = "domain", "serving");
-    listen::run(listener, gate, Endpoint::new(&config, models, log), shutdown).await;
+    listen::run(listener, gate, Endpoint::new(&config, models, log)?, shutdown).await;
     Ok(())
 }
 

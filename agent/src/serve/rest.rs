@@ -1,9 +1,9 @@
 //! Routes, admission and answers.
 //!
 //! A request is admitted before its body is read, so at most `max_concurrency + max_queue` bodies are in memory; the
-//! next is answered 503 with `Retry-After`. Parsing, prediction, encoding and logging then run on the blocking pool,
-//! `max_concurrency` at once. An answer names the version that computed it: the version is read before and after,
-//! and a prediction during which it changed is computed again.
+//! next is answered 503 with `Retry-After`. Parsing, encoding and logging run on the blocking pool,
+//! `max_concurrency` at once; in between the request waits in the queue of `batch`, which names the version that
+//! computed its answer. A caller that goes away takes its request out of the queue.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -21,7 +21,9 @@ use tabmesh_contract::batch::TypedBatch;
 use tokio::sync::Semaphore;
 
 use super::{
-    Clock, PredictError, Predictor, ServeConfig, ServeError, ServedVersion, binary,
+    Clock, Predictor, ServeConfig, ServeError, ServedVersion,
+    batch::{BatchError, Batcher, Served},
+    binary,
     error::{RequestError, shorten},
     log::{Caller, PredictionEntry, PredictionLog},
     oip::{
@@ -39,9 +41,10 @@ pub(super) struct Endpoint {
     max_body_bytes: usize,
     clock: Clock,
     log: Arc<dyn PredictionLog>,
+    batcher: Batcher,
     /// Requests that run or wait.
     admission: Arc<Semaphore>,
-    /// Requests that run.
+    /// Requests that are parsed or answered at once.
     slots: Arc<Semaphore>,
 }
 
@@ -62,8 +65,18 @@ impl Model {
 }
 
 impl Endpoint {
-    pub(super) fn new(config: &ServeConfig, models: Vec<Model>, log: Arc<dyn PredictionLog>) -> Arc<Self> {
-        Arc::new(Self {
+    /// # Errors
+    /// [`ServeError::Listener`] if the system has no thread left.
+    pub(super) fn new(
+        config: &ServeConfig,
+        models: Vec<Model>,
+        log: Arc<dyn PredictionLog>,
+    ) -> Result<Arc<Self>, ServeError> {
+        let served = models
+            .iter()
+            .map(|model| Served { predictor: Arc::clone(&model.predictor), classes: model.classes.len() });
+        Ok(Arc::new(Self {
+            batcher: Batcher::start(served.collect(), config.max_concurrency, config.batching)?,
             models,
             max_rows: config.max_batch_rows,
             max_body_bytes: config.max_body_bytes,
@@ -71,7 +84,7 @@ impl Endpoint {
             log,
             admission: Arc::new(Semaphore::new(config.max_concurrency + config.max_queue)),
             slots: Arc::new(Semaphore::new(config.max_concurrency)),
-        })
+        }))
     }
 
     /// The routes for callers that may use them. Requests must carry a [`Caller`] extension.
@@ -96,80 +109,46 @@ impl Endpoint {
     }
 
     /// Finds the path's model, checks its version, and gives the version in service.
-    fn served(&self, named: &Named) -> Result<(&Model, Option<ServedVersion>), RequestError> {
-        let Some(model) = self.models.iter().find(|model| model.name == named.model) else {
+    fn served(&self, named: &Named) -> Result<(usize, &Model, Option<ServedVersion>), RequestError> {
+        let found = self.models.iter().enumerate().find(|(_, model)| model.name == named.model);
+        let Some((at, model)) = found else {
             let names: Vec<&str> = self.models.iter().map(|model| model.name.as_str()).collect();
             let (got, served) = (shorten(&named.model), names.join(" or "));
             return Err(RequestError::UnknownModel { got, served });
         };
         let current = model.predictor.current();
-        match (&named.version, &current) {
-            (Some(version), Some(current)) if *version != current.digest => {
-                Err(RequestError::UnknownVersion {
-                    got: shorten(version),
-                    model: model.name.clone(),
-                    served: current.digest.clone(),
-                })
-            }
-            _ => Ok((model, current)),
+        if let Some(current) = &current {
+            check_version(named, model, current)?;
         }
+        Ok((at, model, current))
     }
 
-    /// Predicts with one version and names it.
-    fn predict(&self, named: &Named, batch: &TypedBatch) -> Result<(ServedVersion, Vec<f32>), RequestError> {
-        for _ in 0..VERSION_ATTEMPTS {
-            let (model, version) = self.served(named)?;
-            let not_ready = || RequestError::NotReady { model: model.name.clone() };
-            let version = version.ok_or_else(not_ready)?;
-            let rows = model.predictor.predict(batch).map_err(|error| match error {
-                PredictError::NotReady => not_ready(),
-                PredictError::Failed { .. } => {
-                    tracing::error!(%error, model_version = version.digest, "prediction failed");
-                    RequestError::Failed
-                }
-            })?;
-            if model.predictor.current().is_none_or(|now| now.digest != version.digest) {
-                continue;
-            }
-            let width = model.classes.len();
-            let fits = |row: &Vec<f32>| row.len() == width && row.iter().all(|p| p.is_finite());
-            if rows.len() != batch.rows() || !rows.iter().all(fits) {
-                let (expected, got) = (batch.rows(), rows.len());
-                tracing::error!(
-                    expected,
-                    got,
-                    width,
-                    "predictor broke its promise: rows, classes or finite values"
-                );
-                return Err(RequestError::Failed);
-            }
-            return Ok((version, rows.concat()));
-        }
-        Err(RequestError::Replaced)
-    }
-
-    /// Everything between a request's body and its answer; runs on a blocking thread.
-    fn infer(
-        &self,
-        named: &Named,
-        caller: &Caller,
-        headers: &HeaderMap,
-        body: &[u8],
-    ) -> Result<Response, RequestError> {
+    /// Reads a request's body; runs on a blocking thread.
+    fn parse(&self, named: &Named, headers: &HeaderMap, body: &[u8]) -> Result<Parsed, RequestError> {
         let split_at = headers.get(binary::HEADER_LENGTH).map(HeaderValue::as_bytes);
         let (json, tail) = binary::split(split_at, body)?;
         let request = InferRequest::parse(json)?;
         let wanted = WantedOutputs::parse(&request)?;
-        let (model, _) = self.served(named)?;
-        let batch = model.layout.batch(&request.inputs, tail, self.max_rows)?;
-        let (version, probabilities) = self.predict(named, &batch)?;
+        let (model, served, _) = self.served(named)?;
+        let batch = served.layout.batch(&request.inputs, tail, self.max_rows)?;
+        Ok(Parsed { id: request.id, wanted, model, batch })
+    }
+
+    /// Encodes and logs an answer; runs on a blocking thread.
+    fn answer(
+        &self,
+        asked: &Asked,
+        version: &ServedVersion,
+        rows: &[Vec<f32>],
+    ) -> Result<Response, RequestError> {
+        let model = self.models.get(asked.model).ok_or(RequestError::Failed)?;
         let now = (self.clock)();
-        let (outputs, tail) = wanted.fill(probabilities, &model.classes, batch.rows());
+        let (outputs, tail) = asked.wanted.fill(rows.concat(), &model.classes, rows.len());
         let answer = InferResponse {
             model_name: &model.name,
             model_version: &version.digest,
-            id: request.id.as_deref(),
-            parameters: freshness(&*model.predictor, &version, now),
+            id: asked.id.as_deref(),
+            parameters: freshness(&*model.predictor, version, now),
             outputs,
         };
         let mut bytes = serde_json::to_vec(&answer).map_err(|error| {
@@ -181,10 +160,10 @@ impl Endpoint {
         let entry = PredictionEntry {
             time_ms: now,
             id: answer.id,
-            caller,
+            caller: &asked.caller,
             model_version: &version.digest,
-            rows: batch.rows(),
-            input: body,
+            rows: rows.len(),
+            input: &asked.body,
             output: &bytes,
         };
         self.log.append(&entry).map_err(|error| {
@@ -193,6 +172,55 @@ impl Endpoint {
         })?;
         Ok(reply(bytes, (!tail.is_empty()).then_some(json_bytes)))
     }
+
+    /// Runs a piece of work on the blocking pool when there is a slot.
+    async fn blocking<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> Result<T, RequestError> + Send + 'static,
+    ) -> Result<T, RequestError> {
+        // The semaphore is never closed, so waiting ends with a slot.
+        let slot = Arc::clone(&self.slots).acquire_owned().await.map_err(|_| RequestError::Overloaded)?;
+        let endpoint = Arc::clone(self);
+        let job = tokio::task::spawn_blocking(move || {
+            // The slot lives as long as the work, also when the caller has gone.
+            let _slot = slot;
+            work(&endpoint)
+        });
+        job.await.unwrap_or_else(|error| {
+            tracing::error!(panicked = error.is_panic(), "request ended without an answer");
+            Err(RequestError::Failed)
+        })
+    }
+}
+
+/// Refuses a path's version that isn't the one in service.
+fn check_version(named: &Named, model: &Model, current: &ServedVersion) -> Result<(), RequestError> {
+    match &named.version {
+        Some(version) if *version != current.digest => Err(RequestError::UnknownVersion {
+            got: shorten(version),
+            model: model.name.clone(),
+            served: current.digest.clone(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// A request that was read.
+struct Parsed {
+    id: Option<String>,
+    wanted: WantedOutputs,
+    /// Position among the models.
+    model: usize,
+    batch: TypedBatch,
+}
+
+/// What an answer repeats or records of its request.
+struct Asked {
+    id: Option<String>,
+    wanted: WantedOutputs,
+    model: usize,
+    caller: Caller,
+    body: Bytes,
 }
 
 /// How old the answer's knowledge is.
@@ -257,7 +285,7 @@ async fn models(State(endpoint): State<Arc<Endpoint>>) -> Response {
 }
 
 async fn model_ready(State(endpoint): State<Arc<Endpoint>>, named: Named) -> Result<Response, RequestError> {
-    let (model, current) = endpoint.served(&named)?;
+    let (_, model, current) = endpoint.served(&named)?;
     let ready = current.is_some();
     Ok(json(ready_status(ready), &ModelReady { name: &model.name, ready }))
 }
@@ -266,7 +294,7 @@ async fn model_metadata(
     State(endpoint): State<Arc<Endpoint>>,
     named: Named,
 ) -> Result<Response, RequestError> {
-    let (model, current) = endpoint.served(&named)?;
+    let (_, model, current) = endpoint.served(&named)?;
     if let (Some(version), None) = (&named.version, &current) {
         let (got, model, served) = (shorten(version), model.name.clone(), "none".into());
         return Err(RequestError::UnknownVersion { got, model, served });
@@ -306,7 +334,7 @@ async fn infer(
     named: Named,
     request: Request,
 ) -> Result<Response, RequestError> {
-    if let (model, None) = endpoint.served(&named)? {
+    if let (_, model, None) = endpoint.served(&named)? {
         return Err(RequestError::NotReady { model: model.name.clone() });
     }
     if let Some(encoding) = request.headers().get(header::CONTENT_ENCODING)
@@ -314,21 +342,29 @@ async fn infer(
     {
         return Err(RequestError::Encoding { got: shorten(&String::from_utf8_lossy(encoding.as_bytes())) });
     }
-    let admitted =
+    // Held until the answer is made.
+    let _admitted =
         Arc::clone(&endpoint.admission).try_acquire_owned().map_err(|_| RequestError::Overloaded)?;
     let headers = request.headers().clone();
     let body = read_body(request, endpoint.max_body_bytes).await?;
-    // The semaphore is never closed, so waiting ends with a slot.
-    let slot = Arc::clone(&endpoint.slots).acquire_owned().await.map_err(|_| RequestError::Overloaded)?;
-    let job = tokio::task::spawn_blocking(move || {
-        // The permits live as long as the computation, also when the caller has gone.
-        let _permits = (admitted, slot);
-        endpoint.infer(&named, &caller, &headers, &body)
-    });
-    job.await.unwrap_or_else(|error| {
-        tracing::error!(panicked = error.is_panic(), "prediction task ended without an answer");
-        Err(RequestError::Failed)
-    })
+    // Counted once the body is here: others wait for it no longer than parsing takes.
+    let arrival = endpoint.batcher.arrival();
+    let (named, bytes) = (Arc::new(named), body.clone());
+    let path = Arc::clone(&named);
+    let parsed = endpoint.blocking(move |endpoint| endpoint.parse(&path, &headers, &bytes)).await?;
+    let Parsed { id, wanted, model, batch } = parsed;
+    let (version, rows) = match endpoint.batcher.predict(model, batch, arrival).await {
+        Ok(answer) => answer,
+        Err(BatchError::NotReady) => return Err(RequestError::NotReady { model: named.model.clone() }),
+        Err(BatchError::Failed) => return Err(RequestError::Failed),
+        Err(BatchError::Replaced) => return Err(RequestError::Replaced),
+    };
+    if let Some(model) = endpoint.models.get(model) {
+        // The version may have changed since the path was read.
+        check_version(&named, model, &version)?;
+    }
+    let asked = Asked { id, wanted, model, caller, body };
+    endpoint.blocking(move |endpoint| endpoint.answer(&asked, &version, &rows)).await
 }
 
 async fn read_body(request: Request, limit: usize) -> Result<Bytes, RequestError> {
@@ -428,14 +464,14 @@ impl WantedOutputs {
     }
 
     /// The tensors of an answer and the bytes that follow the JSON; `probabilities` are `rows × classes`, row-major.
-    fn fill(
-        self,
+    fn fill<'a>(
+        &self,
         probabilities: Vec<f32>,
-        classes: &[String],
+        classes: &'a [String],
         rows: usize,
-    ) -> (Vec<OutputTensor<'_>>, Vec<u8>) {
+    ) -> (Vec<OutputTensor<'a>>, Vec<u8>) {
         let mut tail = Vec::new();
-        let tensor = |(output, in_binary): (Output, bool)| {
+        let tensor = |&(output, in_binary): &(Output, bool)| {
             let (shape, data) = match output {
                 Output::Probabilities => (vec![rows, classes.len()], OutputData::Fp32(probabilities.clone())),
                 Output::Labels => (vec![rows], OutputData::Bytes(labels(&probabilities, classes))),
@@ -454,7 +490,7 @@ impl WantedOutputs {
             };
             OutputTensor { name: output.name(), shape, datatype: output.datatype(), parameters, data }
         };
-        let tensors = self.0.into_iter().map(tensor).collect();
+        let tensors = self.0.iter().map(tensor).collect();
         (tensors, tail)
     }
 }
@@ -480,8 +516,6 @@ fn flag(parameters: Option<&Parameters>, name: &'static str, at: &str) -> Result
 
 /// Longest time a body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often a prediction is computed when the version changes underneath.
-const VERSION_ATTEMPTS: usize = 3;
 
 #[cfg(test)]
 mod tests {

@@ -1,36 +1,63 @@
-//! A context held ready: what query rows read is computed once and kept as keys and values.
+//! A context held ready: what query rows read is computed once and kept.
 //!
 //! Query rows never change the context or each other, so prediction costs a pass over the query rows alone and a
-//! batch gives what single rows give. Two views with the two classes swapped are averaged. Binary targets.
+//! batch gives, to the last bit, what single rows give. Two views with the classes turned are averaged. How a context
+//! is held decides its bytes ([`Cache`]), which are known and checked before any work.
 //!
 //! Whose rows the context may hold is the caller's decision: for serving inside a domain its own rows and corpus
 //! rows, for gradients and everything that leaves a domain corpus rows only.
 
-use candle_core::Tensor;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
 
 use crate::{
     adapter::{Adapter, path::Applied},
     error::TfmError,
     features::text_vectors,
-    model::{Model, query::QueryPath},
+    infer::{Cached, Engine, Held, build::Labelled, shifted},
+    model::{Model, config::ModelConfig, query::QueryPath},
     table::EncodedTable,
+};
+
+pub use crate::infer::{
+    heads::Precision,
+    size::{Budget, Cache, CacheKind, Footprint},
 };
 
 /// A model with a fixed, labelled context.
 pub struct Context {
     model: Model,
+    engine: Arc<Engine>,
     column_keys: Vec<String>,
     rows: usize,
-    /// Feature tokens of the base by slot `(1, columns, E)`.
+    classes: usize,
+    cache: Cache,
+    /// Feature tokens of the base by slot `(1, slots, E)`.
     slots: Option<Tensor>,
-    /// Summary of the context for each column block, `(views * slots, inducing, 2 E)`.
-    columns: Vec<Tensor>,
-    /// Keys and values of the context for each in-context block, `(views, rows, 2 D)`.
-    keys_values: Vec<Tensor>,
+    cached: Cached,
 }
 
-/// What one labelling of the context adds to the cache: column blocks, in-context blocks.
-type View = (Vec<Tensor>, Vec<Tensor>);
+/// What a context is for and what it may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Plan {
+    /// Classes told apart, 2 to the model's most.
+    pub classes: usize,
+    /// What is held; whatever fits first if not given.
+    pub kind: Option<CacheKind>,
+    /// In which numbers; whatever fits first if not given.
+    pub precision: Option<Precision>,
+    /// Bytes it may take.
+    pub budget: Budget,
+}
+
+impl Default for Plan {
+    /// Two classes, keys and values in single precision, no limit.
+    fn default() -> Self {
+        let Cache { kind, precision } = Cache::DEFAULT;
+        Self { classes: 2, kind: Some(kind), precision: Some(precision), budget: Budget::UNLIMITED }
+    }
+}
 
 /// How predictions are made from a context.
 #[derive(Debug, Clone, Copy, Default)]
@@ -59,12 +86,21 @@ impl std::fmt::Debug for Context {
 }
 
 impl Context {
+    /// Computes the cache for rows of two classes, keys and values in single precision.
+    ///
+    /// # Errors
+    /// As [`Self::build_as`].
+    pub fn build(model: &Model, table: &EncodedTable) -> Result<Self, TfmError> {
+        Self::build_as(model, table, Plan::default())
+    }
+
     /// Computes the cache for labelled rows.
     ///
     /// # Errors
-    /// [`TfmError::Mismatch`] for no rows, more than [`MAX_CONTEXT_ROWS`], a row without label or values that aren't
-    /// finite.
-    pub fn build(model: &Model, table: &EncodedTable) -> Result<Self, TfmError> {
+    /// [`TfmError::Mismatch`] for no rows, more than [`MAX_CONTEXT_ROWS`], a row without label or of a class beyond the
+    /// plan's, values that aren't finite, or classes that the model can't tell apart; [`TfmError::OverBudget`] before
+    /// any work if the context would take more bytes than it may.
+    pub fn build_as(model: &Model, table: &EncodedTable, plan: Plan) -> Result<Self, TfmError> {
         table.check()?;
         if table.rows == 0 || table.rows > MAX_CONTEXT_ROWS {
             return Err(TfmError::mismatch("context rows", format!("1 to {MAX_CONTEXT_ROWS}"), table.rows));
@@ -73,47 +109,61 @@ impl Context {
         if config.regression() {
             return Err(TfmError::mismatch("model of a context", "a classifier", "a regression model"));
         }
+        if !(2..=config.max_classes).contains(&plan.classes) {
+            let expected = format!("2 to the model's {}", config.max_classes);
+            return Err(TfmError::mismatch("classes of a context", expected, plan.classes));
+        }
         let labels = table.known_labels()?;
+        if let Some(label) = labels.iter().find(|label| usize::from(**label) >= plan.classes) {
+            return Err(TfmError::mismatch("class of a context row", format!("< {}", plan.classes), label));
+        }
+        let cache = Self::choose(config, table.rows, table.columns, plan)?;
         let slots = match config.feature_text_dim {
             0 => None,
             dim => Some(model.text_slots(&text_vectors(&table.column_texts, dim), 1, table.columns)?),
         };
-        let mut context = Self {
+        let added = plain(slots.as_ref(), config, table.columns)?;
+        let engine = model.engine()?;
+        let (values, columns, classes) = (table.values.as_slice(), table.columns, plan.classes);
+        let labelled = Labelled { values, columns, labels: &labels, classes, added: &added };
+        Ok(Self {
             model: model.clone(),
             column_keys: table.column_keys.clone(),
             rows: table.rows,
+            classes,
+            cache,
             slots,
-            columns: Vec::new(),
-            keys_values: Vec::new(),
-        };
-        let mut views = Vec::with_capacity(VIEWS);
-        for view in 0..VIEWS {
-            let swapped = u8::from(is_swapped(view));
-            let labels: Vec<u8> = labels.iter().map(|l| l ^ swapped).collect();
-            views.push(context.view(table, &labels)?);
-        }
-        // Side by side, so that one pass over the weights serves all views.
-        let (columns, keys_values): (Vec<_>, Vec<_>) = views.into_iter().unzip();
-        (context.columns, context.keys_values) = (stacked(&columns)?, stacked(&keys_values)?);
-        Ok(context)
+            cached: engine.build(labelled, VIEWS, cache),
+            engine,
+        })
     }
 
-    fn view(&self, table: &EncodedTable, labels: &[u8]) -> Result<View, TfmError> {
-        let parts = &self.model.parts;
-        let one_hot = self.model.one_hot_rows(std::iter::once(labels), 1, table.rows)?;
-        let groups = parts.column.groups(&table.values, 1, table.rows, table.columns)?;
-        let cells = parts.column.add_labels(parts.column.input(&groups)?, &one_hot)?;
-        let (cells, columns) = parts.column.context(cells)?;
-        let cells = parts.column.output(cells, &groups)?;
-        let cells = self.with_slots(cells.transpose(0, 1)?.contiguous()?)?;
-        let mut vectors = Vec::new();
-        for first in (0..table.rows).step_by(CHUNK_ROWS) {
-            let count = CHUNK_ROWS.min(table.rows - first);
-            vectors.push(parts.row.rows(&cells.narrow(0, first, count)?)?);
+    /// Bytes of a context of `rows` rows and `columns` model columns, built on this process's threads.
+    ///
+    /// Input rows and the model are not counted; the model's weights are copied once for serving, whatever the number
+    /// of contexts.
+    #[must_use]
+    pub fn footprint(config: &ModelConfig, rows: usize, columns: usize, cache: Cache) -> Footprint {
+        Footprint::of(config, rows, columns, rayon::current_num_threads(), cache, VIEWS)
+    }
+
+    /// The cache that a plan takes: the first of [`Cache::ALL`] that it allows and that is within its budget.
+    ///
+    /// # Errors
+    /// [`TfmError::OverBudget`] with the bytes of the last one tried, which is the smallest.
+    pub fn choose(config: &ModelConfig, rows: usize, columns: usize, plan: Plan) -> Result<Cache, TfmError> {
+        let allowed = |cache: &Cache| {
+            plan.kind.is_none_or(|kind| kind == cache.kind)
+                && plan.precision.is_none_or(|precision| precision == cache.precision)
+        };
+        let mut found = Err(TfmError::mismatch("ways to hold a context", "at least one", 0));
+        for cache in Cache::ALL.into_iter().filter(allowed) {
+            found = plan.budget.check(cache, Self::footprint(config, rows, columns, cache)).map(|()| cache);
+            if found.is_ok() {
+                break;
+            }
         }
-        let vectors = Tensor::cat(&vectors, 0)?.unsqueeze(0)?;
-        let rows = parts.icl.context((vectors + parts.icl.labels(&one_hot)?)?)?;
-        Ok((columns, rows))
+        found
     }
 
     /// The model.
@@ -128,11 +178,28 @@ impl Context {
         self.rows
     }
 
-    /// Bytes of keys and values held ready.
+    /// Classes told apart.
+    #[must_use]
+    pub fn classes(&self) -> usize {
+        self.classes
+    }
+
+    /// How the context is held.
+    #[must_use]
+    pub fn cache(&self) -> Cache {
+        self.cache
+    }
+
+    /// Bytes held ready for predictions.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let held = |tensors: &[Tensor]| tensors.iter().map(Tensor::elem_count).sum::<usize>();
-        (held(&self.columns) + held(&self.keys_values)) * size_of::<f32>()
+        self.cached.bytes()
+    }
+
+    /// Bytes of the weights copied for serving, shared by all contexts of the model.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        self.engine.bytes()
     }
 
     /// Keys of the columns that query rows must have, in this order.
@@ -144,39 +211,56 @@ impl Context {
     /// Logits of class 1 before any offset, one per query row; labels of the queries are not read.
     ///
     /// # Errors
-    /// [`TfmError::Mismatch`] if columns differ from the context's or the adapter belongs to a base of other sizes.
+    /// [`TfmError::Mismatch`] if columns differ from the context's, the adapter belongs to a base of other sizes or there
+    /// are more than two classes.
     pub fn logits(&self, queries: &EncodedTable, adapter: Option<&Adapter>) -> Result<Vec<f64>, TfmError> {
-        self.check_queries(queries)?;
-        let applied = adapter.map(|adapter| adapter.applied(self)).transpose()?.unwrap_or_default();
-        let mut logits = Vec::with_capacity(queries.rows);
-        for values in queries.values.chunks(CHUNK_ROWS * queries.columns) {
-            logits.extend(self.averaged(values, &applied)?.into_iter().map(f64::from));
+        if self.classes != 2 {
+            return Err(TfmError::mismatch("classes of a logit", 2, self.classes));
         }
-        Ok(logits)
+        let scores = self.scores(queries, adapter)?;
+        Ok(scores.as_chunks::<2>().0.iter().map(|[zero, one]| f64::from(one - zero)).collect())
     }
 
-    /// Logits of class 1 of a few rows, averaged over all views in one pass.
-    fn averaged(&self, values: &[f32], mut applied: &Applied) -> Result<Vec<f32>, TfmError> {
-        let columns = self.column_keys.len();
-        let parts = &self.model.parts;
-        let rows = values.len() / columns;
-        let groups = parts.column.groups(values, 1, rows, columns)?;
-        let groups = Tensor::cat(&[&groups; VIEWS], 0)?;
-        let cells = parts.column.query(parts.column.input(&groups)?, &self.columns)?;
-        let cells = parts.column.output(cells, &groups)?;
-        let (_, _, width) = cells.dims3()?;
-        let cells = cells.reshape((VIEWS, (), rows, width))?.transpose(1, 2)?.contiguous()?;
-        let cells = applied.cells(self.with_slots(cells.flatten_to(1)?)?)?;
-        let vectors = parts.row.rows(&cells)?.reshape((VIEWS, rows, ()))?;
-        let read = parts.icl.cached(vectors, &self.keys_values, &mut applied)?;
-        let scores = parts.decoder.scores_along(&read, &mut applied)?;
-        let margins = (scores.narrow(2, 1, 1)? - scores.narrow(2, 0, 1)?)?.squeeze(2)?;
-        let mut sums = vec![0f32; rows];
-        for (view, margins) in margins.to_vec2::<f32>()?.into_iter().enumerate() {
-            let share = if is_swapped(view) { -1.0 } else { 1.0 } / VIEWS as f32;
-            sums.iter_mut().zip(margins).for_each(|(sum, margin)| *sum += share * margin);
+    /// Class scores `(rows, classes)`, averaged over the views; a softmax makes probabilities of them.
+    ///
+    /// # Errors
+    /// [`TfmError::Mismatch`] if columns differ from the context's or the adapter belongs to a base of other sizes.
+    pub fn scores(&self, queries: &EncodedTable, adapter: Option<&Adapter>) -> Result<Vec<f32>, TfmError> {
+        self.check_queries(queries)?;
+        let applied = adapter.map(|adapter| adapter.applied(self)).transpose()?.unwrap_or_default();
+        if queries.rows == 0 {
+            return Ok(Vec::new());
         }
-        Ok(sums)
+        if applied.changes_weights() {
+            return self.scores_along(queries, &applied);
+        }
+        let mut added = plain(self.slots.as_ref(), self.model.config(), queries.columns)?;
+        if let Some(delta) = applied.addend()? {
+            added.iter_mut().zip(delta).for_each(|(a, d)| *a += d);
+        }
+        Ok(self.engine.scores(&self.cached, &queries.values, &added))
+    }
+
+    /// Class scores with an adapter that acts behind the cells, by the path that gradients take. Several times slower
+    /// than without one.
+    fn scores_along(&self, queries: &EncodedTable, mut applied: &Applied) -> Result<Vec<f32>, TfmError> {
+        let mut averaged = Vec::with_capacity(queries.rows * self.classes);
+        for values in queries.values.chunks(CHUNK_ROWS * queries.columns) {
+            let mut sums = vec![0f32; values.len() / queries.columns * self.classes];
+            for view in 0..VIEWS {
+                let cells = applied.cells(self.cells(view, values)?)?;
+                let read = self.read(view, self.vectors(&cells)?, &mut applied)?;
+                let scores = self.model.parts.decoder.scores_along(&read, &mut applied)?.squeeze(0)?;
+                for (to, row) in sums.chunks_exact_mut(self.classes).zip(scores.to_vec2::<f32>()?) {
+                    for (class, to) in to.iter_mut().enumerate() {
+                        let score = row.get(shifted(class, view, self.classes)).copied().unwrap_or(f32::NAN);
+                        *to += score / VIEWS as f32;
+                    }
+                }
+            }
+            averaged.extend(sums);
+        }
+        Ok(averaged)
     }
 
     /// Probabilities `[class 0, class 1]` of each query row.
@@ -195,6 +279,24 @@ impl Context {
                 [1.0 - one, one]
             })
             .collect())
+    }
+
+    /// Probabilities of the classes of each query row.
+    ///
+    /// # Errors
+    /// As [`Self::scores`].
+    pub fn probabilities(
+        &self,
+        queries: &EncodedTable,
+        adapter: Option<&Adapter>,
+    ) -> Result<Vec<Vec<f64>>, TfmError> {
+        let distribution = |row: &[f32]| {
+            let peak = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let shares: Vec<f64> = row.iter().map(|s| f64::from(s - peak).exp()).collect();
+            let total: f64 = shares.iter().sum();
+            shares.into_iter().map(|share| share / total).collect()
+        };
+        Ok(self.scores(queries, adapter)?.chunks_exact(self.classes).map(distribution).collect())
     }
 
     pub(crate) fn check_queries(&self, queries: &EncodedTable) -> Result<(), TfmError> {
@@ -219,10 +321,17 @@ impl Context {
     /// Cells `(rows, columns, E)` of query rows before any adapter; they depend on each row and the context alone.
     pub(crate) fn cells(&self, view: usize, values: &[f32]) -> Result<Tensor, TfmError> {
         let columns = self.column_keys.len();
-        let parts = &self.model.parts;
-        let groups = parts.column.groups(values, 1, values.len() / columns, columns)?;
-        let cells = parts.column.query(parts.column.input(&groups)?, &of_view(&self.columns, view)?)?;
-        let cells = parts.column.output(cells, &groups)?;
+        let column = &self.model.parts.column;
+        let groups = column.groups(values, 1, values.len() / columns, columns)?;
+        let (slots, config) = (groups.dim(0)?, self.model.config());
+        let mut summaries = Vec::with_capacity(self.cached.summaries.len());
+        for heads in &self.cached.summaries {
+            let rows: Vec<f32> = (0..slots).flat_map(|slot| heads.rows(view * slots + slot)).collect();
+            let shape = (slots, config.col_num_inds, 2 * config.embed_dim);
+            summaries.push(Tensor::from_vec(rows, shape, &Device::Cpu)?);
+        }
+        let cells = column.query(column.input(&groups)?, &summaries)?;
+        let cells = column.output(cells, &groups)?;
         self.with_slots(cells.transpose(0, 1)?.contiguous()?)
     }
 
@@ -238,7 +347,7 @@ impl Context {
         vectors: Tensor,
         path: &mut dyn QueryPath,
     ) -> Result<Tensor, TfmError> {
-        self.model.parts.icl.cached(vectors, &of_view(&self.keys_values, view)?, path)
+        self.model.parts.icl.cached(vectors, &self.keys_values(view)?, path)
     }
 
     /// Logits of class 1 `(rows)` of one view from rows `(1, rows, D)` that have read, class order restored.
@@ -248,15 +357,37 @@ impl Context {
         read: &Tensor,
         path: &mut dyn QueryPath,
     ) -> Result<Tensor, TfmError> {
+        if self.classes != 2 {
+            return Err(TfmError::mismatch("classes of a gradient", 2, self.classes));
+        }
         let scores = self.model.parts.decoder.scores_along(read, path)?.squeeze(0)?;
-        let (zero, one) = (scores.narrow(1, 0, 1)?.squeeze(1)?, scores.narrow(1, 1, 1)?.squeeze(1)?);
-        Ok(if is_swapped(view) { (zero - one)? } else { (one - zero)? })
+        let score = |class: usize| scores.narrow(1, shifted(class, view, 2), 1)?.squeeze(1);
+        Ok((score(1)? - score(0)?)?)
     }
 
     /// The same context, whose query rows go through other weights than it was made with.
     #[cfg(test)]
-    pub(crate) fn with_query_weights(self, model: Model) -> Self {
-        Self { model, ..self }
+    pub(crate) fn with_query_weights(self, model: Model) -> Result<Self, TfmError> {
+        Ok(Self { engine: model.engine()?, model, ..self })
+    }
+
+    /// Keys and values `(1, rows, 2 D)` of each in-context block as tensors.
+    fn keys_values(&self, view: usize) -> Result<Vec<Tensor>, TfmError> {
+        let width = self.model.config().row_width();
+        match &self.cached.held {
+            Held::KeysValues(blocks) => {
+                let tensor = |heads: &crate::infer::heads::Heads| {
+                    Tensor::from_vec(heads.rows(view), (1, self.rows, 2 * width), &Device::Cpu)
+                };
+                Ok(blocks.iter().map(tensor).collect::<Result<_, _>>()?)
+            }
+            Held::Vectors(numbers) => {
+                let size = self.rows * width;
+                let vectors = numbers.read(view * size, size);
+                let vectors = Tensor::from_vec(vectors, (1, self.rows, width), &Device::Cpu)?;
+                self.model.parts.icl.context(vectors)
+            }
+        }
     }
 
     fn with_slots(&self, cells: Tensor) -> Result<Tensor, TfmError> {
@@ -267,32 +398,19 @@ impl Context {
     }
 }
 
-/// The blocks of all views side by side, view by view.
-fn stacked(views: &[Vec<Tensor>]) -> Result<Vec<Tensor>, TfmError> {
-    let blocks = views.first().map_or(0, Vec::len);
-    let block = |at: usize| Tensor::cat(&views.iter().map(|view| &view[at]).collect::<Vec<_>>(), 0);
-    Ok((0..blocks).map(block).collect::<Result<_, _>>()?)
+/// Slots' feature tokens as numbers `(slots, E)`, zero without any.
+fn plain(slots: Option<&Tensor>, config: &ModelConfig, columns: usize) -> Result<Vec<f32>, TfmError> {
+    match slots {
+        Some(slots) => Ok(slots.flatten_all()?.to_vec1()?),
+        None => Ok(vec![0.0; config.variant.grouping().slots(columns) * config.embed_dim]),
+    }
 }
 
-/// One view's part of the blocks, without a copy.
-fn of_view(blocks: &[Tensor], view: usize) -> Result<Vec<Tensor>, TfmError> {
-    let part = |block: &Tensor| {
-        let size = block.dim(0)? / VIEWS;
-        block.narrow(0, view * size, size)
-    };
-    Ok(blocks.iter().map(part).collect::<Result<_, _>>()?)
-}
-
-/// Whether a view has the two classes swapped.
-const fn is_swapped(view: usize) -> bool {
-    view == 1
-}
-
-/// Labellings of the context that are averaged: as given, and with the classes swapped.
+/// Labellings of the context that are averaged: as given, and with the classes turned; two change places.
 const VIEWS: usize = 2;
 /// Most context rows.
 pub const MAX_CONTEXT_ROWS: usize = 16_384;
-/// Query rows computed together, which bounds memory.
+/// Rows that a gradient computes together, which bounds memory.
 pub(crate) const CHUNK_ROWS: usize = 256;
 
 #[cfg(test)]
@@ -302,7 +420,9 @@ pub(crate) mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha20Rng;
 
-    use super::{Context, MAX_CONTEXT_ROWS, Serving, prior_shift};
+    use super::{
+        Budget, Cache, CacheKind, Context, MAX_CONTEXT_ROWS, Plan, Precision, Serving, VIEWS, prior_shift,
+    };
     use crate::{
         adapter::{Adapter, Kind},
         error::TfmError,
@@ -310,7 +430,7 @@ pub(crate) mod tests {
         model::{
             Model, Tables,
             config::ModelConfig,
-            variant::{FeatureGroup, Variant},
+            variant::{FeatureGroup, Ssmax, Variant},
         },
         table::EncodedTable,
     };
@@ -366,51 +486,182 @@ pub(crate) mod tests {
         initial.with_values(values).unwrap()
     }
 
-    #[test]
-    fn cached_logits_equal_the_plain_forward_of_both_views() {
-        let groups = Variant { col_feature_group: FeatureGroup::Valid, ..Variant::default() };
-        for variant in [Variant::default(), Variant::first(), Variant::regressor(), groups] {
-            cached_equals_plain(&model_of(variant));
-        }
+    /// As [`model_of`], telling `max_classes` classes apart.
+    fn model_with(variant: Variant, max_classes: usize) -> Model {
+        let config = ModelConfig { variant, max_classes, ..ModelConfig::tiny() };
+        let drawn = Model::random(&config, &mut ChaCha20Rng::seed_from_u64(22)).unwrap();
+        let mut rng = ChaCha20Rng::seed_from_u64(23);
+        let moved = drawn.tensors().iter().map(|(name, tensor)| {
+            let noise: Vec<f32> = (0..tensor.elem_count()).map(|_| rng.random_range(-0.3..0.3f32)).collect();
+            let noise = Tensor::from_vec(noise, tensor.dims(), tensor.device()).unwrap();
+            let fixed = !crate::model::trainable(name);
+            (name.clone(), if fixed { tensor.clone() } else { (tensor + noise).unwrap() })
+        });
+        Model::from_tensors(&config, moved.collect()).unwrap()
     }
 
-    fn cached_equals_plain(model: &Model) {
-        let (context, queries) = (table(30, 5, 1), table(300, 5, 2));
-        let cached = Context::build(model, &context).unwrap().logits(&queries, None).unwrap();
-        let mut plain = vec![0f64; queries.rows];
-        for swap in [0u8, 1] {
-            let mut labels: Vec<u8> = context.labels.iter().map(|l| l.unwrap() ^ swap).collect();
+    fn variants() -> Vec<Variant> {
+        let col_feature_group = FeatureGroup::Valid;
+        let mut all = vec![Variant::default(), Variant::first(), Variant::regressor()];
+        for ssmax in [Ssmax::Heads, Ssmax::Mlp, Ssmax::MlpElementwise, Ssmax::QueryMlp] {
+            all.push(Variant { col_ssmax: ssmax, icl_ssmax: ssmax, col_feature_group, ..Variant::default() });
+        }
+        all
+    }
+
+    /// Class scores of a plain forward pass without cache, averaged over the views.
+    fn plain_scores(
+        model: &Model,
+        context: &EncodedTable,
+        queries: &EncodedTable,
+        classes: usize,
+    ) -> Vec<f64> {
+        let mut sums = vec![0f64; queries.rows * classes];
+        for view in 0..VIEWS {
+            let turned = |class: usize| (class + view * (classes / 2)) % classes;
+            let mut labels: Vec<u8> =
+                context.labels.iter().map(|l| turned(usize::from(l.unwrap())) as u8).collect();
             labels.resize(context.rows + queries.rows, 0);
             let scores = model
                 .forward(&Tables {
                     tables: 1,
                     rows: context.rows + queries.rows,
-                    columns: 5,
+                    columns: context.columns,
                     context: context.rows,
                     values: [context.values.clone(), queries.values.clone()].concat(),
                     labels,
                     texts: Some(text_vectors(&context.column_texts, 16)),
                 })
                 .unwrap();
-            let sign = 1.0 - 2.0 * f64::from(swap);
-            for (sum, s) in plain.iter_mut().zip(scores.chunks_exact(2)) {
-                *sum += 0.5 * sign * f64::from(s[1] - s[0]);
+            let rows = scores.chunks_exact(model.config().max_classes);
+            for (to, scores) in sums.chunks_exact_mut(classes).zip(rows) {
+                for (class, to) in to.iter_mut().enumerate() {
+                    *to += f64::from(scores[turned(class)]) / VIEWS as f64;
+                }
             }
         }
-        let worst = cached.iter().zip(&plain).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-        assert!(worst < 1e-4, "{worst}");
+        sums
+    }
+
+    fn plan(cache: Cache, classes: usize) -> Plan {
+        let Cache { kind, precision } = cache;
+        Plan { classes, kind: Some(kind), precision: Some(precision), budget: Budget::UNLIMITED }
+    }
+
+    /// Every way to hold a context, of every variant, against the forward pass without any; scores are about 1 in size.
+    /// Held bytes are those foretold.
+    #[test]
+    fn every_cache_equals_the_plain_forward_and_takes_the_bytes_foretold() {
+        for (at, variant) in variants().into_iter().enumerate() {
+            for classes in [2usize, 5] {
+                let model = model_with(variant, 5);
+                let mut context = table(130, 5, 1);
+                for (row, label) in context.labels.iter_mut().enumerate() {
+                    *label = Some((row % classes) as u8);
+                }
+                let queries = table(if at == 0 { 300 } else { 7 }, 5, 2);
+                let plain = plain_scores(&model, &context, &queries, classes);
+                for cache in Cache::ALL {
+                    let built = Context::build_as(&model, &context, plan(cache, classes)).unwrap();
+                    let scores = built.scores(&queries, None).unwrap();
+                    assert_eq!(scores.len(), plain.len());
+                    let gap = |(a, b): (&f32, &f64)| (f64::from(*a) - b).abs();
+                    let worst = scores.iter().zip(&plain).map(gap).fold(0.0, f64::max);
+                    let bound = if cache.precision == Precision::F32 { 5e-5 } else { 2e-2 };
+                    assert!(worst < bound, "{variant:?} {classes} {cache}: {worst}");
+                    let foretold = Context::footprint(model.config(), 130, 5, cache);
+                    assert_eq!((built.bytes(), built.cache()), (foretold.held, cache), "{variant:?} {cache}");
+                    assert!(foretold.building > foretold.held);
+                }
+            }
+        }
+    }
+
+    /// What gradients read from each cache is what predictions read.
+    #[test]
+    fn the_gradient_s_path_gives_the_served_logits() {
+        let (rows, queries) = (table(40, 5, 3), table(9, 5, 4));
+        let tokens = adapter(Kind::FeatureTokens, 5, 6);
+        for cache in Cache::ALL {
+            let context = Context::build_as(&model(), &rows, plan(cache, 2)).unwrap();
+            let served = context.logits(&queries, Some(&tokens)).unwrap();
+            let slow = context.scores_along(&queries, &tokens.applied(&context).unwrap()).unwrap();
+            let bound = if cache.precision == Precision::F32 { 2e-5 } else { 5e-3 };
+            for (a, b) in served.iter().zip(slow.as_chunks::<2>().0) {
+                assert!((a - f64::from(b[1] - b[0])).abs() < bound, "{cache}: {a} {b:?}");
+            }
+        }
     }
 
     #[test]
+    fn budgets_hold_at_one_below_and_the_fastest_that_fits_is_taken() {
+        let (model, rows) = (model(), table(64, 5, 1));
+        let of = |cache| Context::footprint(model.config(), 64, 5, cache);
+        let open = |held, building| Plan {
+            kind: None,
+            precision: None,
+            budget: Budget { held, building },
+            classes: 2,
+        };
+        let taken = |held| Context::choose(model.config(), 64, 5, open(held, usize::MAX));
+        for pair in Cache::ALL.windows(2) {
+            let (larger, smaller) = (of(pair[0]), of(pair[1]));
+            assert!(larger.held > smaller.held, "{pair:?}");
+            assert_eq!(taken(larger.held).unwrap(), pair[0]);
+            assert_eq!(taken(larger.held - 1).unwrap(), pair[1]);
+        }
+        let least = Cache { kind: CacheKind::Repr, precision: Precision::F16 };
+        let (needed, allowed) = (of(least).held, of(least).held - 1);
+        let refused = Context::build_as(&model, &rows, open(allowed, usize::MAX)).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            format!(
+                "held context as repr f16 needs {needed} bytes, {allowed} are allowed: raise the limit, take fewer \
+                 context rows, or hold it as repr or f16"
+            )
+        );
+        let building = of(Cache::DEFAULT).building;
+        let exact = Plan { budget: Budget { held: usize::MAX, building }, ..plan(Cache::DEFAULT, 2) };
+        assert!(Context::build_as(&model, &rows, exact).is_ok());
+        let below = Plan { budget: Budget { held: usize::MAX, building: building - 1 }, ..exact };
+        assert!(matches!(
+            Context::build_as(&model, &rows, below),
+            Err(TfmError::OverBudget { what: "building the context", .. })
+        ));
+    }
+
+    #[test]
+    fn classes_beyond_the_plan_or_the_model_are_refused() {
+        let five = model_with(Variant::default(), 5);
+        let mut rows = table(9, 3, 1);
+        rows.labels[4] = Some(3);
+        let build = |classes| Context::build_as(&five, &rows, plan(Cache::DEFAULT, classes));
+        assert!(matches!(build(3), Err(TfmError::Mismatch { what: "class of a context row", .. })));
+        assert!(matches!(build(6), Err(TfmError::Mismatch { what: "classes of a context", .. })));
+        assert!(matches!(build(1), Err(TfmError::Mismatch { what: "classes of a context", .. })));
+        let context = build(4).unwrap();
+        assert!(matches!(
+            context.logits(&table(2, 3, 1), None),
+            Err(TfmError::Mismatch { what: "classes of a logit", got, .. }) if got == "4"
+        ));
+        let many = context.probabilities(&table(2, 3, 1), None).unwrap();
+        assert!(many.iter().all(|p| p.len() == 4 && (p.iter().sum::<f64>() - 1.0).abs() < 1e-9));
+    }
+
+    /// To the last bit, across chunks, tiles and threads.
+    #[test]
     fn a_batch_gives_what_single_rows_give() {
-        let (context, queries) = (Context::build(&model(), &table(40, 4, 3)).unwrap(), table(270, 4, 4));
-        let adapter = adapter(Kind::FeatureTokens, 4, 5);
-        let serving = Serving { adapter: Some(&adapter), logit_offset: 0.3 };
-        let batched = context.predict(&queries, serving).unwrap();
-        for i in (0..queries.rows).step_by(17) {
-            let single = context.predict(&queries.take(&[i]), serving).unwrap();
-            assert!((single[0][1] - batched[i][1]).abs() < 1e-5, "row {i}");
-            assert!((single[0][0] + single[0][1] - 1.0).abs() < 1e-12);
+        let tokens = adapter(Kind::FeatureTokens, 4, 5);
+        for cache in Cache::ALL {
+            let context = Context::build_as(&model(), &table(150, 4, 3), plan(cache, 2)).unwrap();
+            let queries = table(270, 4, 4);
+            let serving = Serving { adapter: Some(&tokens), logit_offset: 0.3 };
+            let batched = context.predict(&queries, serving).unwrap();
+            for i in (0..queries.rows).step_by(17) {
+                let single = context.predict(&queries.take(&[i]), serving).unwrap();
+                assert_eq!(single[0][1].to_bits(), batched[i][1].to_bits(), "{cache}, row {i}");
+                assert!((single[0][0] + single[0][1] - 1.0).abs() < 1e-12);
+            }
         }
     }
 

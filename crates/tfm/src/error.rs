@@ -65,6 +65,21 @@ pub enum TfmError {
         /// Largest size accepted.
         limit: usize,
     },
+    /// A context would take more bytes than it may.
+    #[error(
+        "{what} as {cache} needs {needed} bytes, {allowed} are allowed: raise the limit, take fewer context rows, or \
+         hold it as repr or f16"
+    )]
+    OverBudget {
+        /// Which bytes: those held or those of building.
+        what: &'static str,
+        /// How the context was to be held.
+        cache: String,
+        /// Bytes needed.
+        needed: usize,
+        /// Bytes allowed.
+        allowed: usize,
+    },
     /// A configuration value is out of range.
     #[error("{field} must be {expected}, got {got}")]
     BadConfig {

@@ -14,6 +14,7 @@ pub mod error;
 pub mod features;
 pub mod gradient;
 pub mod import;
+pub(crate) mod infer;
 pub mod metrics;
 pub mod model;
 pub(crate) mod ops;

@@ -9,7 +9,12 @@
 use std::collections::BTreeMap;
 
 use serde_json::Value;
-use tabmesh_tfm::{Model, Targets, Task, import::PublicFile, regression::Quantiles};
+use tabmesh_tfm::{
+    Context, EncodedTable, Model, Targets, Task,
+    context::{CacheKind, Plan},
+    import::PublicFile,
+    regression::Quantiles,
+};
 
 const TOLERANCE: f32 = 1e-4;
 
@@ -84,6 +89,74 @@ fn check(model: &Model, golden: &PublicFile) -> usize {
         compared += pairs.len();
     }
     compared
+}
+
+/// Checks served scores, from a context held ready, against the stored logits; gives the number of cases.
+///
+/// A prediction averages two labellings of the context. The second one's part is taken out by the forward pass that
+/// `check` compares with the same files.
+fn check_served(model: &Model, golden: &PublicFile) -> usize {
+    let cases: Vec<Value> = serde_json::from_str(&golden.metadata["cases"]).unwrap();
+    let mut compared = 0;
+    for case in &cases {
+        let size = |key: &str| usize::try_from(case[key].as_u64().unwrap()).unwrap();
+        let (context, columns, classes, queries) = (size("n"), size("H"), size("K"), size("m"));
+        if !(2..=model.config().max_classes).contains(&classes) {
+            continue;
+        }
+        let name = case["name"].as_str().unwrap();
+        let stored = |what: &str| golden.tensors[&format!("__io.{name}.{what}")].1.clone();
+        let labels: Vec<usize> = stored("y").iter().map(|v| *v as usize).collect();
+        let turned = |class: usize| (class + classes / 2) % classes;
+        let second = Task {
+            rows: context + queries,
+            columns,
+            context,
+            values: stored("X"),
+            targets: Targets::Classes { classes, labels: labels.iter().map(|l| turned(*l)).collect() },
+        };
+        let second = model.outputs(&second).unwrap();
+        let values = stored("X");
+        let keys: Vec<String> = (0..columns).map(|i| i.to_string()).collect();
+        let table = |rows: usize, values: &[f32], labels: Vec<Option<u8>>| EncodedTable {
+            rows,
+            columns,
+            values: values.to_vec(),
+            labels,
+            column_keys: keys.clone(),
+            column_texts: keys.clone(),
+        };
+        let (first_rows, last_rows) = values.split_at(context * columns);
+        let rows = table(context, first_rows, labels.iter().map(|l| Some(*l as u8)).collect());
+        let asked = table(queries, last_rows, vec![None; queries]);
+        for kind in [CacheKind::Kv, CacheKind::Repr] {
+            let plan = Plan { classes, kind: Some(kind), ..Plan::default() };
+            let held = Context::build_as(model, &rows, plan).unwrap();
+            let scores = held.scores(&asked, None).unwrap();
+            let first = scores.chunks_exact(classes).zip(second.chunks_exact(classes)).flat_map(
+                |(average, second)| {
+                    (0..classes).map(move |class| 2.0 * average[class] - second[turned(class)])
+                },
+            );
+            let pair = (format!("{name} {kind:?}"), first.collect(), stored("logits"));
+            let pairs = [pair];
+            let (apart, stage) = worst(&pairs);
+            assert!(apart < 2.0 * TOLERANCE, "case {stage}: {apart}");
+        }
+        compared += 1;
+    }
+    compared
+}
+
+#[test]
+fn served_scores_match_the_public_package() {
+    for bytes in [
+        &include_bytes!("fixtures/v1_clf_tiny.safetensors")[..],
+        &include_bytes!("fixtures/v2_clf_tiny.safetensors")[..],
+    ] {
+        let file = PublicFile::read(bytes).unwrap();
+        assert!(check_served(&file.model(None).unwrap(), &file) >= 5);
+    }
 }
 
 #[test]

@@ -63,11 +63,15 @@ fn beyond_loopback_tls_and_an_allow_list_of_own_agents_are_demanded() {
 #[test]
 fn configured_limits_hold_at_their_bounds() {
     type Edit = fn(&mut ServeConfig, usize);
-    let cases: [(&str, usize, usize, Edit); 4] = [
+    let cases: [(&str, usize, usize, Edit); 6] = [
         ("max_batch_rows", 1, MAX_BATCH_ROWS, |c, n| c.max_batch_rows = n),
         ("max_body_bytes", 1, MAX_BODY_BYTES, |c, n| c.max_body_bytes = n),
         ("max_concurrency", 1, MAX_CONCURRENCY, |c, n| c.max_concurrency = n),
         ("max_queue", 0, MAX_QUEUE, |c, n| c.max_queue = n),
+        ("batching.max_batch_rows", 1, MAX_TOGETHER_ROWS, |c, n| c.batching.max_rows = n),
+        ("batching.max_wait_us", 0, 1_000_000, |c, n| {
+            c.batching.max_wait = Duration::from_micros(n as u64);
+        }),
     ];
     for (name, min, max, edit) in cases {
         let check = |n| {

@@ -7,6 +7,7 @@
 
 mod access;
 mod answers;
+mod batching;
 mod certs;
 mod refusals;
 
@@ -98,6 +99,8 @@ enum Answering {
     Panicking,
     OneRowShort,
     NotFinite,
+    /// Fails for more rows than this.
+    FailingBeyond(usize),
 }
 
 impl Linear {
@@ -154,6 +157,10 @@ impl Predictor for Linear {
             }
             Answering::OneRowShort => drop(rows.pop()),
             Answering::NotFinite => rows[0][1] = f32::NAN,
+            Answering::FailingBeyond(most) if rows.len() > most => {
+                return Err(PredictError::Failed { reason: "too many".into() });
+            }
+            Answering::FailingBeyond(_) => {}
         }
         Ok(rows)
     }

@@ -147,7 +147,7 @@ fn merged_weights_predict_as_base_and_adapter_do() {
         for kind in KINDS.into_iter().filter(|kind| *kind != Kind::FeatureTokens) {
             let adapter = adapter_of(model, kind, columns, 5);
             let with = context(model, columns).logits(&queries, Some(&adapter)).unwrap();
-            let twin = context(model, columns).with_query_weights(merged(model, &adapter));
+            let twin = context(model, columns).with_query_weights(merged(model, &adapter)).unwrap();
             let gap = worst(&with, &twin.logits(&queries, None).unwrap());
             assert!(gap < 1e-4, "{kind:?}: {gap}");
         }

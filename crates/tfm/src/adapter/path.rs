@@ -43,6 +43,18 @@ pub(super) struct HeadChange {
     pub(super) output: Tensor,
 }
 
+impl Applied {
+    /// Whether anything but cells is changed.
+    pub(crate) fn changes_weights(&self) -> bool {
+        !self.queries.is_empty() || self.head.is_some()
+    }
+
+    /// What is added to cells, as numbers `(slots, E)`.
+    pub(crate) fn addend(&self) -> Result<Option<Vec<f32>>, TfmError> {
+        Ok(self.cells.as_ref().map(|Cells { delta, .. }| delta.flatten_all()?.to_vec1()).transpose()?)
+    }
+}
+
 impl QueryPath for &Applied {
     fn cells(&mut self, cells: Tensor) -> Result<Tensor, TfmError> {
         match &self.cells {

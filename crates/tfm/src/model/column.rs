@@ -104,17 +104,6 @@ impl ColumnStage {
         Ok(factor.apply(&cells)?.broadcast_mul(groups)?.add(&addend.apply(&cells)?)?)
     }
 
-    /// Embeds context rows and keeps each block's summary (keys and values) for later queries.
-    pub(crate) fn context(&self, mut cells: Tensor) -> Result<(Tensor, Vec<Tensor>), TfmError> {
-        let mut cache = Vec::with_capacity(self.blocks.len());
-        for block in &self.blocks {
-            let kv = block.summarise(&cells)?;
-            cells = block.read(&cells, &kv)?;
-            cache.push(kv);
-        }
-        Ok((cells, cache))
-    }
-
     /// Embeds query rows against the summaries of a context.
     pub(crate) fn query(&self, mut cells: Tensor, cache: &[Tensor]) -> Result<Tensor, TfmError> {
         for (block, kv) in self.blocks.iter().zip(cache) {

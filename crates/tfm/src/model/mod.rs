@@ -17,7 +17,10 @@ pub(crate) mod query;
 pub(crate) mod row;
 pub mod variant;
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+};
 
 use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha20Rng;
@@ -31,7 +34,7 @@ use self::{
     row::RowStage,
     variant::Grouping,
 };
-use crate::{error::TfmError, ops::linear::linear};
+use crate::{error::TfmError, infer::Engine, ops::linear::linear};
 
 /// Tables of equal shape, context rows first.
 #[derive(Debug, Clone, PartialEq)]
@@ -92,8 +95,10 @@ impl Tables {
 #[derive(Clone)]
 pub struct Model {
     config: ModelConfig,
-    pub(crate) parts: std::sync::Arc<Parts>,
+    pub(crate) parts: Arc<Parts>,
     tensors: BTreeMap<String, Tensor>,
+    /// The weights once more, in the order that serving reads them; made when first needed.
+    engine: Arc<OnceLock<Arc<Engine>>>,
 }
 
 /// The stages of a model.
@@ -121,7 +126,7 @@ impl Model {
         config.check()?;
         let mut source = Random { rng, drawn: BTreeMap::new() };
         let parts = Parts::new(&mut source, config)?;
-        Ok(Self { config: config.clone(), parts: std::sync::Arc::new(parts), tensors: source.drawn })
+        Ok(Self::of(config, parts, source.drawn))
     }
 
     /// A model over given tensors (plain or training variables).
@@ -144,7 +149,23 @@ impl Model {
                 return Err(TfmError::ExtraTensor { name: name.clone() });
             }
         }
-        Ok(Self { config: config.clone(), parts: std::sync::Arc::new(parts), tensors })
+        Ok(Self::of(config, parts, tensors))
+    }
+
+    fn of(config: &ModelConfig, parts: Parts, tensors: BTreeMap<String, Tensor>) -> Self {
+        Self { config: config.clone(), parts: Arc::new(parts), tensors, engine: Arc::default() }
+    }
+
+    /// The weights for serving. Training variables change, so theirs are copied anew each time.
+    pub(crate) fn engine(&self) -> Result<Arc<Engine>, TfmError> {
+        if let Some(engine) = self.engine.get() {
+            return Ok(Arc::clone(engine));
+        }
+        let engine = Arc::new(Engine::new(self)?);
+        if self.tensors.values().any(Tensor::is_variable) {
+            return Ok(engine);
+        }
+        Ok(Arc::clone(self.engine.get_or_init(|| engine)))
     }
 
     /// The configuration.

@@ -1,0 +1,221 @@
+//! Serving on plain numbers: a context is built, held and read without a tensor library in the way.
+//!
+//! The model's weights are copied once into the order that the loops read them. Single rows then cost little more
+//! than reading weights and cache from memory, and a batch shares that reading. What is computed is what
+//! `model::forward` computes: tests hold the two together, for every variant and for the public package's goldens.
+//! Gradients stay with the tensors.
+//!
+//! `build` makes a cache from labelled rows in bounded memory, `size` says beforehand how many bytes it takes.
+
+mod block;
+pub(crate) mod build;
+pub(crate) mod heads;
+mod kernel;
+mod matrix;
+mod named;
+pub(crate) mod size;
+mod stages;
+
+use rayon::prelude::*;
+
+use self::{
+    heads::{Heads, Numbers},
+    named::Named,
+    stages::{Column, Decoder, Icl, Row},
+};
+use crate::{error::TfmError, model::Model};
+
+/// A model's weights in the order of the loops.
+pub(crate) struct Engine {
+    column: Column,
+    row: Row,
+    icl: Icl,
+    decoder: Decoder,
+    /// Width of a cell, `E`.
+    cell: usize,
+    /// Width of a row's vector, `D`.
+    vector: usize,
+    heads: usize,
+}
+
+/// A context held ready.
+pub(crate) struct Cached {
+    /// Context rows, `n`.
+    rows: usize,
+    columns: usize,
+    /// Classes told apart, `K`.
+    classes: usize,
+    views: usize,
+    /// What each column block knows of the context: batches `(views * slots)` of inducing points.
+    pub(crate) summaries: Vec<Heads>,
+    pub(crate) held: Held,
+    /// Query scaling of each in-context block.
+    bases: Vec<Vec<f32>>,
+}
+
+/// How the context rows are held.
+pub(crate) enum Held {
+    /// Keys and values of each in-context block: batches `(views)` of context rows.
+    KeysValues(Vec<Heads>),
+    /// Labelled row vectors `(views, n, D)`; keys and values are computed anew for every prediction.
+    Vectors(Numbers),
+}
+
+impl Engine {
+    /// Copies a classifier's weights.
+    pub(crate) fn new(model: &Model) -> Result<Self, TfmError> {
+        let (named, config) = (Named { tensors: model.tensors() }, model.config());
+        Ok(Self {
+            column: Column::new(named, config)?,
+            row: Row::new(named, config)?,
+            icl: Icl::new(named, config)?,
+            decoder: Decoder::new(named, config)?,
+            cell: config.embed_dim,
+            vector: config.row_width(),
+            heads: config.icl_nhead,
+        })
+    }
+
+    /// Bytes of the copied weights.
+    pub(crate) fn bytes(&self) -> usize {
+        self.column.bytes() + self.row.bytes() + self.icl.bytes() + self.decoder.bytes()
+    }
+
+    /// Class scores `(rows, K)` of query rows `(rows, columns)`, averaged over the views with the classes put back.
+    ///
+    /// `added (slots, E)` is added to every row's cells.
+    pub(crate) fn scores(&self, cached: &Cached, values: &[f32], added: &[f32]) -> Vec<f32> {
+        match &cached.held {
+            Held::KeysValues(blocks) => {
+                let chunk = |values: &[f32]| {
+                    let mut rows = self.vectors(cached, values, added);
+                    for ((block, heads), base) in self.icl.blocks.iter().zip(blocks).zip(&cached.bases) {
+                        block.read(&mut rows, heads, 0, cached.views, base);
+                    }
+                    self.averaged(cached, &rows)
+                };
+                if values.len() <= QUERY_ROWS * cached.columns {
+                    return chunk(values);
+                }
+                let chunks: Vec<Vec<f32>> =
+                    values.par_chunks(QUERY_ROWS * cached.columns).map(chunk).collect();
+                chunks.concat()
+            }
+            Held::Vectors(vectors) => {
+                let chunks = values.chunks(REREAD_ROWS * cached.columns);
+                chunks.flat_map(|values| self.reread(cached, vectors, values, added)).collect()
+            }
+        }
+    }
+
+    /// As [`Self::scores`], where each block's keys and values are computed and dropped again.
+    fn reread(&self, cached: &Cached, vectors: &Numbers, values: &[f32], added: &[f32]) -> Vec<f32> {
+        let mut queries = self.vectors(cached, values, added);
+        let (per_view, size) = (queries.len() / cached.views, cached.rows * self.vector);
+        for (view, queries) in queries.chunks_exact_mut(per_view.max(1)).enumerate() {
+            let mut context = vectors.read(view * size, size);
+            let mut heads = self.icl_heads(cached.rows);
+            for (i, (block, base)) in self.icl.blocks.iter().zip(&cached.bases).enumerate() {
+                self.put_context(block, &context, &mut heads, 0);
+                Self::advance(block, queries, self.vector, &heads, 0, base);
+                if i + 1 < self.icl.blocks.len() {
+                    Self::advance(block, &mut context, self.vector, &heads, 0, base);
+                }
+            }
+        }
+        self.averaged(cached, &queries)
+    }
+
+    /// Row vectors `(views, rows, D)` of query rows.
+    fn vectors(&self, cached: &Cached, values: &[f32], added: &[f32]) -> Vec<f32> {
+        let (views, rows) = (cached.views, values.len() / cached.columns);
+        if rows <= CELL_ROWS {
+            return self.some_vectors(cached, 0, views, values, None, added);
+        }
+        let mut vectors = vec![0f32; views * rows * self.vector];
+        for (i, values) in values.chunks(CELL_ROWS * cached.columns).enumerate() {
+            let some = self.some_vectors(cached, 0, views, values, None, added);
+            for (view, some) in some.chunks_exact(some.len() / views).enumerate() {
+                vectors[(view * rows + i * CELL_ROWS) * self.vector..][..some.len()].copy_from_slice(some);
+            }
+        }
+        vectors
+    }
+
+    /// Row vectors `(count, rows, D)` of a few rows in the views from `view` on; with labels for context rows.
+    fn some_vectors(
+        &self,
+        cached: &Cached,
+        view: usize,
+        count: usize,
+        values: &[f32],
+        labels: Option<&[u8]>,
+        added: &[f32],
+    ) -> Vec<f32> {
+        let (columns, column) = (cached.columns, &self.column);
+        let (rows, slots) = (values.len() / columns, column.slots(columns));
+        let groups: Vec<f32> = (0..slots).flat_map(|slot| column.group(values, columns, slot)).collect();
+        let mut cells = column.input(&groups);
+        if let Some(labels) = labels {
+            cells.chunks_exact_mut(rows * self.cell).for_each(|cells| column.label(cells, labels));
+        }
+        if count > 1 {
+            cells = cells.repeat(count);
+        }
+        column.read(&mut cells, &cached.summaries, view * slots, count * slots);
+        let cells = column.output(cells, &groups);
+        let tokens = self.row.tokens();
+        let mut z = Vec::with_capacity(count * rows * (tokens.len() + slots * self.cell));
+        for view in cells.chunks_exact(slots * rows * self.cell) {
+            for row in 0..rows {
+                z.extend_from_slice(tokens);
+                for (cells, added) in view.chunks_exact(rows * self.cell).zip(added.chunks_exact(self.cell)) {
+                    let cell = &cells[row * self.cell..][..self.cell];
+                    z.extend(cell.iter().zip(added).map(|(c, a)| c + a));
+                }
+            }
+        }
+        drop(cells);
+        self.row.vectors(z, tokens.len() / self.cell + slots)
+    }
+
+    /// Class scores `(rows, K)` from rows `(views, rows, D)` after the last block.
+    fn averaged(&self, cached: &Cached, rows: &[f32]) -> Vec<f32> {
+        let (classes, outputs) = (cached.classes, self.decoder.outputs());
+        let scores = self.decoder.scores(rows);
+        let count = scores.len() / outputs / cached.views;
+        let mut averages = vec![0f32; count * classes];
+        for (view, scores) in scores.chunks_exact((count * outputs).max(1)).enumerate() {
+            for (to, scores) in averages.chunks_exact_mut(classes).zip(scores.chunks_exact(outputs)) {
+                for (class, to) in to.iter_mut().enumerate() {
+                    *to += scores[shifted(class, view, classes)] / cached.views as f32;
+                }
+            }
+        }
+        averages
+    }
+}
+
+impl Cached {
+    /// Bytes of the numbers held.
+    pub(crate) fn bytes(&self) -> usize {
+        let heads = |all: &[Heads]| all.iter().map(Heads::bytes).sum::<usize>();
+        let held = match &self.held {
+            Held::KeysValues(blocks) => heads(blocks),
+            Held::Vectors(numbers) => numbers.bytes(),
+        };
+        heads(&self.summaries) + held + self.bases.iter().map(|b| size_of_val(b.as_slice())).sum::<usize>()
+    }
+}
+
+/// What class `class` is called in a view: classes turn in a circle, with two classes they change places.
+pub(crate) fn shifted(class: usize, view: usize, classes: usize) -> usize {
+    (class + view * (classes / 2).max(1)) % classes
+}
+
+/// Query rows that pass the in-context stage together; more are spread over the cores.
+const QUERY_ROWS: usize = 64;
+/// Rows whose cells are computed together.
+const CELL_ROWS: usize = 32;
+/// Query rows for which keys and values that aren't held are computed once.
+const REREAD_ROWS: usize = 4096;
