@@ -21,6 +21,7 @@ pub mod session;
 pub mod source;
 pub mod student;
 pub mod train;
+pub mod trees;
 pub mod work;
 
 use std::future::Future;
