@@ -8,7 +8,7 @@ use tabmesh_contract::batch::{TypedBatch, TypedColumn};
 use tabmesh_contract::schema::{FeatureKind, FeatureSchema};
 
 use super::Sample;
-use super::settings::Coding;
+use super::settings::{Coding, Settings};
 
 /// A dense column-major table as the tree library wants it.
 pub(super) struct Table {
@@ -43,21 +43,21 @@ pub(super) enum Coder {
 
 impl Coded {
     pub(super) fn fit(
-        coding: Coding,
+        settings: Settings,
         sample: &Sample,
         fit: &[usize],
         schema: &FeatureSchema,
         seed: u64,
     ) -> Self {
         let rows = sample.batch.take(fit);
-        match coding {
+        match settings.coding {
             Coding::OneHot => {
                 let coder = Coder::OneHot(rows.columns.iter().map(codes_seen).collect());
                 let fitted = coder.apply(&rows);
                 Self { coder, fitted }
             }
             Coding::TargetStatistic => {
-                let statistics = Statistics::count(sample, fit, &rows, schema, seed);
+                let statistics = Statistics::count(sample, settings.corpus_share, fit, &rows, schema, seed);
                 let fitted = statistics.out_of_fold(&rows);
                 Self { coder: Coder::TargetStatistic(statistics.whole), fitted }
             }
@@ -99,11 +99,19 @@ struct Statistics {
 }
 
 impl Statistics {
-    fn count(sample: &Sample, fit: &[usize], rows: &TypedBatch, schema: &FeatureSchema, seed: u64) -> Self {
+    fn count(
+        sample: &Sample,
+        share: f64,
+        fit: &[usize],
+        rows: &TypedBatch,
+        schema: &FeatureSchema,
+        seed: u64,
+    ) -> Self {
         let mut fold_of: Vec<usize> = (0..fit.len()).map(|i| i % FOLDS).collect();
         fold_of.shuffle(&mut ChaCha20Rng::seed_from_u64(seed.wrapping_add(STATISTIC_STREAM)));
-        let weight: Vec<f64> = fit.iter().map(|&row| sample.weights[row]).collect();
-        let positive: Vec<f64> = fit.iter().map(|&row| sample.weights[row] * sample.labels[row]).collect();
+        let weights = sample.weights(share);
+        let weight: Vec<f64> = fit.iter().map(|&row| weights[row]).collect();
+        let positive: Vec<f64> = fit.iter().map(|&row| weights[row] * sample.labels[row]).collect();
         let mut all = vec![(0.0, 0.0); FOLDS];
         for ((&fold, w), p) in fold_of.iter().zip(&weight).zip(&positive) {
             all[fold].0 += w;

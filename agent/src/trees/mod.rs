@@ -1,8 +1,8 @@
 //! Gradient-boosted trees on a domain's own rows, alone or with corpus rows beside them.
 //!
 //! Trees see typed rows (numbers with `NaN` for missing, category codes). Category coding, size and the number of trees
-//! are chosen by cross-validated log loss on own rows, as an ordinary practitioner would. Corpus rows weigh
-//! [`CORPUS_SHARE`] times the own rows in all, and their classes are weighed to the domain's own label rate.
+//! are chosen by cross-validated log loss on own rows, as an ordinary practitioner would; so is how much corpus rows weigh
+//! beside own rows. Their classes are weighed to the domain's own label rate.
 //!
 //! Fitted trees hold what real rows say: they belong to the domain. They have no serialised form, so none can be sent or
 //! kept; a restart fits them again from the table and the recorded [`Settings`], which gives equal trees for equal rows
@@ -125,7 +125,7 @@ impl Trees {
     ) -> Result<Self, TreeError> {
         let answer = if sample.has_both_classes() {
             let everything: Vec<usize> = (0..sample.labels.len()).collect();
-            let Coded { coder, fitted } = Coded::fit(settings.coding, sample, &everything, schema, seed);
+            let Coded { coder, fitted } = Coded::fit(settings, sample, &everything, schema, seed);
             let booster = Box::new(settings::boost(&fitted, sample, &everything, settings, seed, None)?);
             Answer::Fitted { coder, booster }
         } else {
@@ -168,8 +168,9 @@ struct Sample {
     batch: TypedBatch,
     /// 1 or 0.
     labels: Vec<f64>,
-    weights: Vec<f64>,
     own: usize,
+    /// What brings corpus rows of class 0 and 1 to the own label rate.
+    rate_weights: [f64; 2],
 }
 
 impl Sample {
@@ -194,15 +195,27 @@ impl Sample {
         };
         let mut batch = own.take(&labelled(own, usize::MAX));
         let own = batch.rows();
-        let mut weights = vec![1.0; own];
+        let mut rate_weights = [1.0; 2];
         if let Some(corpus) = corpus {
             let extra = corpus.take(&labelled(corpus, MOST_CORPUS_ROWS));
-            let by_class = corpus_weights(ones(&batch), own, ones(&extra), extra.rows());
-            weights.extend(extra.labels.iter().map(|label| by_class[usize::from(*label == Some(1))]));
+            rate_weights = weights_to_rate(ones(&batch), own, ones(&extra), extra.rows());
             batch.append(&extra);
         }
         let labels = batch.labels.iter().map(|l| f64::from(u8::from(*l == Some(1)))).collect();
-        Self { batch, labels, weights, own }
+        Self { batch, labels, own, rate_weights }
+    }
+
+    /// Weight of each row where all corpus rows together weigh `share` times the own rows; a corpus row weighs at
+    /// most 1 on average.
+    fn weights(&self, share: f64) -> Vec<f64> {
+        let (own, corpus) = (self.own as f64, (self.labels.len() - self.own).max(1) as f64);
+        // A domain without rows of its own learns from the corpus alone.
+        let weight = if self.own == 0 { 1.0 } else { (share * own / corpus).min(1.0) };
+        let of_row = |(row, label): (usize, &f64)| match row < self.own {
+            true => 1.0,
+            false => weight * self.rate_weights[usize::from(*label > 0.5)],
+        };
+        self.labels.iter().enumerate().map(of_row).collect()
     }
 
     fn has_both_classes(&self) -> bool {
@@ -215,20 +228,15 @@ impl Sample {
     }
 }
 
-/// Weights of a corpus row of class 0 and 1.
-///
-/// Together they are [`CORPUS_SHARE`] times the own rows, at most 1 on average, and split as the own labels are, whose
-/// rate is drawn towards the corpus' by [`RATE_PRIOR_ROWS`] rows.
-fn corpus_weights(own_ones: usize, own: usize, ones: usize, rows: usize) -> [f64; 2] {
-    if own == 0 || ones == 0 || ones == rows {
-        // A domain without rows of its own learns from the corpus alone.
-        let weight = if own == 0 { 1.0 } else { (CORPUS_SHARE * own as f64 / rows.max(1) as f64).min(1.0) };
-        return [weight; 2];
+/// Weights of corpus rows of class 0 and 1, 1 on average, that split them as the own labels are, whose rate is drawn
+/// towards the corpus' by [`RATE_PRIOR_ROWS`] rows.
+fn weights_to_rate(own_ones: usize, own: usize, ones: usize, rows: usize) -> [f64; 2] {
+    if ones == 0 || ones == rows {
+        return [1.0; 2];
     }
-    let weight = (CORPUS_SHARE * own as f64 / rows as f64).min(1.0);
     let rate = ones as f64 / rows as f64;
     let wanted = (own_ones as f64 + RATE_PRIOR_ROWS * rate) / (own as f64 + RATE_PRIOR_ROWS);
-    [weight * (1.0 - wanted) / (1.0 - rate), weight * wanted / rate]
+    [(1.0 - wanted) / (1.0 - rate), wanted / rate]
 }
 
 fn ones(rows: &TypedBatch) -> usize {
@@ -257,8 +265,6 @@ fn check(batch: &TypedBatch, schema: &FeatureSchema) -> Result<(), TreeError> {
     Ok(())
 }
 
-/// Weight of all corpus rows together, in own rows.
-const CORPUS_SHARE: f64 = 3.0;
 /// Corpus rows that trees see: more of them hardly tell more, and cost time.
 const MOST_CORPUS_ROWS: usize = 4_000;
 /// Rows at the corpus' label rate that the own label rate starts from.

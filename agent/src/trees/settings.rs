@@ -37,6 +37,8 @@ pub struct Settings {
     pub column_share: f64,
     /// How many trees.
     pub rounds: usize,
+    /// Weight of all corpus rows together, in own rows; without meaning where there are none.
+    pub corpus_share: f64,
 }
 
 impl Settings {
@@ -53,10 +55,35 @@ pub(super) fn choose(sample: &Sample, schema: &FeatureSchema, seed: u64) -> Resu
     // .05 AUC, and cross-validation on so few rows couldn't tell.
     let candidates =
         if sample.labels.len() < FEW_ROWS { &CANDIDATES[..ONE_HOT_CANDIDATES] } else { &CANDIDATES };
-    // Every candidate is scored on the same folds, the codings side by side on two threads.
+    let Some((best, mut loss)) = best_of(candidates, sample, schema, seed)? else {
+        return Ok(Settings::DEFAULT);
+    };
+    let mut settings = best;
+    if sample.own < sample.labels.len() {
+        // A noisy corpus of little worth must not drown own rows: the share is tried after the rest is settled.
+        let others = CORPUS_SHARES.map(|corpus_share| Settings { corpus_share, rounds: MAX_ROUNDS, ..best });
+        if let Some((other, other_loss)) = best_of(&others, sample, schema, seed)?
+            && other_loss < loss
+        {
+            (settings, loss) = (other, other_loss);
+        }
+    }
+    tracing::debug!(?settings, loss, "settings of trees chosen");
+    Ok(settings)
+}
+
+/// The candidate with the smallest held-out loss, with its best number of rounds, and that loss; candidates are tried on
+/// the same folds. `None` where no fold can be made.
+fn best_of(
+    candidates: &[Settings],
+    sample: &Sample,
+    schema: &FeatureSchema,
+    seed: u64,
+) -> Result<Option<(Settings, f64)>, TreeError> {
+    // On two threads, half the candidates each.
     let curves = std::thread::scope(|scope| {
         let workers: Vec<_> = candidates
-            .chunk_by(|a, b| a.coding == b.coding)
+            .chunks(candidates.len().div_ceil(2).max(1))
             .map(|group| {
                 scope.spawn(move || -> Result<Vec<_>, TreeError> {
                     group.iter().map(|&c| Ok((c, loss_curve(c, sample, schema, seed)?))).collect()
@@ -67,7 +94,7 @@ pub(super) fn choose(sample: &Sample, schema: &FeatureSchema, seed: u64) -> Resu
         for worker in workers {
             curves.extend(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
         }
-        Ok(curves)
+        Ok::<_, TreeError>(curves)
     })?;
     let best = curves
         .iter()
@@ -75,11 +102,11 @@ pub(super) fn choose(sample: &Sample, schema: &FeatureSchema, seed: u64) -> Resu
             curve
                 .iter()
                 .enumerate()
-                .map(move |(round, &loss)| (loss, Settings { rounds: round + 1, ..settings }))
+                .map(move |(round, &loss)| (Settings { rounds: round + 1, ..settings }, loss))
         })
-        .filter(|(loss, _)| loss.is_finite())
-        .min_by(|a, b| a.0.total_cmp(&b.0));
-    Ok(best.map_or(Settings::DEFAULT, |(_, settings)| settings))
+        .filter(|(_, loss)| loss.is_finite())
+        .min_by(|a, b| a.1.total_cmp(&b.1));
+    Ok(best)
 }
 
 /// Held-out log loss after each round, averaged over folds and repeats; empty where no fold can be made.
@@ -102,7 +129,7 @@ fn loss_curve(
                 inside[row] = false;
             }
             let fit: Vec<usize> = (0..inside.len()).filter(|&row| inside[row]).collect();
-            let coded = Coded::fit(settings.coding, sample, &fit, schema, seed);
+            let coded = Coded::fit(settings, sample, &fit, schema, seed);
             let held_table = coded.coder.apply(&sample.batch.take(held));
             let held_labels: Vec<f64> = held.iter().map(|&row| sample.labels[row]).collect();
             let held_out = Some((&held_table, &*held_labels));
@@ -153,7 +180,8 @@ pub(super) fn boost(
     held: Option<(&Table, &[f64])>,
 ) -> Result<GradientBooster, TreeError> {
     let labels: Vec<f64> = fit.iter().map(|&row| sample.labels[row]).collect();
-    let weights: Vec<f64> = fit.iter().map(|&row| sample.weights[row]).collect();
+    let of_row = sample.weights(settings.corpus_share);
+    let weights: Vec<f64> = fit.iter().map(|&row| of_row[row]).collect();
     // The library rounds down; a tree must see a column.
     let one_column = 1.001 / fitted.columns().max(1) as f64;
     let mut booster = GradientBooster::default()
@@ -182,8 +210,14 @@ pub(super) fn boost(
 }
 
 /// For few rows.
-const SMALL: Settings =
-    Settings { coding: Coding::OneHot, depth: 2, leaves: 4, column_share: 0.3, rounds: MAX_ROUNDS };
+const SMALL: Settings = Settings {
+    coding: Coding::OneHot,
+    depth: 2,
+    leaves: 4,
+    column_share: 0.3,
+    rounds: MAX_ROUNDS,
+    corpus_share: 3.0,
+};
 /// For thousands of rows.
 const LARGE: Settings = Settings { depth: 4, leaves: 7, column_share: 0.5, ..SMALL };
 /// What cross-validation chooses from, candidates of one coding side by side.
@@ -195,6 +229,8 @@ const CANDIDATES: [Settings; 4] = [
 ];
 /// How many of [`CANDIDATES`], from the front, code one-hot.
 const ONE_HOT_CANDIDATES: usize = 2;
+/// Shares of corpus rows that are tried beside [`SMALL`]'s.
+const CORPUS_SHARES: [f64; 2] = [1.0, 0.3];
 /// Folds of cross-validation.
 const FOLDS: usize = 5;
 /// Below this many rows only one-hot coding is tried, and with fewer own rows cross-validation is repeated.

@@ -127,17 +127,35 @@ fn corpus_rows_help_where_own_rows_are_few() {
 }
 
 #[test]
-fn corpus_rows_weigh_three_times_the_own_rows_at_most_and_have_their_label_rate() {
-    // Equal rates: every corpus row weighs the same.
-    assert_eq!(corpus_weights(50, 100, 300, 600), [0.5, 0.5]);
-    assert_eq!(corpus_weights(50, 100, 100, 200), [1.0, 1.0]);
-    // Own rate 10 of 100 drawn to .5 by 20 rows: (10 + 10) / 120 = 1/6.
-    let [zero, one] = corpus_weights(10, 100, 300, 600);
-    assert!((300.0 * (zero + one) - 300.0).abs() < 1e-9 && (300.0 * one - 50.0).abs() < 1e-9);
-    // Nothing of one's own, or nothing to weigh.
-    assert_eq!(corpus_weights(0, 0, 300, 600), [1.0, 1.0]);
-    assert_eq!(corpus_weights(5, 10, 0, 60), [0.5, 0.5]);
-    assert_eq!(corpus_weights(5, 10, 0, 0), [1.0, 1.0]);
+fn corpus_rows_weigh_their_share_of_the_own_rows_and_have_their_label_rate() {
+    let chance = |_, _| 0.5;
+    let weigh = |own: usize, corpus: usize, share: f64| {
+        let (mut own, mut corpus) = (rows(own, 1, chance), rows(corpus, 2, chance));
+        for (row, label) in own.labels.iter_mut().chain(&mut corpus.labels).enumerate() {
+            *label = Some((row % 2) as u16);
+        }
+        let weights = Sample::new(&own, Some(&corpus)).weights(share);
+        (weights.first().copied().unwrap(), *weights.last().unwrap())
+    };
+    assert_eq!(weigh(100, 600, 3.0), (1.0, 0.5));
+    assert_eq!(weigh(100, 600, 0.3), (1.0, 0.05));
+    assert_eq!(weigh(100, 200, 3.0), (1.0, 1.0));
+    assert_eq!(weigh(0, 200, 3.0), (1.0, 1.0));
+    // Own rate 10 of 100 drawn to .5 by 20 rows: (10 + 10) / 120 = 1/6 of 600 rows.
+    let [zero, one] = weights_to_rate(10, 100, 300, 600);
+    assert!((300.0 * (zero + one) - 600.0).abs() < 1e-9 && (300.0 * one - 100.0).abs() < 1e-9);
+    assert_eq!(weights_to_rate(5, 10, 0, 60), [1.0, 1.0]);
+    assert_eq!(weights_to_rate(5, 10, 0, 0), [1.0, 1.0]);
+}
+
+/// Labels of the corpus are turned round, so any weight on it hurts.
+#[test]
+fn a_corpus_that_misleads_is_given_little_weight() {
+    let chance = |number: f64, _| if number > 0.0 { 0.9 } else { 0.1 };
+    let (own, wrong) = (rows(400, 1, chance), rows(1500, 2, |number, code| 1.0 - chance(number, code)));
+    let right = rows(1500, 2, chance);
+    let share = |corpus| Trees::fit(&own, Some(corpus), &binary(), 0).unwrap().settings().corpus_share;
+    assert_eq!((share(&wrong), share(&right)), (0.3, 3.0));
 }
 
 #[test]
