@@ -12,8 +12,11 @@
 #[must_use]
 pub fn fit(logits: &[&[f64]], labels: &[bool], near: &[f64]) -> Vec<f64> {
     let objective = |weights: &[f64]| {
-        let loss: f64 =
-            labels.iter().enumerate().map(|(row, label)| row_loss(blended(logits, weights, row), *label)).sum();
+        let loss: f64 = labels
+            .iter()
+            .enumerate()
+            .map(|(row, label)| row_loss(blended(logits, weights, row), *label))
+            .sum();
         loss + 0.5 * PULL * weights.iter().zip(near).map(|(w, n)| (w - n).powi(2)).sum::<f64>()
     };
     let mut at = near.to_vec();
@@ -122,7 +125,10 @@ mod tests {
         for truth in [0.8, 0.5, 0.1] {
             let (a, b, labels) = sample(20_000, |a, b| truth * a + (1.0 - truth) * b);
             let found = fit(&[&a, &b], &labels, &[0.5, 0.5]);
-            assert!((found[0] - truth).abs() < 0.04 && (found[0] + found[1] - 1.0).abs() < 1e-12, "{found:?}");
+            assert!(
+                (found[0] - truth).abs() < 0.04 && (found[0] + found[1] - 1.0).abs() < 1e-12,
+                "{found:?}"
+            );
         }
     }
 

@@ -5,8 +5,10 @@
 
 #![forbid(unsafe_code)]
 
+pub mod blend;
 pub mod books;
 pub mod calibrate;
+pub mod choose;
 pub mod cli;
 mod command;
 pub mod config;

@@ -5,3 +5,4 @@ pub(crate) mod check;
 pub(crate) mod convert;
 pub(crate) mod distill;
 pub(crate) mod predict;
+pub(crate) mod promotion;

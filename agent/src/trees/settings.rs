@@ -116,7 +116,8 @@ fn loss_curve(
     schema: &FeatureSchema,
     seed: u64,
 ) -> Result<Vec<f64>, TreeError> {
-    let repeats = if sample.own < FEW_ROWS { 3 } else { 1 };
+    // Few rows alone make noisy folds; corpus rows steady the fits, and make each of them dear.
+    let repeats = if sample.labels.len() < FEW_ROWS { 3 } else { 1 };
     let mut total = vec![0.0; settings.rounds];
     for repeat in 0..repeats {
         let seed = seed.wrapping_add(repeat);
@@ -233,7 +234,7 @@ const ONE_HOT_CANDIDATES: usize = 2;
 const CORPUS_SHARES: [f64; 2] = [1.0, 0.3];
 /// Folds of cross-validation.
 const FOLDS: usize = 5;
-/// Below this many rows only one-hot coding is tried, and with fewer own rows cross-validation is repeated.
+/// Below this many rows only one-hot coding is tried, and cross-validation is repeated.
 const FEW_ROWS: usize = 500;
 /// Rounds at most.
 const MAX_ROUNDS: usize = 200;
