@@ -130,7 +130,7 @@ pub struct Served {
 /// What answers for a member of a blend.
 enum Part {
     Trees(Trees),
-    Variant(Variant),
+    Variant(Box<Variant>),
 }
 
 impl Loaded {
@@ -287,7 +287,7 @@ impl Loaded {
         let mut parts = Vec::with_capacity(blend.shares.len());
         for share in &mut blend.shares {
             parts.push(match share.member {
-                Member::Model(candidate) => Part::Variant(self.build(candidate, rows)?),
+                Member::Model(candidate) => Part::Variant(Box::new(self.build(candidate, rows)?)),
                 Member::Trees | Member::TreesAndCorpus => {
                     let trees = self.trees(share.member == Member::TreesAndCorpus, rows, share.settings)?;
                     share.settings = Some(trees.settings());

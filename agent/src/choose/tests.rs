@@ -1,3 +1,5 @@
+#![allow(clippy::float_cmp, reason = "a weight of exactly 0 is none")]
+
 use super::*;
 
 fn sigmoid(logit: f64) -> f64 {
