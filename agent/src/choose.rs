@@ -93,6 +93,22 @@ impl Blend {
         self.shares.iter().find(|share| share.member == member).map_or(0.0, |share| share.weight)
     }
 
+    /// What is done to its logits before anything is learnt at the gate: they are drawn away from the logit of the own label
+    /// rate, by [`SHARPENING`] times the chance that two draws of a member differ.
+    ///
+    /// Errors of the members cancel in a mean and the evidence they share doesn't, so that a blend is surer than its
+    /// mean logit says. One model alone is left as it is, and so is a domain of one class, whose rate says little.
+    #[must_use]
+    pub fn sharpened(&self, [zeros, ones]: [usize; 2]) -> Calibration {
+        if zeros == 0 || ones == 0 {
+            return Calibration::NONE;
+        }
+        let rate = (ones as f64 / zeros as f64).ln();
+        let spread = 1.0 - self.shares.iter().map(|share| share.weight.powi(2)).sum::<f64>();
+        let more = SHARPENING * spread.max(0.0);
+        Calibration { slope: 1.0 + more, intercept: -more * rate }
+    }
+
     fn weighed(members: &[Member], weights: &[f64], settings: &BTreeMap<Member, Settings>) -> Self {
         let shares = members.iter().zip(blend::without_small(weights)).filter(|(_, weight)| *weight > 0.0);
         let share = |(member, weight): (&Member, f64)| Share {
@@ -177,7 +193,8 @@ pub fn choose(
     champion: Option<&Blend>,
     section: PromotionSection,
 ) -> Result<Choice, WorkError> {
-    let default = Blend::default_for(rarer(&[training, gate]), loaded.has_adapter(), section.trees);
+    let counts = class_counts(&[training, gate]);
+    let default = Blend::default_for(counts[0].min(counts[1]), loaded.has_adapter(), section.trees);
     let labelled: Vec<usize> = (0..gate.rows()).filter(|&row| gate.labels[row].is_some()).collect();
     let gate = gate.take(&labelled);
     let gate_minority = rarer_units(&gate);
@@ -186,7 +203,7 @@ pub fn choose(
             "{gate_minority} minority units at the gate, {} are needed: the shipped weights are served",
             section.least_minority
         );
-        let calibration = Calibration::NONE;
+        let calibration = default.sharpened(counts);
         return Ok(Choice { served: default, calibration, reason, gate_minority, log_loss: Vec::new() });
     }
     let mut settings = BTreeMap::new();
@@ -214,7 +231,9 @@ pub fn choose(
             .map(|share| Share { settings: settings.get(&share.member).copied(), ..share })
             .collect(),
     };
-    let calibration = Calibration::fit(&held_out, &evidence.labels);
+    let sharpened = served.sharpened(counts);
+    let held_out: Vec<f64> = held_out.into_iter().map(|logit| sharpened.apply(logit)).collect();
+    let calibration = sharpened.then(Calibration::fit(&held_out, &evidence.labels));
     Ok(Choice { served, calibration, reason, gate_minority, log_loss })
 }
 
@@ -348,13 +367,13 @@ fn decide(evidence: &Evidence, default: &Blend, champion: &Blend) -> (Blend, Vec
     (champion.clone(), of_champion, reason)
 }
 
-/// Labelled rows of the rarer of two classes.
-fn rarer(batches: &[&TypedBatch]) -> usize {
+/// Labelled rows of class 0, and of class 1.
+fn class_counts(batches: &[&TypedBatch]) -> [usize; 2] {
     let mut counts = [0; 2];
     for label in batches.iter().flat_map(|batch| &batch.labels).flatten() {
         counts[usize::from(*label == 1)] += 1;
     }
-    counts.into_iter().min().unwrap_or(0)
+    counts
 }
 
 /// Units that have rows of the rarer of two classes.
@@ -370,6 +389,9 @@ fn rarer_units(gate: &TypedBatch) -> usize {
 pub const MOST_TREES: f64 = 2.0 / 3.0;
 /// Own minority rows at which they get half of it, and all three members the same.
 pub const HALF_MINORITY: f64 = 40.0;
+
+/// How much further from the label rate a blend's logit goes, at most: members of equal weight come to a slope of 1.3.
+pub const SHARPENING: f64 = 0.45;
 
 #[cfg(test)]
 mod tests;

@@ -61,6 +61,16 @@ fn the_shipped_weights_move_smoothly_from_the_corpus_to_own_trees() {
 }
 
 #[test]
+fn a_blend_is_sharpened_about_the_label_rate_and_one_model_is_not() {
+    let thirds = Blend::default_for(40, false, true);
+    let calibration = thirds.sharpened([90, 10]);
+    let rate = (10.0_f64 / 90.0).ln();
+    assert!((calibration.slope - 1.3).abs() < 1e-12 && (calibration.apply(rate) - rate).abs() < 1e-12);
+    assert_eq!(Blend::of(MODEL).sharpened([90, 10]), Calibration::NONE);
+    assert_eq!(thirds.sharpened([100, 0]), Calibration::NONE);
+}
+
+#[test]
 fn a_member_that_is_clearly_better_gets_the_weight_and_a_useless_one_is_dropped() {
     let evidence = evidence(2_000, [0.0, 8.0, 8.0, 8.0], 5);
     let default = Blend::default_for(400, false, true);
@@ -127,7 +137,7 @@ fn minority_units_are_counted_not_rows() {
     let units: Vec<UnitKey> = (0..40).map(|row| unit(row / 4)).collect();
     let labels: Vec<bool> = (0..40).map(|row| row < 12).collect();
     let batch = gate(units, &labels);
-    assert_eq!((rarer_units(&batch), rarer(&[&batch])), (3, 12));
+    assert_eq!((rarer_units(&batch), class_counts(&[&batch])), (3, [28, 12]));
     assert_eq!(rarer_units(&gate(vec![], &[])), 0);
 }
 
