@@ -29,7 +29,19 @@ impl Calibration {
     /// The probability of class 1 for a logit.
     #[must_use]
     pub fn probability(self, logit: f64) -> f64 {
-        1.0 / (1.0 + (-(self.slope * logit + self.intercept)).exp())
+        1.0 / (1.0 + (-self.apply(logit)).exp())
+    }
+
+    /// This first, then another.
+    #[must_use]
+    pub fn then(self, next: Self) -> Self {
+        Self { slope: next.slope * self.slope, intercept: next.slope * self.intercept + next.intercept }
+    }
+
+    /// The logit after it.
+    #[must_use]
+    pub fn apply(self, logit: f64) -> f64 {
+        self.slope * logit + self.intercept
     }
 
     /// Fits on logits and labels; [`Self::NONE`] with few rows of a class, or unless cross-validation shows a gain of one standard
@@ -166,6 +178,14 @@ mod tests {
         assert_eq!(Calibration::fit(&logits, &labels), Calibration::NONE);
         assert_eq!(Calibration::fit(&logits[..6], &[false; 6]), Calibration::NONE);
         assert_eq!(Calibration::fit(&[], &[]), Calibration::NONE);
+    }
+
+    #[test]
+    fn one_after_the_other_is_one() {
+        let (first, second) =
+            (Calibration { slope: 2.0, intercept: 1.0 }, Calibration { slope: 0.5, intercept: -3.0 });
+        assert!((first.then(second).apply(0.7) - second.apply(first.apply(0.7))).abs() < 1e-12);
+        assert_eq!(first.then(Calibration::NONE), first);
     }
 
     #[test]

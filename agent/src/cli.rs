@@ -138,6 +138,15 @@ enum Command {
         #[arg(long, value_enum, default_value_t = Output::Text)]
         output: Output,
     },
+    /// Shows what is served and why: members of the blend, weights, log losses at the gate. These records stay local.
+    Promotion {
+        /// Configuration file.
+        #[arg(long, short)]
+        config: PathBuf,
+        /// Form of the answer.
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
     /// Shows or checks a configuration.
     Config {
         #[command(subcommand)]
@@ -191,6 +200,7 @@ Examples:
   tabmesh-agent predict --config agent.yaml --input rows.parquet --output out.parquet
   tabmesh-agent distill --config agent.yaml
   tabmesh-agent corpus --config agent.yaml --out corpus
+  tabmesh-agent promotion --config agent.yaml
   tabmesh-agent budget --config agent.yaml --html budget.html";
 
 /// Runs the command line and gives the process's exit code: 0 done, 1 failed, 2 wrong usage.
@@ -244,6 +254,7 @@ fn dispatch(command: Command) -> miette::Result<ExitCode> {
             let config = Config::load(&config)?;
             command::budget::run(&config, html.as_deref(), json.as_deref(), output, now_ms())
         }
+        Command::Promotion { config, output } => command::promotion::run(&Config::load(&config)?, output),
         Command::Config { action: ConfigAction::Example } => {
             print!("{}", Config::example());
             Ok(ExitCode::SUCCESS)

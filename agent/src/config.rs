@@ -67,6 +67,10 @@ pub struct Config {
     #[serde(default)]
     #[garde(dive)]
     pub context: ContextSection,
+    /// How the agent chooses what to serve.
+    #[serde(default)]
+    #[garde(dive)]
+    pub promotion: PromotionSection,
     /// Answers leave at multiples of so many milliseconds after their assignment arrived, 1 to 60,000.
     #[serde(default = "default_send_slot_ms")]
     #[garde(range(min = 1, max = 60_000))]
@@ -225,6 +229,27 @@ impl ContextSection {
     }
 }
 
+/// How the agent chooses what to serve, on its own gate rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Validate)]
+#[serde(deny_unknown_fields, default)]
+#[garde(allow_unvalidated)]
+pub struct PromotionSection {
+    /// Whether boosted trees on own rows may be part of what is served.
+    pub trees: bool,
+    /// Parts of the gate rows that are held out in turn, 2 to 20.
+    #[garde(range(min = 2, max = 20))]
+    pub folds: usize,
+    /// Minority units at the gate below which the shipped weights are served, 10 to 100,000.
+    #[garde(range(min = 10, max = 100_000))]
+    pub least_minority: usize,
+}
+
+impl Default for PromotionSection {
+    fn default() -> Self {
+        Self { trees: true, folds: 5, least_minority: 20 }
+    }
+}
+
 /// The domain's local policy: what it grants, under whose name.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
@@ -363,6 +388,7 @@ serve:
   model_name: income
   batching: {max_batch_rows: 256, max_wait_us: 500}  # 0 us: every request alone
 context: {local_rows: 512, corpus_rows: 256, cache: auto, precision: auto, held_mib: 512, build_mib: 1024}
+promotion: {trees: true, folds: 5, least_minority: 20}
 ";
 
 #[cfg(test)]
@@ -374,6 +400,7 @@ mod tests {
         let config: Config = parse(Path::new("agent.yaml"), Config::example()).unwrap();
         assert_eq!(config.context, ContextSection::default());
         assert_eq!(config.serve.batching, BatchingSection::default());
+        assert_eq!(config.promotion, PromotionSection::default());
     }
 
     #[test]
@@ -394,6 +421,20 @@ mod tests {
         let plan = section.plan(2);
         assert_eq!((plan.kind, plan.precision), (Some(CacheKind::Repr), None));
         assert_eq!((plan.budget.held, plan.budget.building), (3 << 20, DEFAULT_BUILD_MIB << 20));
+    }
+
+    #[test]
+    fn limits_of_the_promotion_are_checked() {
+        for (key, good, bad) in [("folds", [2, 20], [1, 21]), ("least_minority", [10, 100_000], [9, 100_001])]
+        {
+            let parsed = |value: usize| {
+                let text =
+                    Config::example().replace("promotion: {trees: true, folds: 5, least_minority: 20}", "");
+                parse::<Config>(Path::new("agent.yaml"), &format!("{text}promotion: {{{key}: {value}}}\n"))
+            };
+            assert!(good.into_iter().all(|value| parsed(value).is_ok()), "{key}");
+            assert!(bad.into_iter().all(|value| parsed(value).is_err()), "{key}");
+        }
     }
 
     #[test]

@@ -5,8 +5,10 @@
 
 #![forbid(unsafe_code)]
 
+pub mod blend;
 pub mod books;
 pub mod calibrate;
+pub mod choose;
 pub mod cli;
 mod command;
 pub mod config;
@@ -21,6 +23,7 @@ pub mod session;
 pub mod source;
 pub mod student;
 pub mod train;
+pub mod trees;
 pub mod work;
 
 use std::future::Future;

@@ -1,24 +1,22 @@
-//! The agent's own choice of what to serve, on rows nothing else has seen.
+//! What a publication offers a domain, loaded: variants of the model, trees beside it, and the blend that is served.
 //!
-//! Candidates are judged by log loss on the gate rows, with contexts that hold no gate row. What is served now is replaced only
-//! if the best candidate is better by at least one standard error of the paired difference; with too few minority
-//! rows at the gate the shipped default is served. What is chosen is then calibrated on the same rows. Nothing about the choice leaves the domain: it stands in a
-//! local record. Afterwards the context is rebuilt on all rows.
+//! Everything built here holds the domain's rows and stays in the process: contexts and trees have no serialised form.
 
 use ring::hmac;
 use serde::{Deserialize, Serialize};
 use tabmesh_contract::batch::{TypedBatch, UnitKey};
-use tabmesh_federation::id::Digest;
 use tabmesh_federation::manifest::Manifest;
 use tabmesh_tfm::adapter::Adapter;
 use tabmesh_tfm::context::Context;
 use tabmesh_tfm::model::Model;
 use tabmesh_tfm::table::{Coding, EncodedTable, Preprocessing};
 
-use crate::calibrate::{Calibration, mean_and_error};
+use crate::calibrate::Calibration;
+use crate::choose::{Blend, Member, Share};
 use crate::config::ContextSection;
 use crate::publication::{ArtefactError, Artefacts};
 use crate::train::onto;
+use crate::trees::{Settings, Trees};
 use crate::work::WorkError;
 use tabmesh_contract::schema::FeatureSchema;
 
@@ -64,9 +62,6 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    /// What is served without evidence for anything else: tuned weights, mixed context, no adapter.
-    pub const DEFAULT: Self = Self { weights: Weights::Tuned, rows: Rows::Mixed, tokens: Tokens::Off };
-
     /// Every way to serve a publication.
     #[must_use]
     pub fn all(adapter: bool) -> Vec<Self> {
@@ -116,14 +111,26 @@ pub struct Loaded {
     in_release: bool,
 }
 
-/// A model with its context, ready to answer.
+/// A variant of the model with its context, ready to answer.
 pub struct Variant {
     context: Context,
     adapter: Option<Adapter>,
     preprocessing: Preprocessing,
     shared: FeatureSchema,
     own: FeatureSchema,
+}
+
+/// A blend with everything it needs, ready to answer.
+pub struct Served {
+    blend: Blend,
+    parts: Vec<Part>,
     calibration: Calibration,
+}
+
+/// What answers for a member of a blend.
+enum Part {
+    Trees(Trees),
+    Variant(Box<Variant>),
 }
 
 impl Loaded {
@@ -189,7 +196,13 @@ impl Loaded {
         onto(rows, &self.schema, &self.own)
     }
 
-    /// Candidates this publication offers.
+    /// Whether the publication has an adapter.
+    #[must_use]
+    pub fn has_adapter(&self) -> bool {
+        self.adapter.is_some()
+    }
+
+    /// Variants of the model that this publication offers.
     #[must_use]
     pub fn candidates(&self) -> Vec<Candidate> {
         Candidate::all(self.adapter.is_some())
@@ -235,8 +248,53 @@ impl Loaded {
             preprocessing: self.preprocessing.clone(),
             shared: self.schema.clone(),
             own: self.own.clone(),
-            calibration: Calibration::NONE,
         })
+    }
+
+    /// Fits trees on these rows of the domain (columns of its own schema), with corpus rows beside them or without;
+    /// with `settings`, or with ones that cross-validation chooses. Equal rows give equal trees.
+    ///
+    /// # Errors
+    /// [`WorkError::Trees`] if the target has not two classes.
+    pub fn trees(
+        &self,
+        with_corpus: bool,
+        rows: &TypedBatch,
+        settings: Option<Settings>,
+    ) -> Result<Trees, WorkError> {
+        let corpus = with_corpus.then(|| self.in_own_columns(&self.corpus));
+        let tag = hmac::sign(&self.key, b"trees");
+        let mut seed = [0; 8];
+        seed.iter_mut().zip(tag.as_ref()).for_each(|(to, from)| *to = *from);
+        let (corpus, seed) = (corpus.as_ref(), u64::from_le_bytes(seed));
+        Ok(match settings {
+            Some(settings) => Trees::refit(settings, rows, corpus, &self.own, seed)?,
+            None => Trees::fit(rows, corpus, &self.own, seed)?,
+        })
+    }
+
+    /// Builds every member of a blend on these rows of the domain; trees without recorded settings get theirs here.
+    ///
+    /// # Errors
+    /// As [`Self::build`] and [`Self::trees`].
+    pub fn serve(
+        &self,
+        mut blend: Blend,
+        calibration: Calibration,
+        rows: &TypedBatch,
+    ) -> Result<Served, WorkError> {
+        let mut parts = Vec::with_capacity(blend.shares.len());
+        for share in &mut blend.shares {
+            parts.push(match share.member {
+                Member::Model(candidate) => Part::Variant(Box::new(self.build(candidate, rows)?)),
+                Member::Trees | Member::TreesAndCorpus => {
+                    let trees = self.trees(share.member == Member::TreesAndCorpus, rows, share.settings)?;
+                    share.settings = Some(trees.settings());
+                    Part::Trees(trees)
+                }
+            });
+        }
+        Ok(Served { blend, parts, calibration })
     }
 
     /// Corpus rows at the label rate of the domain's own rows; at the corpus' own rate for a domain of one class.
@@ -276,17 +334,17 @@ impl Loaded {
     }
 }
 
-impl Variant {
-    /// The same with its probabilities calibrated.
+impl Served {
+    /// What is served, with the settings of its trees.
     #[must_use]
-    pub fn calibrated(self, calibration: Calibration) -> Self {
-        Self { calibration, ..self }
+    pub fn blend(&self) -> &Blend {
+        &self.blend
     }
 
     /// Class probabilities of rows in the domain's own columns, `rows × classes`.
     ///
     /// # Errors
-    /// [`WorkError::Model`] if rows and model don't fit.
+    /// [`WorkError`] if rows and models don't fit.
     pub fn predict(&self, rows: &TypedBatch) -> Result<Vec<Vec<f32>>, WorkError> {
         let probability = |logit: f64| self.calibration.probability(logit);
         Ok(self
@@ -296,10 +354,28 @@ impl Variant {
             .collect())
     }
 
-    /// Logits of class 1 before calibration.
+    /// Weighted logits of class 1 before calibration.
     ///
     /// # Errors
     /// As [`Self::predict`].
+    pub fn logits(&self, rows: &TypedBatch) -> Result<Vec<f64>, WorkError> {
+        let mut sum = vec![0.0; rows.rows()];
+        for (part, Share { weight, .. }) in self.parts.iter().zip(&self.blend.shares) {
+            let logits = match part {
+                Part::Trees(trees) => trees.logits(rows)?,
+                Part::Variant(variant) => variant.logits(rows)?,
+            };
+            sum.iter_mut().zip(logits).for_each(|(to, logit)| *to += weight * logit);
+        }
+        Ok(sum)
+    }
+}
+
+impl Variant {
+    /// Logits of class 1 of rows in the domain's own columns.
+    ///
+    /// # Errors
+    /// [`WorkError::Model`] if rows and model don't fit.
     pub fn logits(&self, rows: &TypedBatch) -> Result<Vec<f64>, WorkError> {
         if rows.rows() == 0 {
             return Ok(Vec::new());
@@ -322,123 +398,6 @@ pub fn encoded(
     Ok(preprocessing.encode(&onto(rows, own, shared), Coding::Foreign)?)
 }
 
-/// What was served when a choice was made, and what came of it. Stays in the domain.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Promotion {
-    /// When, UTC milliseconds.
-    pub time_ms: i64,
-    /// The publication chosen from.
-    pub manifest: Digest,
-    /// What is served now.
-    pub served: Candidate,
-    /// Slope and intercept on its logits.
-    #[serde(default)]
-    pub calibration: Calibration,
-    /// Why, in words.
-    pub reason: String,
-    /// Rows at the gate.
-    pub gate_rows: usize,
-    /// How often a gate of this domain was used before.
-    pub gate_uses: usize,
-    /// Log loss on the gate rows by candidate; empty if there were too few.
-    pub log_loss: Vec<(String, f64)>,
-}
-
-/// What came of a choice.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Choice {
-    /// What is to be served.
-    pub served: Candidate,
-    /// How its logits are calibrated.
-    pub calibration: Calibration,
-    /// Why, in words.
-    pub reason: String,
-    /// Log loss on the gate rows by candidate, before calibration; empty if there were too few.
-    pub log_loss: Vec<(String, f64)>,
-}
-
-impl Choice {
-    fn default(reason: String) -> Self {
-        Self { served: Candidate::DEFAULT, calibration: Calibration::NONE, reason, log_loss: Vec::new() }
-    }
-}
-
-/// Chooses by paired log loss on the gate rows.
-///
-/// # Errors
-/// [`WorkError`] if a candidate can't be built or scored.
-pub fn choose(
-    loaded: &Loaded,
-    training: &TypedBatch,
-    gate: &TypedBatch,
-    champion: Candidate,
-) -> Result<Choice, WorkError> {
-    let labelled: Vec<usize> = (0..gate.rows()).filter(|&row| gate.labels[row].is_some()).collect();
-    let gate = gate.take(&labelled);
-    let minority = minority(&gate, loaded.schema.target().classes.len());
-    if minority < MIN_MINORITY {
-        let reason =
-            format!("{minority} minority rows at the gate, {MIN_MINORITY} are needed: the default is served");
-        return Ok(Choice::default(reason));
-    }
-    let mut scored: Vec<Scored> = Vec::new();
-    for candidate in loaded.candidates() {
-        let logits = loaded.build(candidate, training)?.logits(&gate)?;
-        let losses = losses(&logits, &gate);
-        scored.push(Scored { candidate, logits, losses });
-    }
-    let mean = |losses: &[f64]| losses.iter().sum::<f64>() / losses.len().max(1) as f64;
-    let log_loss = scored.iter().map(|one| (one.candidate.to_string(), mean(&one.losses))).collect();
-    let holder = scored.iter().find(|one| one.candidate == champion);
-    let best = scored.iter().min_by(|a, b| mean(&a.losses).total_cmp(&mean(&b.losses)));
-    let (Some(holder), Some(best)) = (holder, best) else {
-        let reason = "no candidate could be scored: the default is served".to_owned();
-        return Ok(Choice { log_loss, ..Choice::default(reason) });
-    };
-    let gains: Vec<f64> = holder.losses.iter().zip(&best.losses).map(|(a, b)| a - b).collect();
-    let (gain, error) = mean_and_error(&gains);
-    let (chosen, mut reason) = if best.candidate != champion && gain >= error && gain > 0.0 {
-        let winner = best.candidate;
-        (best, format!("{winner} is better than {champion} by {gain:.4} ± {error:.4} in log loss"))
-    } else {
-        (holder, format!("{champion} is kept: the best challenger gains {gain:.4} ± {error:.4} in log loss"))
-    };
-    let ones: Vec<bool> = gate.labels.iter().map(|label| *label == Some(1)).collect();
-    let calibration = Calibration::fit(&chosen.logits, &ones);
-    if calibration != Calibration::NONE {
-        let Calibration { slope, intercept } = calibration;
-        reason.push_str(&format!("; calibrated with slope {slope:.3}, intercept {intercept:.3}"));
-    }
-    Ok(Choice { served: chosen.candidate, calibration, reason, log_loss })
-}
-
-/// A candidate on the gate rows.
-struct Scored {
-    candidate: Candidate,
-    logits: Vec<f64>,
-    losses: Vec<f64>,
-}
-
-fn minority(gate: &TypedBatch, classes: usize) -> usize {
-    let count =
-        |class: usize| gate.labels.iter().flatten().filter(|&&label| usize::from(label) == class).count();
-    (0..classes).map(count).min().unwrap_or(0)
-}
-
-fn losses(logits: &[f64], gate: &TypedBatch) -> Vec<f64> {
-    let loss = |(logit, label): (&f64, &Option<u16>)| {
-        let one = Calibration::NONE.probability(*logit);
-        let p = if *label == Some(1) { one } else { 1.0 - one };
-        -p.max(LOSS_FLOOR).ln()
-    };
-    logits.iter().zip(&gate.labels).map(loss).collect()
-}
-
-/// Minority rows at the gate below which the default is served.
-pub const MIN_MINORITY: usize = 20;
-/// Smallest probability that is scored.
-const LOSS_FLOOR: f64 = 1e-7;
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -449,6 +408,5 @@ mod tests {
         let distinct: std::collections::BTreeSet<_> = all.iter().collect();
         assert_eq!((all.len(), distinct.len()), (8, 8));
         assert_eq!(Candidate::all(false).len(), 4);
-        assert!(all.contains(&Candidate::DEFAULT));
     }
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use ring::hmac;
 use serde::{Deserialize, Serialize};
 use tabmesh_contract::batch::TypedBatch;
 use tabmesh_contract::schema::FeatureSchema;
@@ -10,10 +11,11 @@ use tabmesh_federation::id::Digest;
 use tabmesh_federation::manifest::Manifest;
 
 use crate::calibrate::Calibration;
+use crate::choose::{Blend, Promotion, choose};
 use crate::domain::Domain;
 use crate::files;
 use crate::gate::Gate;
-use crate::promote::{self, Candidate, Loaded, Promotion, Tokens, Variant, Weights};
+use crate::promote::{Loaded, Served};
 use crate::publication::Artefacts;
 use crate::serve::oip::Datatype;
 use crate::serve::{Clock, CoordinatorContact, InputColumn, PredictError, Predictor, ServedVersion};
@@ -21,11 +23,10 @@ use crate::work::WorkError;
 use tabmesh_contract::schema::FeatureKind;
 
 /// What was promoted, as kept over restarts.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Held {
     manifest: Digest,
-    served: Candidate,
-    #[serde(default)]
+    served: Blend,
     calibration: Calibration,
     promoted_ms: i64,
 }
@@ -41,13 +42,13 @@ pub struct Promoted {
     /// When it was made, UTC milliseconds.
     pub published_ms: i64,
     /// What is served.
-    pub served: Candidate,
+    pub served: Blend,
     /// How its logits are calibrated.
     pub calibration: Calibration,
 }
 
 struct InService {
-    variant: Variant,
+    served: Served,
     version: ServedVersion,
 }
 
@@ -80,7 +81,8 @@ impl Serving {
         };
         let loaded = self.load(&manifest)?;
         let rows = self.domain.rows(&self.domain.schema)?;
-        self.put(&loaded, &manifest, &held, &rows)?;
+        let served = loaded.serve(held.served.clone(), held.calibration, &rows)?;
+        self.put(served, &manifest, &held);
         Ok(true)
     }
 
@@ -94,24 +96,28 @@ impl Serving {
         let gate = Gate::new(&self.domain.secret("gate"));
         let all = self.domain.rows(&self.domain.schema)?;
         let split = gate.split(&all);
-        let champion = self.held().map_or(Candidate::DEFAULT, |held| held.served);
-        let champion = if loaded.candidates().contains(&champion) { champion } else { Candidate::DEFAULT };
+        let champion = self.held().map(|held| held.served);
         let gate_rows = all.take(&split.gate);
-        let choice = promote::choose(&loaded, &all.take(&split.training), &gate_rows, champion)?;
-        let (served, calibration) = (choice.served, choice.calibration);
+        let training = all.take(&split.training);
+        let section = self.domain.config.promotion;
+        let choice = choose(&loaded, &training, &gate_rows, champion.as_ref(), section)?;
+        let calibration = choice.calibration;
+        let in_service = loaded.serve(choice.served, calibration, &all)?;
+        let served = in_service.blend().clone();
         let now_ms = (self.clock)();
         let record = Promotion {
             time_ms: now_ms,
             manifest: digest,
-            served,
+            served: served.clone(),
             calibration,
             reason: choice.reason,
             gate_rows: gate_rows.rows(),
+            gate_minority: choice.gate_minority,
             gate_uses: self.uses(),
             log_loss: choice.log_loss,
         };
         let held = Held { manifest: digest, served, calibration, promoted_ms: now_ms };
-        self.put(&loaded, &manifest, &held, &all)?;
+        self.put(in_service, &manifest, &held);
         self.keep(&held, &record)?;
         tracing::info!(served = %record.served, "promotion decided");
         Ok(Some(record))
@@ -134,6 +140,12 @@ impl Serving {
         }))
     }
 
+    /// The blend in service, for the domain's own eyes: no endpoint shows it.
+    #[must_use]
+    pub fn blend(&self) -> Option<Blend> {
+        self.service().map(|service| service.served.blend().clone())
+    }
+
     /// Notes that the coordinator was heard.
     pub fn heard(&self) {
         *self.contact_ms.write().unwrap_or_else(PoisonError::into_inner) = Some((self.clock)());
@@ -146,33 +158,26 @@ impl Serving {
         Ok(Loaded::new(&self.artefacts, manifest, &self.domain.schema, sizes, &secret, in_release)?)
     }
 
-    fn put(
-        &self,
-        loaded: &Loaded,
-        manifest: &Manifest,
-        held: &Held,
-        rows: &TypedBatch,
-    ) -> Result<(), WorkError> {
-        let Calibration { slope, intercept } = held.calibration;
-        let variant = loaded.build(held.served, rows)?.calibrated(held.calibration);
-        let weights = match held.served.weights {
-            Weights::Base => manifest.base,
-            Weights::Tuned => manifest.tuned,
-        };
-        let adapter = manifest.adapter.filter(|_| held.served.tokens == Tokens::On);
+    fn put(&self, served: Served, manifest: &Manifest, held: &Held) {
+        let choice = serde_json::to_vec(held).unwrap_or_default();
         let version = ServedVersion {
-            name: held.served.to_string(),
-            // Another choice from the same publication is another version.
-            digest: Digest::of(format!("{} {} {slope} {intercept}", held.manifest, held.served).as_bytes())
-                .to_string(),
-            base: weights.to_string(),
-            adapter: adapter.map(|digest| digest.to_string()),
+            // Metadata name the publication, not what was chosen from it.
+            name: format!("publication {}", held.manifest),
+            // Another choice from the same publication is another version; keyed, since the choice comes from real rows.
+            digest: self.keyed("version", &choice),
+            base: manifest.tuned.to_string(),
+            adapter: manifest.adapter.map(|digest| digest.to_string()),
             promoted_at_ms: held.promoted_ms,
             published_at_ms: manifest.created_ms,
         };
-        let next = Arc::new(InService { variant, version });
+        let next = Arc::new(InService { served, version });
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Some(next);
-        Ok(())
+    }
+
+    /// A keyed digest in lower-case hex.
+    fn keyed(&self, purpose: &str, bytes: &[u8]) -> String {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &self.domain.secret(purpose));
+        hex::encode(hmac::sign(&key, bytes))
     }
 
     fn service(&self) -> Option<Arc<InService>> {
@@ -180,7 +185,7 @@ impl Serving {
     }
 
     fn keep(&self, held: &Held, record: &Promotion) -> Result<(), WorkError> {
-        let path = self.path("promotions.jsonl");
+        let path = self.path(PROMOTIONS);
         files::append_line(&path, record).map_err(|source| WorkError::File { path, source })?;
         let path = self.path("promoted.json");
         let bytes = serde_json::to_vec(held).unwrap_or_default();
@@ -191,9 +196,13 @@ impl Serving {
         serde_json::from_slice(&std::fs::read(self.path("promoted.json")).ok()?).ok()
     }
 
-    /// How often the gate was used before.
+    /// How often a choice was made on the gate rows before; shipped weights served for want of rows are none.
     fn uses(&self) -> usize {
-        std::fs::read_to_string(self.path("promotions.jsonl")).map_or(0, |text| text.lines().count())
+        let Ok(text) = std::fs::read_to_string(self.path(PROMOTIONS)) else { return 0 };
+        let judged = |line: &&str| {
+            serde_json::from_str::<Promotion>(line).map_or(true, |promotion| !promotion.log_loss.is_empty())
+        };
+        text.lines().filter(judged).count()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -229,7 +238,7 @@ impl Predictor for Serving {
 
     fn predict(&self, batch: &TypedBatch) -> Result<Vec<Vec<f32>>, PredictError> {
         let service = self.service().ok_or(PredictError::NotReady)?;
-        service.variant.predict(batch).map_err(|error| PredictError::Failed { reason: error.to_string() })
+        service.served.predict(batch).map_err(|error| PredictError::Failed { reason: error.to_string() })
     }
 
     fn coordinator_contact(&self) -> Option<CoordinatorContact> {
@@ -238,5 +247,7 @@ impl Predictor for Serving {
     }
 }
 
+/// Every promotion of this agent, a line each.
+pub(crate) const PROMOTIONS: &str = "promotions.jsonl";
 /// Silence after which the coordinator counts as gone, in milliseconds.
 const STALE_AFTER_MS: i64 = 60_000;

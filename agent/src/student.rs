@@ -1,6 +1,6 @@
 //! The student beside the promoted model: distilled on the domain's own rows, served under a name of its own.
 //!
-//! Its targets are the promoted candidate's answers to rows that are not in the context it answers from, so what it
+//! Its targets are the promoted blend's answers to rows that are not in the context it answers from, so what it
 //! learns is how the model generalises and not what it remembers. A student lies in the data folder with a record of
 //! what it was distilled from and how well it follows; a running agent takes a new one up by itself. It is an artefact
 //! of the domain, as a context is: it has no wire form.
@@ -37,7 +37,7 @@ pub struct Record {
     pub preprocessing: Digest,
     /// The columns that coding is for.
     pub schema: FeatureSchema,
-    /// The candidate that taught it.
+    /// The blend that taught it.
     pub teacher: String,
     /// When the publication was made, UTC milliseconds.
     pub published_ms: i64,
@@ -70,7 +70,7 @@ pub struct Agreement {
     pub student_log_loss: Option<f64>,
 }
 
-/// Distils the promoted candidate and writes student and record; `progress` hears of each epoch and its loss.
+/// Distils the promoted blend and writes student and record; `progress` hears of each epoch and its loss.
 ///
 /// # Errors
 /// [`WorkError::NotPromoted`] before the first promotion; [`WorkError`] if the table can't be read, too few rows are there,
@@ -87,10 +87,9 @@ pub fn distil(
     let all = domain.rows(&domain.schema)?;
     let split = Gate::new(&domain.secret("gate")).split(&all);
     let training = all.take(&split.training);
-    let candidate = promoted.served;
     let teach = |context: &TypedBatch, rows: &TypedBatch| -> Result<Vec<f64>, WorkError> {
-        let variant = loaded.build(candidate, context)?.calibrated(promoted.calibration);
-        Ok(variant.predict(rows)?.iter().map(|row| row.get(1).copied().map_or(0.5, f64::from)).collect())
+        let served = loaded.serve(promoted.served.clone(), promoted.calibration, context)?;
+        Ok(served.predict(rows)?.iter().map(|row| row.get(1).copied().map_or(0.5, f64::from)).collect())
     };
     let (mut rows, mut targets) = (Vec::new(), Vec::new());
     for fold in 0..FOLDS {
@@ -119,13 +118,13 @@ pub fn distil(
     let followed: Vec<f64> = student.logits(&loaded.encode(&gate)?)?.into_iter().map(sigmoid).collect();
     let agreement = agreement(&teach(&training, &gate)?, &followed, &labels);
 
-    let file = student.to_safetensors(&candidate.to_string())?;
+    let file = student.to_safetensors(&promoted.served.to_string())?;
     let record = Record {
         student: Digest::of(&file),
         manifest: promoted.manifest,
         preprocessing: promoted.preprocessing,
         schema: loaded.schema().clone(),
-        teacher: candidate.to_string(),
+        teacher: promoted.served.to_string(),
         published_ms: promoted.published_ms,
         distilled_ms: now_ms,
         rows: learnt.rows,

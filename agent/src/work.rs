@@ -28,6 +28,7 @@ use crate::gate::Gate;
 use crate::publication::{ArtefactError, Artefacts};
 use crate::source::SourceError;
 use crate::train::Trainer;
+use crate::trees::TreeError;
 
 /// Why an assignment isn't answered. Stays in the domain.
 #[derive(Debug, Error)]
@@ -81,6 +82,9 @@ pub enum WorkError {
     /// The model refuses.
     #[error(transparent)]
     Model(#[from] TfmError),
+    /// Trees refuse.
+    #[error(transparent)]
+    Trees(#[from] TreeError),
     /// Neither the domain nor the corpus has a row to put into a context.
     #[error("there is no labelled row for a context, neither in the domain nor in the corpus")]
     NoContext,

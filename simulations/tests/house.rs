@@ -30,6 +30,7 @@ const CONFINED: &[(&str, &[&str])] = &[
     ("zip", &["tabmesh-tfm"]),
     ("sled", &["tabmesh-store"]),
     ("opendp", &["tabmesh-privacy"]),
+    ("forust-ml", &["tabmesh-agent"]),
     ("regorus", &["tabmesh-contract"]),
     ("tonic", &["tabmesh-proto", "tabmesh-coordinator", "tabmesh-agent", "tabmesh-sim"]),
     ("rustls", &["tabmesh-proto", "tabmesh-agent", "tabmesh-sim"]),

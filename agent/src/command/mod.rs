@@ -6,3 +6,4 @@ pub(crate) mod convert;
 pub(crate) mod corpus;
 pub(crate) mod distill;
 pub(crate) mod predict;
+pub(crate) mod promotion;

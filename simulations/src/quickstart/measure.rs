@@ -7,8 +7,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use tabmesh_agent::calibrate::Calibration;
+use tabmesh_agent::choose::{Blend, Member};
 use tabmesh_agent::config::ContextSection;
-use tabmesh_agent::promote::{Candidate, Loaded, Rows, Tokens, Weights};
+use tabmesh_agent::promote::{Candidate, Loaded, Rows, Served, Tokens, Weights};
 use tabmesh_agent::publication::Artefacts;
 use tabmesh_agent::source::{self, DomainKey, View};
 use tabmesh_contract::batch::TypedBatch;
@@ -74,7 +76,7 @@ pub fn domain(
         [(Variant::Base, Weights::Base, Rows::Local), (Variant::Corpus, Weights::Tuned, Rows::Mixed)]
     {
         let candidate = Candidate { weights, rows: context, tokens: Tokens::Off };
-        let answers = loaded.build(candidate, &train)?.predict(&test)?;
+        let answers = alone(&loaded, candidate, &train)?.predict(&test)?;
         let ones = answers.iter().map(|row| row.get(1).copied().map_or(f64::NAN, f64::from)).collect();
         by_variant.insert(variant, ones);
     }
@@ -83,6 +85,14 @@ pub fn domain(
         tokio::runtime::Handle::current().block_on(predict::served(address, &schema, &test))?,
     );
     Ok(Predictions { domain: domain.id.to_owned(), train_rows: train.rows(), labels, by_variant })
+}
+
+/// One variant of the model alone, with these rows of the domain for its context.
+///
+/// # Errors
+/// The model refuses.
+pub fn alone(loaded: &Loaded, candidate: Candidate, rows: &TypedBatch) -> Result<Served> {
+    Ok(loaded.serve(Blend::of(Member::Model(candidate)), Calibration::NONE, rows)?)
 }
 
 /// The publication as the agent of `domain` received it, loaded for a domain with the schema `own` and the secret

@@ -1,5 +1,6 @@
 //! `bench utility`: federations of a set under several seeds, and the table of what each step is worth.
 
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use super::{federation, federation::Federated};
 use crate::cli::Output;
 use crate::process::now;
 use crate::quickstart::deployment::PlanChoices;
+use crate::score::MIN_CLASS_ROWS;
 
 /// What is measured.
 #[derive(Debug, Clone, clap::Args)]
@@ -55,6 +57,10 @@ struct Outcome {
     macro_mean: Macro,
     /// Standard errors of the macro means over seeds; empty for one seed.
     macro_standard_error: Macro,
+    /// What agents serve: how often, and with what weight, over the domains that count.
+    served: Vec<MemberLine>,
+    /// Domains of a seed that have too few test rows of a class for the means.
+    excluded: Vec<Excluded>,
     domains: Vec<DomainLine>,
     newcomers: Vec<NewcomerLine>,
     version: &'static str,
@@ -65,6 +71,69 @@ struct Outcome {
 struct Macro {
     auc: BTreeMap<String, f64>,
     log_loss: BTreeMap<String, f64>,
+    /// Intercept and slope of the labels' logit on the served one; 0 and 1 are calibrated.
+    served_calibration: BTreeMap<String, f64>,
+}
+
+/// A member of the blends that are served.
+#[derive(Debug, PartialEq, Serialize)]
+struct MemberLine {
+    member: String,
+    /// Share of domains whose blend it is in.
+    served_in: f64,
+    /// Its weight, 0 where it isn't served.
+    mean_weight: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct Excluded {
+    seed: u64,
+    domain: String,
+}
+
+/// Tells steps, and how long the rest may take.
+struct Progress {
+    bar: Option<ProgressBar>,
+    began: std::time::Instant,
+    done: Cell<u64>,
+    /// Steps as far as they are known beforehand.
+    total: u64,
+}
+
+impl Progress {
+    fn new(total: u64) -> Self {
+        let bar = std::io::stderr().is_terminal().then(ProgressBar::new_spinner);
+        if let Some(bar) = &bar {
+            bar.enable_steady_tick(Duration::from_millis(200));
+        }
+        Self { bar, began: now(), done: Cell::new(0), total }
+    }
+
+    /// A step begins.
+    fn tell(&self, what: &str) {
+        let (done, elapsed) = (self.done.get(), self.began.elapsed());
+        self.done.set(done + 1);
+        let line = format!("{what}; {}", left(done, self.total, elapsed));
+        match &self.bar {
+            Some(bar) => bar.set_message(line),
+            None => eprintln!("[{:6.1} s] {line}", elapsed.as_secs_f64()),
+        }
+    }
+
+    fn end(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// How long the rest may take, if it takes as long a step as what is done.
+fn left(done: u64, total: u64, elapsed: Duration) -> String {
+    if done == 0 || total <= done {
+        return format!("step {} of about {total}", done + 1);
+    }
+    let rest = elapsed.as_secs_f64() / done as f64 * (total - done) as f64;
+    format!("step {} of about {total}, about {} min left", done + 1, (rest / 60.0).ceil())
 }
 
 /// Runs the federations, scores them, prints the table.
@@ -83,26 +152,26 @@ pub fn run(args: &Args, output: Output) -> Result<()> {
 fn measured(args: &Args) -> Result<Outcome> {
     let began = now();
     let set = Set::read(&args.data)?;
-    let bar = std::io::stderr().is_terminal().then(ProgressBar::new_spinner);
-    if let Some(bar) = &bar {
-        bar.enable_steady_tick(Duration::from_millis(200));
-    }
+    let sizes = measure::NEWCOMER_ROWS.len() as u64;
+    let of_seed = FLOW_STEPS
+        + u64::from(args.rounds) * EVENTS_A_ROUND
+        + set.domains.len() as u64
+        + sizes * u64::from(args.draws);
+    let progress = Progress::new(args.seeds * of_seed);
     let (mut domains, mut newcomers) = (Vec::new(), Vec::new());
     for seed in 0..args.seeds {
+        let last = RefCell::new(String::new());
         let tell = |what: &str| {
-            let line = format!("seed {seed} of {}: {what}", args.seeds);
-            match &bar {
-                Some(bar) => bar.set_message(line),
-                None => eprintln!("[{:6.1} s] {line}", began.elapsed().as_secs_f64()),
+            // Steps that report themselves again and again count once.
+            if last.replace(what.to_owned()) != what {
+                progress.tell(&format!("seed {seed} of {}: {what}", args.seeds));
             }
         };
         let (lines, more) = one(args, &set, seed, &tell)?;
         domains.extend(lines);
         newcomers.extend(more);
     }
-    if let Some(bar) = bar {
-        bar.finish_and_clear();
-    }
+    progress.end();
     ensure!(domains.iter().any(|line| line.counted), "no domain has enough test rows of each class");
     let macro_of = |of_domain: fn(&DomainLine) -> &Figures,
                     of_newcomer: fn(&NewcomerLine) -> &Figures,
@@ -128,6 +197,20 @@ fn measured(args: &Args) -> Result<Outcome> {
     };
     let (auc, auc_error) = macro_of(|line| &line.auc, |line| &line.auc, f64::max);
     let (log_loss, log_loss_error) = macro_of(|line| &line.log_loss, |line| &line.log_loss, f64::min);
+    let calibration: Vec<BTreeMap<String, f64>> = (0..args.seeds)
+        .map(|seed| {
+            let of_seed = domains.iter().filter(|line| line.seed == seed && line.counted);
+            let found: Vec<_> = of_seed.filter_map(|line| line.served_calibration).collect();
+            let mean = |figure: fn(&measure::Calibrated) -> f64| {
+                found.iter().map(figure).sum::<f64>() / found.len().max(1) as f64
+            };
+            BTreeMap::from([
+                ("intercept".to_owned(), mean(|c| c.intercept)),
+                ("slope".to_owned(), mean(|c| c.slope)),
+            ])
+        })
+        .collect();
+    let (calibration, calibration_error) = over_seeds(&calibration);
     Ok(Outcome {
         set: set.name.clone(),
         epsilon: args.epsilon,
@@ -136,8 +219,18 @@ fn measured(args: &Args) -> Result<Outcome> {
         unit: if set.by_entity { "entity" } else { "row" },
         noise: "local: every agent noises alone",
         declarations: "ranges and levels stand in for the owners' and come from pooled training rows, outside the claim",
-        macro_mean: Macro { auc, log_loss },
-        macro_standard_error: Macro { auc: auc_error, log_loss: log_loss_error },
+        macro_mean: Macro { auc, log_loss, served_calibration: calibration },
+        macro_standard_error: Macro {
+            auc: auc_error,
+            log_loss: log_loss_error,
+            served_calibration: calibration_error,
+        },
+        served: members(&domains),
+        excluded: domains
+            .iter()
+            .filter(|line| !line.counted)
+            .map(|line| Excluded { seed: line.seed, domain: line.domain.clone() })
+            .collect(),
         domains,
         newcomers,
         version: env!("CARGO_PKG_VERSION"),
@@ -174,6 +267,25 @@ fn one(
     let scoring = Scoring { federated: &federated, set, declared: &declared, members: &members, seed, tell };
     let lines = measure::members(&scoring)?;
     Ok((lines, measure::newcomer(&scoring, newcomer, usize::from(args.draws))?))
+}
+
+/// How often and with what weight each member is served in the domains that count.
+fn members(domains: &[DomainLine]) -> Vec<MemberLine> {
+    let counted: Vec<&DomainLine> = domains.iter().filter(|line| line.counted).collect();
+    let names: BTreeSet<&String> = counted.iter().flat_map(|line| line.served.keys()).collect();
+    let n = counted.len().max(1) as f64;
+    names
+        .into_iter()
+        .map(|name| {
+            let weights: Vec<f64> =
+                counted.iter().filter_map(|line| line.served.get(name).copied()).collect();
+            MemberLine {
+                member: name.clone(),
+                served_in: weights.len() as f64 / n,
+                mean_weight: weights.iter().sum::<f64>() / n,
+            }
+        })
+        .collect()
 }
 
 /// Means over lines of the figures that all of them have.
@@ -229,9 +341,32 @@ fn print(outcome: &Outcome) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     println!("{table}");
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(["served", "in domains", "mean weight"]);
+    for MemberLine { member, served_in, mean_weight } in &outcome.served {
+        table.add_row([member.clone(), format!("{:.0} %", 100.0 * served_in), format!("{mean_weight:.3}")]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    println!("{table}");
+    let calibration = &outcome.macro_mean.served_calibration;
+    println!(
+        "calibration of what is served: slope {}, intercept {} (1 and 0 are calibrated)",
+        figure(calibration, "slope"),
+        figure(calibration, "intercept")
+    );
+    for Excluded { seed, domain } in &outcome.excluded {
+        println!("not in the means: {domain}, seed {seed}: fewer than {MIN_CLASS_ROWS} test rows of a class");
+    }
     println!("{:.0} s", outcome.wall_s);
 }
 
+/// Events of a plan that don't depend on the command line, and the scoring of pooled rivals.
+const FLOW_STEPS: u64 = 10;
+/// Events of a round.
+const EVENTS_A_ROUND: u64 = 1;
 /// Rivals that use a domain's own rows alone.
 const LOCAL: &[&str] = &["local_trees", "local_logistic", "base"];
 /// Rivals that pool real rows, as nobody may.
@@ -249,6 +384,9 @@ mod tests {
     use parquet::arrow::ArrowWriter;
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha20Rng;
+    use tabmesh_agent::serve::Predictor;
+    use tabmesh_agent::{Local, Switches};
+    use tabmesh_contract::contract::Contract;
 
     use super::*;
 
@@ -325,6 +463,7 @@ mod tests {
             "best_local",
             "best_pooled",
             "newcomer_local_trees",
+            "newcomer_local_trees_corpus",
             "newcomer_served",
         ];
         for name in names {
@@ -335,8 +474,61 @@ mod tests {
             );
         }
         assert!(outcome.macro_mean.auc["pooled_trees"] > 0.7, "{:?}", outcome.macro_mean.auc);
+        // Every member's weights sum to 1, and the means over members as well.
+        let weights: f64 = outcome.served.iter().map(|line| line.mean_weight).sum();
+        assert!((weights - 1.0).abs() < 1e-9 && outcome.served.len() >= 3, "{:?}", outcome.served);
+        assert!(outcome.excluded.is_empty() && outcome.macro_mean.served_calibration["slope"] > 0.0);
         let best = outcome.macro_mean.auc["best_local"];
         assert!(["local_trees", "local_logistic", "base"].iter().all(|n| outcome.macro_mean.auc[*n] <= best));
+    }
+
+    /// With the coordinator gone, a restarted agent serves bit for bit what it served before: trees are fitted again.
+    #[test]
+    fn a_restart_without_coordinator_serves_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        write_set(folder.path());
+        let set = Set::read(folder.path()).unwrap();
+        let declared = Declared::from_rows(&set, &set.pooled(&set.domains).unwrap()).unwrap();
+        let root = tempfile::tempdir().unwrap();
+        let choices = PlanChoices {
+            name: set.name.clone(),
+            target: "target.label".into(),
+            agents: set.domains.len(),
+            rounds: 1,
+            pretrain_steps: 1,
+            deadline_s: 600,
+            ..PlanChoices::default()
+        };
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let federated = runtime
+            .block_on(federation::run(root.path(), &set, &declared, &set.domains, &choices, 0, &|_| ()))
+            .unwrap();
+        let serving = federated.serving.first().unwrap();
+        let name = federation::name(&set.domains[0]);
+        let blend = serving.blend().unwrap();
+        assert!(blend.shares.iter().any(|share| share.settings.is_some()), "no trees are served: {blend}");
+
+        let config = tabmesh_agent::config::Config::load(&federated.layout.agent_config(&name)).unwrap();
+        let contract = Contract::parse(
+            "contract.yaml",
+            &std::fs::read_to_string(federated.layout.contract(&name)).unwrap(),
+        )
+        .unwrap()
+        .0;
+        let schema = contract.approved_schema().unwrap();
+        let test = crate::quickstart::measure::rows(&contract, &set.test(&set.domains[0]), &schema).unwrap();
+        let switches = Switches { insecure_dev: true, reproducible_noise: Some(0) };
+        let again = Local::open(config, switches, Arc::new(|| 0)).unwrap().serving;
+        assert!(again.current().is_none());
+        assert!(again.restore().unwrap());
+        assert_eq!(again.predict(&test).unwrap(), serving.predict(&test).unwrap());
+        assert_eq!(again.blend(), Some(blend));
+        let (before, after) = (serving.current().unwrap(), again.current().unwrap());
+        assert_eq!(before, after);
+        // Nothing of the choice is in what the endpoint's metadata are made of.
+        let told = format!("{} {} {:?}", after.name, after.base, after.adapter);
+        assert!(!told.contains("trees") && !told.contains("context"), "{told}");
     }
 
     const ROWS: usize = 240;
