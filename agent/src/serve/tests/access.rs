@@ -1,11 +1,13 @@
 //! Who gets in: loopback and TLS, identities, host names, certificate reload, and a stop that finishes its work.
 
+use std::time::Duration;
+
 use tabmesh_proto::identity::{DEVELOPMENT_CA_NAME, DevelopmentCa};
 
 use super::{
     super::{
-        MAX_BATCH_ROWS, MAX_BODY_BYTES, MAX_CONCURRENCY, MAX_MODEL_NAME_BYTES, MAX_QUEUE, TlsFiles,
-        tls::TlsGate,
+        MAX_BATCH_ROWS, MAX_BODY_BYTES, MAX_CONCURRENCY, MAX_MODEL_NAME_BYTES, MAX_QUEUE, MAX_TOGETHER_ROWS,
+        TlsFiles, tls::TlsGate,
     },
     certs::{self, Ca, Leaf},
     *,
@@ -256,11 +258,11 @@ async fn shutdown_finishes_running_requests_and_accepts_no_more() {
     let (request, address) = (three_rows(), running.address);
     let (answer, ()) = tokio::join!(running.infer(&request), async {
         while running.predictor.calls.lock().unwrap().is_empty() {
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
         stop.send(()).unwrap();
         while TcpStream::connect(address).await.is_ok() {
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
         open.send(()).unwrap();
     });
