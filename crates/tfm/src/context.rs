@@ -398,6 +398,12 @@ impl Context {
     }
 }
 
+/// Threads that contexts are built and read with.
+#[must_use]
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}
+
 /// Slots' feature tokens as numbers `(slots, E)`, zero without any.
 fn plain(slots: Option<&Tensor>, config: &ModelConfig, columns: usize) -> Result<Vec<f32>, TfmError> {
     match slots {

@@ -140,10 +140,7 @@ pub fn run(args: &Args, output: Output) -> Result<()> {
         context_rows: args.rows,
         columns: args.columns,
         views: first.views(),
-        threads: std::env::var("RAYON_NUM_THREADS")
-            .ok()
-            .and_then(|n| n.parse().ok())
-            .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get)),
+        threads: tabmesh_tfm::context::threads(),
         weights_mib: mib(first.weight_bytes()),
         caches,
     };
@@ -233,7 +230,7 @@ fn print(outcome: &Outcome) {
             one.build_s,
             one.build_cpu_s,
             one.build_foretold_mib,
-            one.build_grew_mib.map_or("?".to_owned(), |mib| format!("{mib:.1}")),
+            one.build_grew_mib.map_or_else(|| "?".to_owned(), |mib| format!("{mib:.1}")),
         );
         println!(
             "  one row: {:.2} ms median, {:.2} ms p99, {:.2} CPU-ms mean of {}",

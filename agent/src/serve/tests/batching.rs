@@ -1,6 +1,8 @@
 //! Requests that arrive together: same answers, fair shares, no work for callers that have gone, a clean end.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::super::batch::{Batcher, Batching, Served};
 use super::*;
@@ -13,7 +15,7 @@ fn rows(n: usize, seed: usize) -> Value {
         {"name": "age_years", "shape": [n], "datatype": "FP64", "data": numbers},
         {"name": "amount_eur", "shape": [n], "datatype": "FP32", "data": numbers},
         {"name": "channel", "shape": [n], "datatype": "BYTES", "data": vec!["app"; n]},
-        {"name": "is_flagged", "shape": [n], "datatype": "BOOL", "data": vec![seed % 2 == 0; n]},
+        {"name": "is_flagged", "shape": [n], "datatype": "BOOL", "data": vec![seed.is_multiple_of(2); n]},
         {"name": "tier", "shape": [n], "datatype": "INT64", "data": tiers},
     ]})
 }
@@ -99,7 +101,7 @@ async fn a_caller_that_has_gone_costs_no_prediction() {
     let gone = send(&running, rows(30, 1));
     tokio::time::sleep(Duration::from_millis(200)).await;
     gone.abort();
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
     (0..3).for_each(|_| open.send(()).unwrap());
     first.await.unwrap().ok();
     send(&running, rows(2, 2)).await.unwrap().ok();

@@ -218,24 +218,24 @@ fn ordered(seats: &BTreeSet<Seat>, seed: &Digest) -> Vec<Seat> {
 struct Words {
     keystream: Keystream,
     chunk: u64,
-    words: std::vec::IntoIter<u64>,
+    /// What is left of the chunk, its first word last.
+    words: Vec<u64>,
 }
 
 impl Words {
     fn new(key: &Secret) -> Self {
-        Self { keystream: Keystream::new(key), chunk: 0, words: Vec::new().into_iter() }
+        Self { keystream: Keystream::new(key), chunk: 0, words: Vec::new() }
     }
 
     fn next(&mut self) -> u64 {
         loop {
-            if let Some(word) = self.words.next() {
+            if let Some(word) = self.words.pop() {
                 return word;
             }
             let mut bytes = [0; CHUNK_BYTES];
             self.keystream.fill(self.chunk, &mut bytes);
             self.chunk += 1;
-            let words: Vec<u64> = bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect();
-            self.words = words.into_iter();
+            self.words.extend(bytes.as_chunks().0.iter().rev().map(|word| u64::from_le_bytes(*word)));
         }
     }
 

@@ -158,7 +158,7 @@ fn attack_03_sybils_and_key_substitution() {
     let refused = agents[0].adverts(&list, &mut rng(1), NOW_MS).unwrap_err();
     assert_eq!(refused, Refusal::BadSignature { seat: seat(1) });
     // Signed adverts with another key under the old signature are no better.
-    let mut list = honest.clone();
+    let mut list = honest;
     list.adverts[2].mask_key = secrets[2].public();
     assert_eq!(
         agents[0].adverts(&list, &mut rng(1), NOW_MS).unwrap_err(),
@@ -310,12 +310,12 @@ fn attack_06_key_and_mask_reuse() {
     let (mut agents, mut list) = Stage::advertised(&world);
     let signed = |advert: Advert, i: usize| advert.signed(&world.keys[i]);
     let honest = list.adverts[2].clone();
-    list.adverts[2] = signed(Advert { mask_key: list.adverts[1].mask_key, ..honest.clone() }, 2);
+    list.adverts[2] = signed(Advert { mask_key: list.adverts[1].mask_key, ..honest }, 2);
     assert_eq!(
         agents[0].adverts(&list, &mut rng(1), NOW_MS).unwrap_err(),
         Refusal::SharedKey { seat: seat(2) }
     );
-    list.adverts[2] = signed(Advert { mask_key: honest.share_key, ..honest.clone() }, 2);
+    list.adverts[2] = signed(Advert { mask_key: honest.share_key, ..honest }, 2);
     assert_eq!(
         agents[0].adverts(&list, &mut rng(1), NOW_MS).unwrap_err(),
         Refusal::SharedKey { seat: seat(2) }
@@ -428,7 +428,7 @@ fn attack_08_malicious_parameters() {
     let share = world.descriptor.noise.central.sigma() * (N as f64).sqrt();
     let row_present = 1_000.0 * (world.descriptor.l2_sensitivity_squared as f64).sqrt();
     assert!(row_present > 10.0 * share, "{row_present} {share}");
-    let mut trusting = magnified.clone();
+    let mut trusting = magnified;
     trusting.policy.max_rho = Rho::from_units(u64::MAX);
     trusting.policy.max_local_rho = Rho::from_units(u64::MAX);
     let entered = trusting.enter(0, Guard::default());

@@ -186,7 +186,7 @@ fn survivors_and_signatures_are_checked() {
     let mut list = honest.clone();
     list.survivors.push((seat(8), Digest::of(b"other")));
     assert_eq!(ask(list), Refusal::Foreign { what, seat: seat(8) });
-    let mut list = honest.clone();
+    let mut list = honest;
     list.survivors[2] = list.survivors[1];
     assert_eq!(ask(list), Refusal::Order { what, seat: seat(1) });
 
