@@ -148,5 +148,5 @@ fn a_blend_survives_its_record_and_reads_well() {
     assert_eq!(blend.shares.len(), 2, "a weight under .02 is dropped");
     let text = serde_json::to_string(&blend).unwrap();
     assert_eq!(serde_json::from_str::<Blend>(&text).unwrap(), blend);
-    assert_eq!(blend.to_string(), "0.25 trees on own rows + 0.75 tuned, mixed context, no tokens");
+    assert_eq!(blend.to_string(), "0.25 trees on own rows + 0.75 tuned, mixed context, no adapter");
 }
