@@ -231,7 +231,7 @@ impl Context {
         if queries.rows == 0 {
             return Ok(Vec::new());
         }
-        if applied.changes_weights() {
+        if applied.changes_weights()? {
             return self.scores_along(queries, &applied);
         }
         let mut added = plain(self.slots.as_ref(), self.model.config(), queries.columns)?;

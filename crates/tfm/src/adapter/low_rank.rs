@@ -5,7 +5,10 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{MAX_RANK, path::Applied};
+use super::{
+    MAX_RANK,
+    path::{Applied, all_nought},
+};
 use crate::{context::Context, error::TfmError, model::config::ModelConfig, ops::linear::linear};
 
 /// The two factors of one block.
@@ -24,6 +27,11 @@ impl LowRank {
             down: Tensor::from_slice(down, (rank, width), &Device::Cpu)?,
             up: Tensor::from_slice(up, (width, rank), &Device::Cpu)?,
         })
+    }
+
+    /// Whether it adds nothing, whatever it reads.
+    pub(super) fn is_nothing(&self) -> Result<bool, TfmError> {
+        Ok(all_nought(&self.down)? || all_nought(&self.up)?)
     }
 
     /// What is added to the queries of normed rows `(batch, rows, D)`.

@@ -44,15 +44,27 @@ pub(super) struct HeadChange {
 }
 
 impl Applied {
-    /// Whether anything but cells is changed.
-    pub(crate) fn changes_weights(&self) -> bool {
-        !self.queries.is_empty() || self.head.is_some()
+    /// Whether anything but cells is changed; an adapter as it starts changes nothing.
+    pub(crate) fn changes_weights(&self) -> Result<bool, TfmError> {
+        for change in &self.queries {
+            if !change.is_nothing()? {
+                return Ok(true);
+            }
+        }
+        let Some(HeadChange { gain, bias, output }) = &self.head else { return Ok(false) };
+        let bias = bias.as_ref().map_or(Ok(true), all_nought)?;
+        Ok(!(bias && all_nought(gain)? && all_nought(output)?))
     }
 
     /// What is added to cells, as numbers `(slots, E)`.
     pub(crate) fn addend(&self) -> Result<Option<Vec<f32>>, TfmError> {
         Ok(self.cells.as_ref().map(|Cells { delta, .. }| delta.flatten_all()?.to_vec1()).transpose()?)
     }
+}
+
+/// Whether a tensor has no entry but nought.
+pub(super) fn all_nought(tensor: &Tensor) -> Result<bool, TfmError> {
+    Ok(tensor.flatten_all()?.to_vec1::<f32>()?.iter().all(|value| *value == 0.0))
 }
 
 impl QueryPath for &Applied {
