@@ -194,11 +194,11 @@ impl Shared {
                 return None;
             }
             queue.jobs.retain(|job| !job.answer.is_closed());
-            let Some(first) = queue.jobs.front() else {
+            let Some(since) = queue.jobs.front().map(|job| job.since) else {
                 queue = self.changed.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
-            let waited = first.since.elapsed();
+            let waited = since.elapsed();
             if self.batching.is_off() || waited >= self.batching.max_wait || self.is_full(&queue) {
                 return Some(self.take(&mut queue));
             }
@@ -219,13 +219,11 @@ impl Shared {
     /// Takes the oldest request's model: its requests in equal shares, then what still fits, the oldest first.
     fn take(&self, queue: &mut Queue) -> Vec<(Job, usize)> {
         if self.batching.is_off() {
-            return queue
-                .jobs
-                .pop_front()
-                .map(|job| (job.left(), job))
-                .map(|(n, job)| (job, n))
-                .into_iter()
-                .collect();
+            let alone = |job: Job| {
+                let rows = job.left();
+                (job, rows)
+            };
+            return queue.jobs.pop_front().map(alone).into_iter().collect();
         }
         let model = queue.jobs.front().map(|job| job.model);
         let (same, others): (VecDeque<Job>, VecDeque<Job>) =
@@ -256,8 +254,7 @@ impl Shared {
             let first = job.done.len();
             job.rows.take(&(first..first + rows).collect::<Vec<_>>())
         };
-        let Some(((first, _), rest)) = taken.split_first() else { return Vec::new() };
-        let model = first.model;
+        let Some(model) = taken.first().map(|(job, _)| job.model) else { return Vec::new() };
         let parts: Vec<TypedBatch> = taken.iter().map(part).collect();
         let whole = |parts: &[TypedBatch]| {
             let mut parts = parts.iter().cloned();
@@ -266,15 +263,15 @@ impl Shared {
             all
         };
         match self.ask(model, &whole(&parts)) {
-            Err(BatchError::Failed) if !rest.is_empty() => {
+            Err(BatchError::Failed) if taken.len() > 1 => {
                 let answers: Vec<Answer> = parts.iter().map(|part| self.ask(model, part)).collect();
                 taken.into_iter().map(|(job, _)| job).zip(answers).collect()
             }
             Err(error) => taken.into_iter().map(|(job, _)| (job, Err(error.clone()))).collect(),
             Ok((version, rows)) => {
                 let mut rows = rows.into_iter();
-                let answer = |count: usize| Ok((version.clone(), rows.by_ref().take(count).collect()));
-                let mut answer = answer;
+                let mut answer =
+                    |count: usize| -> Answer { Ok((version.clone(), rows.by_ref().take(count).collect())) };
                 taken.into_iter().map(|(job, count)| (job, answer(count))).collect()
             }
         }

@@ -99,7 +99,7 @@ async fn a_caller_that_has_gone_costs_no_prediction() {
     let gone = send(&running, rows(30, 1));
     tokio::time::sleep(Duration::from_millis(200)).await;
     gone.abort();
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
     (0..3).for_each(|_| open.send(()).unwrap());
     first.await.unwrap().ok();
     send(&running, rows(2, 2)).await.unwrap().ok();
