@@ -118,6 +118,10 @@ pub(crate) async fn run(
         while connected().await <= at {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        // The first heartbeat is acknowledged before anything is asked, or chance would order what the last agent hears.
+        while !taps[at].calls().iter().any(|call| call.down.messages.len() > 1) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
     let yaml = std::fs::read(layout.plan()).unwrap();
     let id = operator.submit_plan(yaml).await.unwrap().plan_id;
