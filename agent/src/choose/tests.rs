@@ -1,3 +1,5 @@
+//! Choosing on made-up gates: shipped and learnt weights, few units, records.
+
 #![allow(clippy::float_cmp, reason = "a weight of exactly 0 is none")]
 
 use super::*;

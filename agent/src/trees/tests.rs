@@ -1,3 +1,5 @@
+//! Trees on made-up tables: what they learn, and that equal rows give equal trees.
+
 #![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests")]
 
 use rand::{Rng, SeedableRng};
