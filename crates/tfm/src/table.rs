@@ -6,9 +6,9 @@
 //! label log-odds, many-level ones also a log-frequency. Binary targets only.
 //!
 //! A row that took part in the release is coded without itself ([`Coding::OwnRow`]): otherwise a rare level's code
-//! would carry the row's own label. Levels of [`OWN_ROW_BELOW`] rows and more are coded as they stand: one row hardly
-//! moves them, and taking it out would shift the two classes apart by a tiny amount that is the same for all rows of
-//! the level, which an in-context model reads as a perfect and inverted feature.
+//! would carry the row's own label. Levels of [`OWN_ROW_BELOW`] rows and more are coded as they stand: one row moves
+//! them less than chance does, and taking it out would shift the two classes apart by an amount that is the same for all
+//! rows of the level, which an in-context model reads as a perfect and inverted feature.
 
 use std::collections::BTreeMap;
 
@@ -573,7 +573,7 @@ pub const PSEUDO_ROWS: f64 = 20.0;
 /// Standardised values are clipped to this distance from 0.
 pub const CLIP: f32 = 8.0;
 /// Rows of a level from which on a row's own label isn't taken out of its level.
-pub const OWN_ROW_BELOW: f64 = 100.0;
+pub const OWN_ROW_BELOW: f64 = 10.0;
 /// Features with more declared levels also get a log-frequency column.
 pub const FREQUENCY_ABOVE_LEVELS: usize = 8;
 /// End of the key of a log-frequency column.
@@ -655,10 +655,49 @@ mod tests {
         let jobs = column(&foreign, 1);
         assert!((jobs[0] - (a - mean) / deviation).abs() < 1e-5);
         assert!((jobs[2] - (0.0 - mean) / deviation).abs() < 1e-5);
-        // Without itself the first row's level has 30 and 9 rows.
+        // Both levels have many rows: nothing is taken out.
         let own = column(&p.encode(&rows, Coding::OwnRow).unwrap(), 1);
-        assert!((own[0] - (log_odds(30.0, 9.0, 50.0, 50.0) - mean) / deviation).abs() < 1e-5);
-        assert!((own[2] - jobs[2]).abs() < 1e-9, "an unlabelled row has nothing to take out");
+        assert!(own.iter().zip(&jobs).all(|(a, b)| (a - b).abs() < 1e-9));
+    }
+
+    /// By hand: a level of nine rows is coded without the row itself, one of ten as it stands.
+    #[test]
+    fn rare_levels_are_coded_without_the_row_itself() {
+        let statistics = BTreeMap::from([
+            (FeatureId::new("person.age").unwrap(), Statistics::Numeric { mean: 0.0, deviation: 1.0 }),
+            (
+                FeatureId::new("person.job").unwrap(),
+                Statistics::Levels(vec![[6.0, 3.0], [6.0, 4.0], [0.0, 0.0], [0.0, 0.0]]),
+            ),
+        ]);
+        let p = Preprocessing::new(&schema(2), [12.0, 7.0], &statistics).unwrap();
+        let rows = batch(vec![1.0; 4], vec![0, 1, 0, 0], vec![Some(1), Some(1), Some(0), None]);
+        let codes = |coding| -> Vec<f64> {
+            let t = p.encode(&rows, coding).unwrap();
+            t.values.chunks_exact(2).map(|r| f64::from(r[1])).collect()
+        };
+        let (foreign, own) = (codes(Coding::Foreign), codes(Coding::OwnRow));
+        assert!((own[1] - foreign[1]).abs() < 1e-9, "ten rows");
+        assert!((own[3] - foreign[3]).abs() < 1e-9, "an unlabelled row has nothing to take out");
+        let odds = |zero, one| log_odds(zero, one, 12.0, 7.0);
+        // Codes are the same affine function of log-odds for all rows.
+        let unit = (foreign[1] - foreign[0]) / (odds(6.0, 4.0) - odds(6.0, 3.0));
+        assert!((own[0] - foreign[0] - unit * (odds(6.0, 2.0) - odds(6.0, 3.0))).abs() < 1e-5);
+        assert!((own[2] - foreign[2] - unit * (odds(5.0, 3.0) - odds(6.0, 3.0))).abs() < 1e-5);
+    }
+
+    /// What it is for: with 64 rows a flag that says nothing keeps two values, whatever the labels.
+    #[test]
+    fn a_flag_keeps_its_two_values_in_a_small_table() {
+        let mut rng = ChaCha20Rng::seed_from_u64(10);
+        let flags: Vec<u32> = (0..64).map(|_| rng.random_range(0..2)).collect();
+        let labels: Vec<Option<u16>> = (0..64).map(|_| Some(u16::from(rng.random_bool(0.4)))).collect();
+        let rows = batch(vec![1.0; 64], flags, labels);
+        let t = Preprocessing::fit(&schema(2), &rows).unwrap().encode(&rows, Coding::OwnRow).unwrap();
+        let mut codes: Vec<u32> = t.values.chunks_exact(2).map(|r| r[1].to_bits()).collect();
+        codes.sort_unstable();
+        codes.dedup();
+        assert_eq!(codes.len(), 2);
     }
 
     /// Attack: a column of random levels, coded with the rows' own labels, seems to predict them. Without each row
