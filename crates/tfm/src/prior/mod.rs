@@ -130,7 +130,9 @@ pub(crate) fn generator(seed: u64, index: u64) -> ChaCha20Rng {
 
 /// Standard normal values, for tests elsewhere in the crate.
 #[cfg(test)]
-pub(crate) use self::random::normals as random_normals;
+pub(crate) fn random_normals(count: usize, rng: &mut ChaCha20Rng) -> Vec<f32> {
+    normals(count, rng)
+}
 
 /// Draws `tables` tables that share their sizes and the largest number of classes. Equal generators give equal
 /// tables.
