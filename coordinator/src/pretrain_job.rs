@@ -1,7 +1,8 @@
-//! `pretrain`: trains a base on the synthetic prior, resumably, with its model card beside it.
+//! `pretrain`: trains a base on the prior, resumably and in sittings, with its model card beside it.
 //!
 //! Owns the files of a run: checkpoint, metrics lines, the exported weights at every checkpoint and the card with
-//! the figures that were measured. On a terminal it shows a bar, elsewhere a line at every validation. It reads no
+//! the figures that were measured. A run may start from another base: its card then adds up what all its ancestors saw and
+//! took, and lists them. On a terminal it shows a bar, elsewhere a line at every validation. It reads no
 //! table of any domain.
 
 use std::{
@@ -12,17 +13,17 @@ use std::{
     time::Duration,
 };
 
-use clap::Args as ClapArgs;
+use clap::{Args as ClapArgs, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use tabmesh_tfm::{
-    ModelConfig, TfmError,
+    Model, ModelConfig, TfmError,
     checkpoint::BaseInfo,
-    pretrain::{self, PretrainConfig, Progress, Start, Validation},
+    pretrain::{self, Optimiser, PretrainConfig, Progress, Schedule, Start, Validation},
 };
 use thiserror::Error;
 
-/// Pre-trains a base model on synthetic tables.
+/// Pre-trains a base model on synthetic tables and episodes from the public tables that ship with it.
 #[derive(Debug, Clone, ClapArgs)]
 pub struct Args {
     /// Model sizes: `nano`, `small`, or a JSON file with the fields of a model configuration.
@@ -37,6 +38,26 @@ pub struct Args {
     /// Seed of weights and tables; equal seeds give equal weights on equal machines and builds.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    /// Base to go on from, of the same sizes (it may have fewer classes), with its card beside it; another seed than any
+    /// it was trained with, or the same tables would come again.
+    #[arg(long)]
+    pub from: Option<PathBuf>,
+    /// What turns gradients into steps.
+    #[arg(long, value_enum, default_value_t = OptimiserArg::AdamW)]
+    pub optimiser: OptimiserArg,
+    /// Peak learning rate.
+    #[arg(long, default_value_t = 1.5e-3)]
+    pub learning_rate: f64,
+    /// How the learning rate runs: with `hold`, a run may be resumed with another number of steps while the rate is
+    /// still flat (the first 70 % of the steps).
+    #[arg(long, value_enum, default_value_t = ScheduleArg::Cosine)]
+    pub schedule: ScheduleArg,
+    /// Share of tables that are episodes from the shipped real tables.
+    #[arg(long, default_value_t = 0.05)]
+    pub real_share: f64,
+    /// Write the weights in 16 bits.
+    #[arg(long)]
+    pub f16: bool,
     /// Worker threads; the result doesn't depend on it. Run with RAYON_NUM_THREADS=1.
     #[arg(long, default_value_t = 1)]
     pub threads: usize,
@@ -49,6 +70,42 @@ pub struct Args {
     /// File that gets one JSON line every 25 steps.
     #[arg(long)]
     pub metrics: Option<PathBuf>,
+}
+
+/// What turns gradients into steps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OptimiserArg {
+    /// AdamW for all weights.
+    AdamW,
+    /// Muon for the matrices of blocks, AdamW for the rest.
+    Muon,
+}
+
+impl From<OptimiserArg> for Optimiser {
+    fn from(arg: OptimiserArg) -> Self {
+        match arg {
+            OptimiserArg::AdamW => Self::AdamW,
+            OptimiserArg::Muon => Self::Muon,
+        }
+    }
+}
+
+/// How the learning rate runs over the steps, after a warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ScheduleArg {
+    /// A cosine to nearly nought.
+    Cosine,
+    /// Flat, then straight down to nought.
+    Hold,
+}
+
+impl From<ScheduleArg> for Schedule {
+    fn from(arg: ScheduleArg) -> Self {
+        match arg {
+            ScheduleArg::Cosine => Self::Cosine,
+            ScheduleArg::Hold => Self::Hold,
+        }
+    }
 }
 
 /// Why a pre-training run ended early.
@@ -76,6 +133,22 @@ pub enum PretrainJobError {
         /// What is wrong.
         reason: String,
     },
+    /// A card beside the weights can't be read.
+    #[error("card {path} is not valid: {reason}")]
+    BadCard {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// An ancestor of the base was trained on the tables of this seed.
+    #[error(
+        "seed {seed} was used by a sitting that the base comes from; its tables would come again: take another"
+    )]
+    UsedSeed {
+        /// The seed given.
+        seed: u64,
+    },
     /// Tables are trained in pairs of equal shape.
     #[error("tables per step must be even and at least 2, got {got}")]
     OddTables {
@@ -91,15 +164,15 @@ pub struct Card {
     pub name: String,
     /// Trainable parameters.
     pub parameters: usize,
-    /// Optimiser steps done.
+    /// Optimiser steps of the last sitting.
     pub steps: u64,
-    /// Optimiser steps planned; equal to `steps` for a finished run.
+    /// Optimiser steps planned for it; equal to `steps` for a finished run.
     pub planned_steps: u64,
-    /// Synthetic tables seen.
+    /// Tables seen over all sittings.
     pub tables: u64,
     /// Processor seconds over all sittings, where the platform tells.
     pub cpu_s: Option<f64>,
-    /// Seed of the run.
+    /// Seed of the last sitting.
     pub seed: u64,
     /// Moving average of the training loss.
     pub loss_ema: f64,
@@ -107,14 +180,41 @@ pub struct Card {
     pub validation: Option<Validation>,
     /// Model sizes.
     pub config: ModelConfig,
-    /// Training settings.
+    /// Training settings of the last sitting.
     pub training: PretrainConfig,
-    /// Command that repeats the run.
+    /// Command that repeats the last sitting.
     pub command: String,
+    /// All sittings, the first one first; empty in cards from before there was more than one.
+    #[serde(default)]
+    pub sittings: Vec<Sitting>,
     /// What the weights were trained on.
     pub data: String,
     /// Licence of the weights.
     pub licence: String,
+}
+
+/// One run of the chain that led to a base.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sitting {
+    /// Command that repeats it.
+    pub command: String,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Tables seen.
+    pub tables: u64,
+    /// Seed of weights and tables.
+    pub seed: u64,
+    /// Processor seconds, where the platform tells.
+    pub cpu_s: Option<f64>,
+    /// SHA-256 (hex) of the base it started from, if any.
+    pub parent: Option<String>,
+}
+
+/// A base that a run starts from.
+struct Parent {
+    model: Model,
+    digest: String,
+    sittings: Vec<Sitting>,
 }
 
 /// One line of the metrics file.
@@ -135,7 +235,8 @@ struct Line {
 /// # Errors
 /// [`PretrainJobError`] for bad arguments, refused files, a diverged or a stopped run.
 pub fn run(args: &Args, now: &dyn Fn() -> Duration, stop: &AtomicBool) -> Result<Card, PretrainJobError> {
-    let config = training_config(args)?;
+    let parent = args.from.as_deref().map(|path| read_parent(path, args.seed)).transpose()?;
+    let config = training_config(args, parent.as_ref())?;
     for dir in [Some(args.checkpoint.as_path()), args.out.parent()].into_iter().flatten() {
         std::fs::create_dir_all(dir).map_err(io("creating directory", dir))?;
     }
@@ -168,15 +269,17 @@ pub fn run(args: &Args, now: &dyn Fn() -> Duration, stop: &AtomicBool) -> Result
             append(path, &line)?;
         }
         if let Some(model) = p.checkpoint {
-            let card = card(args, &config, p, model.parameters(), cpu());
+            let card = card(args, &config, parent.as_ref(), p, model.parameters(), cpu());
             let info = BaseInfo {
                 name: card.name.clone(),
                 licence: LICENCE.to_owned(),
-                parent: None,
+                parent: config.parent.clone(),
                 steps: p.step,
                 seed: args.seed,
             };
-            replace(&args.out, &model.to_safetensors(&info)?)?;
+            let weights =
+                if args.f16 { model.to_safetensors_f16(&info)? } else { model.to_safetensors(&info)? };
+            replace(&args.out, &weights)?;
             let text = serde_json::to_vec_pretty(&card)
                 .map_err(|e| TfmError::Format { what: "model card", reason: e.to_string() })?;
             replace(&args.out.with_extension("json"), &text)?;
@@ -184,7 +287,11 @@ pub fn run(args: &Args, now: &dyn Fn() -> Duration, stop: &AtomicBool) -> Result
         }
         Ok(())
     };
-    let ended = pretrain::run(&config, &Start::Scratch, Some(&state), now, &mut report, stop);
+    let start = match &parent {
+        Some(parent) => Start::Base(Box::new(parent.model.clone())),
+        None => Start::Scratch,
+    };
+    let ended = pretrain::run(&config, &start, Some(&state), now, &mut report, stop);
     bar.finish_and_clear();
     ended?;
     match newest {
@@ -194,7 +301,25 @@ pub fn run(args: &Args, now: &dyn Fn() -> Duration, stop: &AtomicBool) -> Result
     }
 }
 
-fn training_config(args: &Args) -> Result<PretrainConfig, PretrainJobError> {
+/// A base with the sittings of its card, none of which used `seed`.
+fn read_parent(path: &Path, seed: u64) -> Result<Parent, PretrainJobError> {
+    let bytes = std::fs::read(path).map_err(io("reading", path))?;
+    let (model, _) = Model::from_safetensors(&bytes)?;
+    let card = read_card(&path.with_extension("json"))?;
+    let sittings = if card.sittings.is_empty() {
+        let Card { command, steps, tables, seed, cpu_s, .. } = card;
+        vec![Sitting { command, steps, tables, seed, cpu_s, parent: None }]
+    } else {
+        card.sittings
+    };
+    if sittings.iter().any(|sitting| sitting.seed == seed) {
+        return Err(PretrainJobError::UsedSeed { seed });
+    }
+    let digest = ring::digest::digest(&ring::digest::SHA256, &bytes);
+    Ok(Parent { model, digest: hex::encode(digest), sittings })
+}
+
+fn training_config(args: &Args, parent: Option<&Parent>) -> Result<PretrainConfig, PretrainJobError> {
     if args.tables_per_step < 2 || !args.tables_per_step.is_multiple_of(2) {
         return Err(PretrainJobError::OddTables { got: args.tables_per_step });
     }
@@ -208,12 +333,17 @@ fn training_config(args: &Args) -> Result<PretrainConfig, PretrainJobError> {
                 .map_err(|e| PretrainJobError::BadConfig { path, reason: e.to_string() })?
         }
     };
-    let config = PretrainConfig {
+    let mut config = PretrainConfig {
         slices_per_step: args.tables_per_step / 2,
         tables_per_slice: 2,
         threads: args.threads,
+        learning_rate: args.learning_rate,
+        optimiser: args.optimiser.into(),
+        schedule: args.schedule.into(),
+        parent: parent.map(|p| p.digest.clone()),
         ..PretrainConfig::scratch(model, args.steps, args.seed)
     };
+    config.prior.real_share = args.real_share;
     config.check()?;
     Ok(config)
 }
@@ -221,10 +351,20 @@ fn training_config(args: &Args) -> Result<PretrainConfig, PretrainJobError> {
 fn card(
     args: &Args,
     config: &PretrainConfig,
+    parent: Option<&Parent>,
     p: &Progress<'_>,
     parameters: usize,
     cpu_s: Option<f64>,
 ) -> Card {
+    let mut sittings = parent.map_or_else(Vec::new, |p| p.sittings.clone());
+    sittings.push(Sitting {
+        command: command(args),
+        steps: p.step,
+        tables: p.step * args.tables_per_step as u64,
+        seed: args.seed,
+        cpu_s,
+        parent: config.parent.clone(),
+    });
     let name =
         Path::new(&args.config).file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned());
     Card {
@@ -232,25 +372,45 @@ fn card(
         parameters,
         steps: p.step,
         planned_steps: p.total,
-        tables: p.step * args.tables_per_step as u64,
-        cpu_s,
+        tables: sittings.iter().map(|s| s.tables).sum(),
+        cpu_s: sittings.iter().map(|s| s.cpu_s).sum(),
         seed: args.seed,
         loss_ema: p.loss_ema,
         validation: p.validation,
         config: config.model.clone(),
         training: config.clone(),
-        command: format!(
-            "tabmesh-coordinator pretrain --config {} --steps {} --tables-per-step {} --seed {} --out {} --checkpoint {}",
-            args.config,
-            args.steps,
-            args.tables_per_step,
-            args.seed,
-            file_name(&args.out),
-            file_name(&args.checkpoint),
-        ),
-        data: "synthetic tables drawn from random structural models; no real data".to_owned(),
+        command: command(args),
+        sittings,
+        data: if args.real_share > 0.0 { DATA_WITH_REAL } else { DATA }.to_owned(),
         licence: LICENCE.to_owned(),
     }
+}
+
+/// The command line that repeats a sitting, with file names for paths.
+fn command(args: &Args) -> String {
+    let named = |arg: Option<clap::builder::PossibleValue>| {
+        arg.map_or_else(String::new, |value| value.get_name().to_owned())
+    };
+    let mut line = format!(
+        "tabmesh-coordinator pretrain --config {} --steps {} --tables-per-step {} --seed {} --optimiser {} \
+         --learning-rate {} --schedule {} --real-share {}",
+        args.config,
+        args.steps,
+        args.tables_per_step,
+        args.seed,
+        named(args.optimiser.to_possible_value()),
+        args.learning_rate,
+        named(args.schedule.to_possible_value()),
+        args.real_share,
+    );
+    if let Some(from) = &args.from {
+        line.push_str(&format!(" --from {}", file_name(from)));
+    }
+    if args.f16 {
+        line.push_str(" --f16");
+    }
+    line.push_str(&format!(" --out {} --checkpoint {}", file_name(&args.out), file_name(&args.checkpoint)));
+    line
 }
 
 /// Loss, newest validation, speed and time left, for people.
@@ -321,7 +481,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<(), TfmError> {
 fn read_card(path: &Path) -> Result<Card, PretrainJobError> {
     let text = std::fs::read_to_string(path).map_err(io("reading", path))?;
     serde_json::from_str(&text)
-        .map_err(|e| PretrainJobError::BadConfig { path: path.to_owned(), reason: e.to_string() })
+        .map_err(|e| PretrainJobError::BadCard { path: path.to_owned(), reason: e.to_string() })
 }
 
 fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> PretrainJobError + 'a {
@@ -341,15 +501,18 @@ fn cpu_seconds() -> Option<f64> {
 const TICKS_PER_S: f64 = 100.0;
 const LINE_EVERY: u64 = 25;
 const LICENCE: &str = "Apache-2.0";
+const DATA: &str = "synthetic tables drawn from random structural models; no real data";
+const DATA_WITH_REAL: &str = "synthetic tables drawn from random structural models, and episodes from eight small \
+                              public tables (crates/tfm/data/real/PROVENANCE.md)";
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use std::{sync::atomic::AtomicBool, time::Duration};
 
-    use super::{Args, PretrainJobError, run, shown};
+    use super::{Args, OptimiserArg, PretrainJobError, ScheduleArg, Sitting, run, shown};
     use tabmesh_tfm::{
-        Model, ModelConfig,
+        ModelConfig,
         pretrain::{Progress, Validation},
     };
 
@@ -380,6 +543,12 @@ mod tests {
             steps: 3,
             tables_per_step: 2,
             seed: 4,
+            from: None,
+            optimiser: OptimiserArg::Muon,
+            learning_rate: 1.5e-3,
+            schedule: ScheduleArg::Cosine,
+            real_share: 0.5,
+            f16: false,
             threads: 1,
             out: dir.path().join("base.safetensors"),
             checkpoint: dir.path().join("state"),
@@ -394,6 +563,39 @@ mod tests {
         let lines = std::fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
         assert_eq!(lines.lines().count(), 1);
         assert_eq!(run(&args, &|| Duration::ZERO, &stop).unwrap(), card);
+
+        // A second sitting from those weights, for more classes: the card adds both up and names the parent.
+        let more = dir.path().join("more.json");
+        let wider = ModelConfig { max_classes: 4, ..ModelConfig::tiny() };
+        std::fs::write(&more, serde_json::to_string(&wider).unwrap()).unwrap();
+        let second = Args {
+            config: more.display().to_string(),
+            from: Some(args.out.clone()),
+            seed: 5,
+            steps: 2,
+            f16: true,
+            out: dir.path().join("second.safetensors"),
+            checkpoint: dir.path().join("second"),
+            metrics: None,
+            ..args.clone()
+        };
+        let both = run(&second, &|| Duration::ZERO, &stop).unwrap();
+        assert_eq!((both.steps, both.tables, both.sittings.len()), (2, 10, 2));
+        assert_eq!((&both.sittings[0], &both.sittings[0].parent), (&card.sittings[0], &None));
+        let Sitting { seed, tables, parent, command, .. } = &both.sittings[1];
+        assert_eq!((*seed, *tables, command), (5, 4, &both.command));
+        assert!(command.contains("--optimiser muon") && command.contains("--from base.safetensors --f16"));
+        let (model, info) = Model::from_safetensors(&std::fs::read(&second.out).unwrap()).unwrap();
+        assert_eq!((model.config().max_classes, &info.parent), (4, parent));
+        assert!(parent.as_ref().is_some_and(|digest| digest.len() == 64));
+        let again = Args { seed: 4, ..second.clone() };
+        assert!(matches!(
+            run(&again, &|| Duration::ZERO, &stop),
+            Err(PretrainJobError::UsedSeed { seed: 4 })
+        ));
+        // A checkpoint of a run from another base isn't resumed.
+        let other = Args { from: None, ..second };
+        assert!(run(&other, &|| Duration::ZERO, &stop).is_err());
         let odd = Args { tables_per_step: 3, ..args };
         assert!(matches!(run(&odd, &|| Duration::ZERO, &stop), Err(PretrainJobError::OddTables { got: 3 })));
     }

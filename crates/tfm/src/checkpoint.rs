@@ -5,13 +5,16 @@
 
 use std::{collections::BTreeMap, io::Write, path::Path};
 
-use candle_core::{Device, Tensor};
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use candle_core::{DType, Device, Tensor};
+use safetensors::{
+    Dtype, SafeTensors,
+    tensor::{TensorView, View},
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     error::TfmError,
-    model::{Model, config::ModelConfig},
+    model::{Model, config::ModelConfig, trainable},
 };
 
 /// Where a model's weights come from, carried in the file.
@@ -56,7 +59,27 @@ impl Model {
         write_floats(&header, &tensors)
     }
 
-    /// Reads a model file.
+    /// As [`Self::to_safetensors`] with trained weights rounded to 16 bits: half the bytes, about three digits. They
+    /// are computed with in f32 once read.
+    ///
+    /// # Errors
+    /// As [`Self::to_safetensors`]; [`TfmError::NotFinite`] naming a tensor with a value beyond the range of 16 bits.
+    pub fn to_safetensors_f16(&self, base: &BaseInfo) -> Result<Vec<u8>, TfmError> {
+        let header = Header { format: FORMAT.to_owned(), config: self.config().clone(), base: base.clone() };
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in self.tensors() {
+            let rounded = if trainable(name) { tensor.to_dtype(DType::F16)? } else { tensor.clone() };
+            if all_values(&rounded)?.iter().any(|v| !v.is_finite()) {
+                return Err(TfmError::NotFinite { name: name.clone() });
+            }
+            let dtype = if trainable(name) { Dtype::F16 } else { Dtype::F32 };
+            let bytes = rounded.contiguous()?.data().into_owned();
+            tensors.insert(name.clone(), (dtype, tensor.dims().to_vec(), bytes));
+        }
+        write_views(&header, &tensors)
+    }
+
+    /// Reads a model file, of 32-bit or 16-bit weights.
     ///
     /// # Errors
     /// [`TfmError::TooLarge`] beyond [`MAX_MODEL_BYTES`]; [`TfmError::Format`] for a broken container or header;
@@ -97,16 +120,24 @@ pub(crate) fn write_floats<H: Serialize>(
     header: &H,
     tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>,
 ) -> Result<Vec<u8>, TfmError> {
-    let text = serde_json::to_string(header).map_err(|e| TfmError::format("metadata", e))?;
-    let bytes: BTreeMap<&String, Vec<u8>> = tensors
+    let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let tensors = tensors
         .iter()
-        .map(|(name, (_, values))| (name, values.iter().flat_map(|v| v.to_le_bytes()).collect()))
+        .map(|(name, (shape, values))| (name.clone(), (Dtype::F32, shape.clone(), bytes(values))))
         .collect();
+    write_views(header, &tensors)
+}
+
+/// Serialises named tensors (type, shape, little-endian bytes) with one JSON metadata text.
+fn write_views<H: Serialize>(
+    header: &H,
+    tensors: &BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>,
+) -> Result<Vec<u8>, TfmError> {
+    let text = serde_json::to_string(header).map_err(|e| TfmError::format("metadata", e))?;
     let mut views = BTreeMap::new();
-    for (name, (shape, _)) in tensors {
-        let data = bytes.get(name).map_or(&[][..], Vec::as_slice);
+    for (name, (dtype, shape, bytes)) in tensors {
         let view =
-            TensorView::new(Dtype::F32, shape.clone(), data).map_err(|e| TfmError::format("tensor", e))?;
+            TensorView::new(*dtype, shape.clone(), bytes).map_err(|e| TfmError::format("tensor", e))?;
         views.insert(name.clone(), view);
     }
     // One metadata entry, because the container's own map has no order.
@@ -117,7 +148,8 @@ pub(crate) fn write_floats<H: Serialize>(
 /// Named tensors as shape and values.
 pub type Floats = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
-/// Reads named f32 tensors and the JSON metadata, refusing oversize, other types and values that aren't finite.
+/// Reads named f32 or f16 tensors, as f32, and the JSON metadata; refuses oversize, other types and values that aren't
+/// finite.
 pub(crate) fn read_floats<H: for<'de> Deserialize<'de>>(
     what: &'static str,
     bytes: &[u8],
@@ -144,17 +176,30 @@ pub(crate) fn read_floats<H: for<'de> Deserialize<'de>>(
     let container = SafeTensors::deserialize(bytes).map_err(|e| TfmError::format(what, e))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in container.tensors() {
-        if view.dtype() != Dtype::F32 {
-            return Err(TfmError::format(what, format!("tensor {name} is {:?}, expected F32", view.dtype())));
-        }
-        let (quads, _) = view.data().as_chunks::<4>();
-        let values: Vec<f32> = quads.iter().map(|quad| f32::from_le_bytes(*quad)).collect();
+        let values: Vec<f32> = match view.dtype() {
+            Dtype::F32 => {
+                let (quads, _) = view.data().as_chunks::<4>();
+                quads.iter().map(|quad| f32::from_le_bytes(*quad)).collect()
+            }
+            Dtype::F16 => {
+                all_values(&Tensor::from_raw_buffer(view.data(), DType::F16, view.shape(), &Device::Cpu)?)?
+            }
+            other => {
+                let reason = format!("tensor {name} is {other:?}, expected F32 or F16");
+                return Err(TfmError::format(what, reason));
+            }
+        };
         if values.iter().any(|v| !v.is_finite()) {
             return Err(TfmError::NotFinite { name });
         }
         tensors.insert(name, (view.shape().to_vec(), values));
     }
     Ok((header, tensors))
+}
+
+/// All values of a tensor of any float type, as f32.
+fn all_values(tensor: &Tensor) -> Result<Vec<f32>, TfmError> {
+    Ok(tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?)
 }
 
 /// Replaces a file so that a crash leaves either the old or the new content.
@@ -183,13 +228,14 @@ pub const MAX_HEADER_BYTES: usize = 1 << 20;
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+    use candle_core::{Device, Tensor};
     use rand::SeedableRng;
     use rand_chacha::ChaCha20Rng;
 
     use super::{BaseInfo, MAX_HEADER_BYTES, read_floats, write_floats};
     use crate::{
         error::TfmError,
-        model::{Model, config::ModelConfig},
+        model::{Model, config::ModelConfig, trainable},
     };
 
     fn tiny() -> Model {
@@ -203,6 +249,41 @@ mod tests {
         let (model, read) = Model::from_safetensors(&bytes).unwrap();
         assert_eq!(read, info);
         assert_eq!(model.to_safetensors(&info).unwrap(), bytes);
+    }
+
+    /// 16-bit weights: half the bytes, each value within half a unit of its eleventh binary digit, and a second trip
+    /// changes nothing. Rotary constants stay exact; values beyond 65,504 are refused.
+    #[test]
+    fn half_precision_rounds_once() {
+        let info = BaseInfo { name: "tiny".into(), ..BaseInfo::default() };
+        let whole = tiny();
+        let bytes = whole.to_safetensors_f16(&info).unwrap();
+        let (half, read) = Model::from_safetensors(&bytes).unwrap();
+        assert_eq!(read, info);
+        assert_eq!(half.to_safetensors_f16(&info).unwrap(), bytes);
+        let headers = 2 * 16_000;
+        assert!(2 * bytes.len() < whole.to_safetensors(&info).unwrap().len() + headers);
+        let values = |model: &Model, name: &str| super::all_values(&model.tensors()[name]).unwrap();
+        let mut moved = 0;
+        for name in whole.tensors().keys() {
+            for (a, b) in values(&whole, name).into_iter().zip(values(&half, name)) {
+                // 2^-11 of the value, or half of the smallest step.
+                let bound = if trainable(name) { (a.abs() / 2048.0).max(3e-8) } else { 0.0 };
+                assert!((a - b).abs() <= bound, "{name}: {a} {b}");
+                moved += usize::from(a.to_bits() != b.to_bits());
+            }
+        }
+        assert!(moved > 1000, "{moved} values were rounded");
+        let large = |value: f32| {
+            let mut tensors = whole.tensors().clone();
+            let gains = Tensor::full(value, 16, &Device::Cpu).unwrap();
+            tensors.insert("icl_predictor.ln.bias".into(), gains);
+            Model::from_tensors(whole.config(), tensors).unwrap().to_safetensors_f16(&info)
+        };
+        assert!(large(65_504.0).is_ok());
+        assert!(
+            matches!(large(65_600.0), Err(TfmError::NotFinite { name }) if name == "icl_predictor.ln.bias")
+        );
     }
 
     /// Attack files: each changes one thing and must get its own refusal.

@@ -3,12 +3,12 @@
 //! All three learn from the same rows: `n` random training rows, or all of them, and are scored on the test rows.
 //! The base takes the product's own input path ([`Preprocessing::fit`] on those rows, [`Context`]); nothing is
 //! trained. Declarations come from the same rows ([`RawTable::schema`]). One line a table, size, seed and model goes
-//! to a file; the summary has plain means over tables and wins. A table counts for a size only if it has more
+//! to a file; the summary has plain means over tables and wins; a bar or a line for each table tells how far it is. A table counts for a size only if it has more
 //! training rows than that; with all rows there is one seed, as the rows don't differ.
 
 use std::{
     collections::BTreeMap,
-    io::Write,
+    io::{IsTerminal, Write},
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -17,6 +17,7 @@ use anstream::println;
 use anyhow::{Context as _, Result, ensure};
 use clap::ValueEnum;
 use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha20Rng;
 use serde::Serialize;
@@ -180,12 +181,15 @@ pub fn run(args: &Args, output: Output) -> Result<()> {
         }
         None => None,
     };
-    let lines = measure(args, &model, &mut |line| {
-        if let Some(file) = &mut file {
+    let mut teller = Teller::default();
+    let lines = measure(args, &model, &mut |seen| {
+        if let (Seen::Line(line), Some(file)) = (&seen, &mut file) {
             writeln!(file, "{}", serde_json::to_string(line)?)?;
         }
+        teller.tell(&seen);
         Ok(())
     })?;
+    teller.bar.finish_and_clear();
     let means = summarise(&lines);
     match output {
         Output::Text => println!("{}", render(&means)),
@@ -194,11 +198,89 @@ pub fn run(args: &Args, output: Output) -> Result<()> {
     Ok(())
 }
 
+/// What a measurement tells while it goes on.
+#[derive(Debug)]
+pub enum Seen<'a> {
+    /// One figure more.
+    Line(&'a Line),
+    /// A table begins.
+    Begin {
+        /// Its name.
+        table: &'a str,
+        /// Tables before it.
+        done: usize,
+        /// Tables in all.
+        total: usize,
+    },
+    /// A table is done; its lines.
+    End(&'a [Line]),
+}
+
+/// Tells people how far it is: a bar on a terminal, elsewhere a line for each table.
+struct Teller {
+    bar: ProgressBar,
+    began: Instant,
+    at: (usize, usize),
+}
+
+impl Default for Teller {
+    fn default() -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        if let Ok(style) =
+            ProgressStyle::with_template("{bar:30} {pos}/{len} tables, {elapsed}, {eta} left: {msg}")
+        {
+            bar.set_style(style);
+        }
+        Self { bar, began: clock(), at: (0, 0) }
+    }
+}
+
+impl Teller {
+    fn tell(&mut self, seen: &Seen<'_>) {
+        match seen {
+            Seen::Begin { table, done, total } => {
+                self.at = (done + 1, *total);
+                self.bar.set_length(*total as u64);
+                self.bar.set_position(*done as u64);
+                self.bar.set_message((*table).to_owned());
+            }
+            Seen::Line(_) => self.bar.tick(),
+            Seen::End(lines) if self.bar.is_hidden() => {
+                let (at, total) = self.at;
+                eprintln!("[{:7.1} s] {at}/{total} {}", self.began.elapsed().as_secs_f64(), shown(lines));
+            }
+            Seen::End(_) => {}
+        }
+    }
+}
+
+/// A table's name and the mean AUC of each model at each size.
+fn shown(lines: &[Line]) -> String {
+    let mut by: BTreeMap<Size, BTreeMap<Rival, (f64, f64)>> = BTreeMap::new();
+    for line in lines {
+        let (sum, count) = by.entry(line.rows).or_default().entry(line.model).or_default();
+        (*sum, *count) = (*sum + line.auc, *count + 1.0);
+    }
+    let mut text = lines.first().map_or_else(|| "nothing to measure".to_owned(), |l| l.table.clone());
+    for (size, models) in by {
+        text.push_str(&format!("; {size} rows:"));
+        for (model, (sum, count)) in models {
+            text.push_str(&format!(" {model} {:.3}", sum / count));
+        }
+    }
+    text
+}
+
 /// All measurements, in order of tables, sizes, seeds and models.
 ///
 /// # Errors
 /// As [`run`].
-pub fn measure(args: &Args, model: &Model, seen: &mut dyn FnMut(&Line) -> Result<()>) -> Result<Vec<Line>> {
+pub fn measure(
+    args: &Args,
+    model: &Model,
+    seen: &mut dyn FnMut(Seen<'_>) -> Result<()>,
+) -> Result<Vec<Line>> {
     let mut folders: Vec<PathBuf> = std::fs::read_dir(&args.data)
         .with_context(|| format!("listing {}", args.data.display()))?
         .map(|entry| Ok(entry?.path()))
@@ -206,18 +288,25 @@ pub fn measure(args: &Args, model: &Model, seen: &mut dyn FnMut(&Line) -> Result
     folders.retain(|folder| folder.join("dataset.json").is_file());
     folders.sort();
     ensure!(!folders.is_empty(), "{} has no folder with a dataset.json", args.data.display());
-    let mut lines = Vec::new();
+    let mut chosen = Vec::new();
     for folder in folders {
         let description = Description::read(&folder)?;
-        let chosen = args.tables.is_empty() || args.tables.contains(&description.name);
-        if description.task == "binary" && chosen {
-            table(args, model, &description, &folder, &mut |line| {
-                seen(&line)?;
-                lines.push(line);
-                Ok(())
-            })
-            .with_context(|| format!("table {}", description.name))?;
+        let asked = args.tables.is_empty() || args.tables.contains(&description.name);
+        if description.task == "binary" && asked {
+            chosen.push((description, folder));
         }
+    }
+    let mut lines = Vec::new();
+    for (done, (description, folder)) in chosen.iter().enumerate() {
+        seen(Seen::Begin { table: &description.name, done, total: chosen.len() })?;
+        let first = lines.len();
+        table(args, model, description, folder, &mut |line| {
+            seen(Seen::Line(&line))?;
+            lines.push(line);
+            Ok(())
+        })
+        .with_context(|| format!("table {}", description.name))?;
+        seen(Seen::End(&lines[first..]))?;
     }
     ensure!(!lines.is_empty(), "none of the tables could be measured");
     Ok(lines)
@@ -445,6 +534,7 @@ mod tests {
         let trees = means.iter().find(|m| m.model == Rival::Trees).unwrap();
         assert_eq!((trees.best_auc, trees.base_ahead), (1, 1));
         assert!(render(&means).contains("0.6000"));
+        assert_eq!(shown(&lines[..3]), "a; 64 rows: base 0.700 trees 0.650");
     }
 
     #[test]
@@ -471,7 +561,18 @@ mod tests {
             lines: None,
         };
         let (model, _) = Model::from_safetensors(crate::quickstart::deployed::BASE_MODEL).unwrap();
-        let lines = measure(&args, &model, &mut |_| Ok(())).unwrap();
+        let mut told = Vec::new();
+        let mut note = |seen: Seen<'_>| {
+            told.push(match seen {
+                Seen::Begin { table, done: 0, total: 1 } => table.to_owned(),
+                Seen::End(lines) => lines.len().to_string(),
+                Seen::Line(_) => return Ok(()),
+                Seen::Begin { .. } => "another table".into(),
+            });
+            Ok(())
+        };
+        let lines = measure(&args, &model, &mut note).unwrap();
+        assert_eq!(told, ["made_up", "9"]);
         // Two draws of 64 rows and one of all; the table has no more than 150 rows, so that size is left out.
         assert_eq!(lines.len(), 9);
         assert!(lines.iter().all(|l| l.auc > 0.75 && l.log_loss < 0.7 && l.test_rows == 100), "{lines:?}");

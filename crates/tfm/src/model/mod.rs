@@ -168,6 +168,33 @@ impl Model {
         Ok(Arc::clone(self.engine.get_or_init(|| engine)))
     }
 
+    /// The same model for more classes: tables with the old classes keep their scores, what new classes add is drawn
+    /// at random.
+    ///
+    /// # Errors
+    /// [`TfmError::Mismatch`] for fewer classes than the model has or a regression model, [`TfmError::BadConfig`] for
+    /// too many.
+    pub fn with_classes(&self, classes: usize, rng: &mut ChaCha20Rng) -> Result<Self, TfmError> {
+        let own = self.config.max_classes;
+        if self.config.regression() || classes < own {
+            return Err(TfmError::mismatch("classes of a widened model", format!("at least {own}"), classes));
+        }
+        let config = ModelConfig { max_classes: classes, ..self.config.clone() };
+        let mut tensors = Self::random(&config, rng)?.tensors;
+        for (name, tensor) in &self.tensors {
+            let drawn = tensors.get(name).ok_or_else(|| TfmError::ExtraTensor { name: name.clone() })?;
+            let mut widened = tensor.clone();
+            for dim in 0..tensor.dims().len() {
+                let (old, new) = (tensor.dim(dim)?, drawn.dim(dim)?);
+                if new > old {
+                    widened = Tensor::cat(&[widened, drawn.narrow(dim, old, new - old)?], dim)?;
+                }
+            }
+            tensors.insert(name.clone(), widened.contiguous()?);
+        }
+        Self::from_tensors(&config, tensors)
+    }
+
     /// The configuration.
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
@@ -294,3 +321,34 @@ pub(crate) fn trainable(name: &str) -> bool {
 }
 
 const TEXT_PROJECTION: &str = "feature_tokens.weight";
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::{Model, Tables, config::ModelConfig};
+    use crate::{error::TfmError, prior::generator};
+
+    /// A widened model scores tables of the old classes as before, and refuses to be narrowed.
+    #[test]
+    fn widened_models_keep_their_scores() {
+        let model = Model::random(&ModelConfig::tiny(), &mut generator(91, 0)).unwrap();
+        let wider = model.with_classes(5, &mut generator(91, 1)).unwrap();
+        let tables = Tables {
+            tables: 1,
+            rows: 9,
+            columns: 3,
+            context: 6,
+            values: crate::prior::random_normals(27, &mut generator(91, 2)),
+            labels: vec![0, 1, 1, 0, 1, 0, 0, 0, 0],
+            texts: None,
+        };
+        let (old, new) = (model.forward(&tables).unwrap(), wider.forward(&tables).unwrap());
+        assert_eq!((old.len(), new.len()), (3 * 2, 3 * 5));
+        for (a, b) in old.chunks_exact(2).zip(new.chunks_exact(5)) {
+            assert!(a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5), "{a:?} {b:?}");
+            assert!(b[2..].iter().any(|v| (v - b[0]).abs() > 1e-4), "new classes have their own scores");
+        }
+        let refused = wider.with_classes(4, &mut generator(91, 3));
+        assert!(matches!(refused, Err(TfmError::Mismatch { .. })));
+    }
+}

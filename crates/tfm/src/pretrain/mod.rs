@@ -1,12 +1,14 @@
-//! Pre-training from the synthetic prior, and continued pre-training on a released corpus with replay.
+//! Pre-training on the prior, from scratch or from a base, and continued pre-training on a released corpus with replay.
 //!
 //! One step sums the gradients of a fixed list of slices (a few tables that share their sizes). Slice `i` of step
 //! `s` is drawn from (seed, s, i) alone and the sum runs in slice order, so the weights depend neither on the number
-//! of worker threads nor on where a run was interrupted. AdamW with linear warm-up and cosine decay, gradient norm
-//! clipped. What is validated, exported and returned is a running average of the weights, so that an export from
-//! the middle of a run is usable although its learning rate is still high.
+//! of worker threads nor on where a run was interrupted. AdamW or Muon ([`optimiser`]), linear warm-up and a decay
+//! ([`Schedule`]), gradient norm clipped. What is validated, exported and returned is a running average of the
+//! weights, so that an export from the middle of a run is usable although its learning rate is still high.
 
+mod config;
 pub(crate) mod corpus;
+mod optimiser;
 mod state;
 mod validation;
 
@@ -16,145 +18,22 @@ use std::{
     time::Duration,
 };
 
-use serde::{Deserialize, Serialize};
-
 use self::state::State;
 pub use self::{
+    config::{DECAY_PART, MAX_SLICE, MAX_STEPS, MAX_THREADS, Optimiser, PretrainConfig, Schedule},
     corpus::{Corpus, MAX_CORPUS_CONTEXT, MIN_CORPUS_ROWS},
     state::MAX_CHECKPOINT_BYTES,
     validation::Validation,
 };
-use crate::{
-    error::TfmError,
-    model::{Model, config::ModelConfig},
-    prior::PriorConfig,
-};
+use crate::{error::TfmError, model::Model};
 
-/// Everything that decides the weights of a run, besides the starting point.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PretrainConfig {
-    /// Sizes of the model; those of the base when continuing.
-    pub model: ModelConfig,
-    /// Ranges of the synthetic tables.
-    pub prior: PriorConfig,
-    /// Optimiser steps.
-    pub steps: u64,
-    /// Slices per step; each has its own table sizes.
-    pub slices_per_step: usize,
-    /// Tables per slice.
-    pub tables_per_slice: usize,
-    /// Seed of weights and tables.
-    pub seed: u64,
-    /// Worker threads; doesn't change the result.
-    pub threads: usize,
-    /// Peak learning rate.
-    pub learning_rate: f64,
-    /// Steps of linear warm-up.
-    pub warmup_steps: u64,
-    /// Decoupled weight decay of matrices.
-    pub weight_decay: f64,
-    /// Largest gradient norm.
-    pub clip_norm: f64,
-    /// Steps between validations on the fixed synthetic tables; also done after the last step.
-    pub validate_every: u64,
-    /// Steps between checkpoints; also written after the last step.
-    pub checkpoint_every: u64,
-    /// Share of slices drawn from the prior when continuing on a corpus.
-    pub replay_share: f64,
-}
-
-impl PretrainConfig {
-    /// Training from scratch with the measured defaults for a model.
-    #[must_use]
-    pub fn scratch(model: ModelConfig, steps: u64, seed: u64) -> Self {
-        Self {
-            prior: PriorConfig::for_classes(model.max_classes),
-            model,
-            steps,
-            slices_per_step: 4,
-            tables_per_slice: 2,
-            seed,
-            threads: 1,
-            learning_rate: 1.5e-3,
-            warmup_steps: 100,
-            weight_decay: 1e-3,
-            clip_norm: 1.0,
-            validate_every: 250,
-            checkpoint_every: 250,
-            replay_share: 0.25,
-        }
-    }
-
-    /// Continuing from a base on a corpus: a lower rate and a short warm-up.
-    #[must_use]
-    pub fn continued(model: ModelConfig, steps: u64, seed: u64) -> Self {
-        Self { learning_rate: 5e-4, warmup_steps: 20, ..Self::scratch(model, steps, seed) }
-    }
-
-    /// Checks every field.
-    ///
-    /// # Errors
-    /// [`TfmError::BadConfig`] naming the first field out of range.
-    pub fn check(&self) -> Result<(), TfmError> {
-        self.model.check()?;
-        self.prior.check()?;
-        let bad = |field, expected, got: String| Err(TfmError::BadConfig { field, expected, got });
-        if self.prior.max_classes > self.model.max_classes {
-            return bad(
-                "prior.max_classes",
-                "at most those of the model",
-                self.prior.max_classes.to_string(),
-            );
-        }
-        if self.steps == 0 || self.steps > MAX_STEPS {
-            return bad("steps", "from 1 to 100 million", self.steps.to_string());
-        }
-        for (field, got) in
-            [("slices_per_step", self.slices_per_step), ("tables_per_slice", self.tables_per_slice)]
-        {
-            if got == 0 || got > MAX_SLICE {
-                return bad(field, "from 1 to 256", got.to_string());
-            }
-        }
-        if self.threads == 0 || self.threads > MAX_THREADS {
-            return bad("threads", "from 1 to 256", self.threads.to_string());
-        }
-        for (field, got) in [("learning_rate", self.learning_rate), ("clip_norm", self.clip_norm)] {
-            if !(got.is_finite() && got > 0.0) {
-                return bad(field, "finite and above 0", got.to_string());
-            }
-        }
-        if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
-            return bad("weight_decay", "finite and at least 0", self.weight_decay.to_string());
-        }
-        if !(0.0..=1.0).contains(&self.replay_share) {
-            return bad("replay_share", "within [0, 1]", self.replay_share.to_string());
-        }
-        if self.validate_every == 0 || self.checkpoint_every == 0 {
-            return bad("validate_every", "at least 1, as checkpoint_every", "0".into());
-        }
-        Ok(())
-    }
-
-    /// Learning rate of a step counted from 0: warm-up, then cosine to 2 %.
-    fn rate(&self, step: u64) -> f64 {
-        let warm = ((step + 1) as f64 / self.warmup_steps.max(1) as f64).min(1.0);
-        let part = step as f64 / self.steps as f64;
-        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * part).cos());
-        self.learning_rate * warm * (0.02 + 0.98 * cosine)
-    }
-
-    /// Number of the generator stream of a slice.
-    fn stream(&self, step: u64, slice: usize) -> u64 {
-        // Stream 0 draws the initial weights.
-        1 + step * self.slices_per_step as u64 + slice as u64
-    }
-}
 /// Where training starts.
 #[derive(Debug, Clone)]
 pub enum Start {
     /// Random weights, tables from the prior.
     Scratch,
+    /// The weights of a base, tables from the prior; classes that the base lacks are added at random.
+    Base(Box<Model>),
     /// The weights of a base, tables from a corpus with replay of the prior.
     Continue {
         /// The base.
@@ -251,19 +130,14 @@ pub fn checkpoint_step(path: &Path) -> Result<Option<u64>, TfmError> {
     if path.exists() { state::saved_step(path).map(Some) } else { Ok(None) }
 }
 
-/// Most optimiser steps of a run.
-pub const MAX_STEPS: u64 = 100_000_000;
-/// Most slices per step and tables per slice.
-pub const MAX_SLICE: usize = 256;
-/// Most worker threads.
-pub const MAX_THREADS: usize = 256;
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use std::{cell::Cell, path::Path, sync::atomic::AtomicBool, time::Duration};
 
-    use super::{Corpus, MAX_SLICE, MAX_STEPS, PretrainConfig, Progress, Start, Validation, run};
+    use super::{
+        Corpus, MAX_SLICE, MAX_STEPS, Optimiser, PretrainConfig, Progress, Schedule, Start, Validation, run,
+    };
     use crate::{
         checkpoint::BaseInfo,
         error::TfmError,
@@ -320,6 +194,53 @@ mod tests {
         assert_eq!(bytes(&whole), bytes(&resumed));
         let other = train(&PretrainConfig { seed: 12, ..config(8) }, &Start::Scratch, Some(&path));
         assert!(matches!(other, Err(TfmError::Format { .. })));
+    }
+
+    /// Muon with real episodes, killed twice: while the rate is held the number of steps may change, once it falls not.
+    #[test]
+    fn held_run_resumes_with_another_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("training");
+        let long = |steps| PretrainConfig {
+            optimiser: Optimiser::Muon,
+            schedule: Schedule::Hold,
+            prior: PriorConfig { real_share: 0.5, ..config(1).prior },
+            ..config(steps)
+        };
+        let kill_at = |config: &PretrainConfig, at: u64| {
+            let mut kill = |p: &Progress<'_>| {
+                if p.step == at { Err(TfmError::Diverged { step: at }) } else { Ok(()) }
+            };
+            let stop = AtomicBool::new(false);
+            run(config, &Start::Scratch, Some(&path), &|| Duration::ZERO, &mut kill, &stop).unwrap_err()
+        };
+        let whole = train(&long(10), &Start::Scratch, None).unwrap();
+        kill_at(&long(1000), 5);
+        assert_eq!(super::checkpoint_step(&path).unwrap(), Some(3));
+        kill_at(&PretrainConfig { threads: 2, ..long(10) }, 9);
+        // Step 9 of 10 is after the rate began to fall.
+        assert_eq!(super::checkpoint_step(&path).unwrap(), Some(9));
+        assert!(matches!(train(&long(20), &Start::Scratch, Some(&path)), Err(TfmError::Format { .. })));
+        let resumed = train(&long(10), &Start::Scratch, Some(&path)).unwrap();
+        assert_eq!(bytes(&whole), bytes(&resumed));
+    }
+
+    /// Continuing on the prior from a base, here for more classes; another base's checkpoint isn't taken up.
+    #[test]
+    fn starts_from_a_base_with_fewer_classes() {
+        let base = train(&config(2), &Start::Scratch, None).unwrap();
+        let model = ModelConfig { max_classes: 5, ..ModelConfig::tiny() };
+        let wider = PretrainConfig { model, parent: Some("a".into()), ..config(2) };
+        let start = Start::Base(Box::new(base.clone()));
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("training");
+        let tuned = train(&wider, &start, Some(&path)).unwrap();
+        assert_eq!(tuned.config().max_classes, 5);
+        assert_eq!(bytes(&tuned), bytes(&train(&wider, &start, None).unwrap()));
+        let other = PretrainConfig { parent: Some("b".into()), ..wider.clone() };
+        assert!(matches!(train(&other, &start, Some(&path)), Err(TfmError::Format { .. })));
+        let deeper = PretrainConfig { model: ModelConfig { ff_factor: 3, ..wider.model.clone() }, ..wider };
+        assert!(matches!(train(&deeper, &start, None), Err(TfmError::Mismatch { .. })));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor, Var};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use super::{PretrainConfig, Start, Validation, validation::query_loss};
+use super::{PretrainConfig, Start, Validation, optimiser::Moments, validation::query_loss};
 use crate::{
     checkpoint::{Floats, read_floats, write_durably, write_floats},
     error::TfmError,
@@ -32,10 +32,9 @@ pub(super) struct State {
     model: Model,
     /// Trained tensors in name order.
     vars: Vec<(String, Var)>,
-    /// Weights, first and second moments, all variables end to end.
+    /// Weights, all variables end to end.
     weights: Vec<f32>,
-    first: Vec<f32>,
-    second: Vec<f32>,
+    moments: Moments,
     /// Running average of the weights.
     average: Vec<f32>,
 }
@@ -44,14 +43,17 @@ impl State {
     pub(super) fn start(config: &PretrainConfig, start: &Start) -> Result<Self, TfmError> {
         let initial = match start {
             Start::Scratch => Model::random(&config.model, &mut prior::generator(config.seed, 0))?,
+            Start::Base(base) => {
+                base.with_classes(config.model.max_classes, &mut prior::generator(config.seed, 0))?
+            }
             Start::Continue { base, corpus } => {
-                if base.config() != &config.model {
-                    return Err(TfmError::mismatch("model sizes", "those of the base", "others"));
-                }
                 corpus.check(&config.model)?;
                 base.as_ref().clone()
             }
         };
+        if initial.config() != &config.model {
+            return Err(TfmError::mismatch("model sizes", "those of the base", "others"));
+        }
         let (mut tensors, mut vars, mut weights) = (BTreeMap::new(), Vec::new(), Vec::new());
         for (name, tensor) in initial.tensors() {
             if trainable(name) {
@@ -63,17 +65,15 @@ impl State {
                 tensors.insert(name.clone(), tensor.clone());
             }
         }
-        let size = weights.len();
         Ok(Self {
             step: 0,
             loss_ema: 0.0,
             validation: None,
             model: Model::from_tensors(&config.model, tensors)?,
+            moments: Moments::new(&vars, config.optimiser),
             vars,
             average: weights.clone(),
             weights,
-            first: vec![0.0; size],
-            second: vec![0.0; size],
         })
     }
 
@@ -98,7 +98,7 @@ impl State {
         }
         let shrink = (config.clip_norm / (norm + 1e-6)).min(1.0) as f32;
         gradient.iter_mut().for_each(|g| *g *= shrink);
-        self.adam(config, &gradient)?;
+        self.apply(config, &gradient)?;
         self.loss_ema = if self.step == 0 { loss } else { 0.98 * self.loss_ema + 0.02 * loss };
         self.step += 1;
         Ok(loss)
@@ -162,31 +162,24 @@ impl State {
         Ok((slice, f64::from(loss.to_scalar::<f32>()?), flat))
     }
 
-    /// AdamW (arXiv 1711.05101), betas 0.9 and 0.98.
-    fn adam(&mut self, config: &PretrainConfig, gradient: &[f32]) -> Result<(), TfmError> {
-        const BETA1: f32 = 0.9;
-        const BETA2: f32 = 0.98;
-        let rate = config.rate(self.step) as f32;
-        let time = i32::try_from(self.step + 1).unwrap_or(i32::MAX);
-        let (c1, c2) = (1.0 - BETA1.powi(time), 1.0 - BETA2.powi(time));
-        let mut at = 0;
-        for (_, var) in &self.vars {
-            let size = var.elem_count();
-            let decay = if var.dims().len() > 1 { rate * config.weight_decay as f32 } else { 0.0 };
-            let weights = &mut self.weights[at..at + size];
-            let moments = self.first[at..at + size].iter_mut().zip(&mut self.second[at..at + size]);
-            for ((w, (m, v)), g) in weights.iter_mut().zip(moments).zip(&gradient[at..at + size]) {
-                *m = BETA1 * *m + (1.0 - BETA1) * g;
-                *v = BETA2 * *v + (1.0 - BETA2) * g * g;
-                *w -= decay * *w + rate * (*m / c1) / ((*v / c2).sqrt() + 1e-8);
-            }
-            var.set(&Tensor::from_slice(weights, var.dims(), &Device::Cpu)?)?;
-            at += size;
-        }
+    /// Moves the weights along a clipped gradient, and the running average after them.
+    fn apply(&mut self, config: &PretrainConfig, gradient: &[f32]) -> Result<(), TfmError> {
+        self.moments.step(config, self.step, &mut self.weights, gradient)?;
+        self.set_variables()?;
         // A short memory at the start, so that the random weights are soon forgotten.
         let keep = AVERAGE_KEEP.min((1 + self.step) as f32 / (10 + self.step) as f32);
         for (a, w) in self.average.iter_mut().zip(&self.weights) {
             *a = keep * *a + (1.0 - keep) * w;
+        }
+        Ok(())
+    }
+
+    fn set_variables(&self) -> Result<(), TfmError> {
+        let mut at = 0;
+        for (_, var) in &self.vars {
+            let part = &self.weights[at..at + var.elem_count()];
+            var.set(&Tensor::from_slice(part, var.dims(), &Device::Cpu)?)?;
+            at += part.len();
         }
         Ok(())
     }
@@ -202,8 +195,8 @@ impl State {
         let size = self.weights.len();
         let parts = [
             ("weights", &self.weights),
-            ("first", &self.first),
-            ("second", &self.second),
+            ("first", &self.moments.first),
+            ("second", &self.moments.second),
             ("average", &self.average),
         ];
         let tensors: Floats =
@@ -217,8 +210,7 @@ impl State {
         if saved.format != FORMAT {
             return Err(TfmError::format(WHAT, format!("expected {FORMAT:?}, got {:?}", saved.format)));
         }
-        // The number of threads doesn't change the result and may differ.
-        if (PretrainConfig { threads: config.threads, ..saved.config }) != *config {
+        if !config.continues(&saved.config, saved.step) {
             return Err(TfmError::format(WHAT, "it belongs to a run with another configuration or seed"));
         }
         let size = self.weights.len();
@@ -228,14 +220,9 @@ impl State {
             None => Err(TfmError::MissingTensor { name: name.to_owned() }),
         };
         let (weights, average) = (take("weights")?, take("average")?);
-        (self.first, self.second) = (take("first")?, take("second")?);
-        let mut at = 0;
-        for (_, var) in &self.vars {
-            let part = &weights[at..at + var.elem_count()];
-            var.set(&Tensor::from_slice(part, var.dims(), &Device::Cpu)?)?;
-            at += part.len();
-        }
+        (self.moments.first, self.moments.second) = (take("first")?, take("second")?);
         (self.weights, self.average) = (weights, average);
+        self.set_variables()?;
         (self.step, self.loss_ema, self.validation) = (saved.step, saved.loss_ema, saved.validation);
         Ok(())
     }

@@ -36,7 +36,7 @@ pub(super) fn query_loss(model: &Model, tables: &Tables) -> Result<Tensor, TfmEr
 
 /// The fixed validation tables of a run: the same for all seeds with equal prior ranges.
 pub(super) fn tables(config: &PretrainConfig) -> Vec<Tables> {
-    let prior = PriorConfig { large_share: 0.0, ..config.prior.clone() };
+    let prior = PriorConfig { large_share: 0.0, real_share: 0.0, ..config.prior.clone() };
     (0..VALIDATION_SLICES)
         .map(|i| prior::draw(&prior, 2, &mut prior::generator(VALIDATION_SEED, i)))
         .collect()

@@ -106,7 +106,7 @@ fn add_products(score: &mut [f32], visible: &[Node], rng: &mut ChaCha20Rng) {
 
 /// Two classes by a threshold; the smaller one has a share from [`LEAST_SHARE`] to one half, and at least about
 /// three rows among `context` rows.
-fn binary(score: &[f32], context: usize, rng: &mut ChaCha20Rng) -> Vec<u8> {
+pub(super) fn binary(score: &[f32], context: usize, rng: &mut ChaCha20Rng) -> Vec<u8> {
     let least = LEAST_SHARE.max(2.5 / context as f32);
     let share =
         if rng.random_bool(0.4) { log_uniform(rng, least, 0.5) } else { rng.random_range(0.08f32..0.5) }
@@ -122,7 +122,7 @@ fn binary(score: &[f32], context: usize, rng: &mut ChaCha20Rng) -> Vec<u8> {
 }
 
 /// Cuts of one score at random quantiles, classes in random order.
-fn ordered(score: &[f32], classes: usize, rng: &mut ChaCha20Rng) -> Vec<u8> {
+pub(super) fn ordered(score: &[f32], classes: usize, rng: &mut ChaCha20Rng) -> Vec<u8> {
     let mut cuts: Vec<f32> = (1..classes).map(|_| score[rng.random_range(0..score.len())]).collect();
     cuts.sort_by(f32::total_cmp);
     let names = shuffled(classes, rng);
@@ -161,7 +161,7 @@ fn shuffled(classes: usize, rng: &mut ChaCha20Rng) -> Vec<u8> {
 /// Renumbers the classes that `context` shows as `0..k`; rows of other classes join the most frequent one.
 ///
 /// Two classes keep their numbers: a model must not learn that class 0 is there before class 1.
-fn present_in(mut labels: Vec<u8>, context: Range<usize>, classes: usize) -> Vec<u8> {
+pub(super) fn present_in(mut labels: Vec<u8>, context: Range<usize>, classes: usize) -> Vec<u8> {
     let mut counts = vec![0usize; classes];
     for label in &labels[context] {
         counts[usize::from(*label)] += 1;
