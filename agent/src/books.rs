@@ -6,12 +6,15 @@
 
 use std::path::{Path, PathBuf};
 
+use rand_chacha::ChaCha20Rng;
+use tabmesh_federation::secagg::contribution::{Contribution, ContributionError};
+use tabmesh_federation::secagg::descriptor::SumDescriptor;
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::{
     Balance, ChainedEntry, CommitRequest, DebitReceipt, Entry, GrantRequest, Journal, JournalError, Ledger,
     LedgerError, PlanRequest, Purpose, RefusalRule, Reservation,
 };
-use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, Noise};
+use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, MechanismEvent, Noise};
 use tabmesh_privacy::noise::{NoEntropy, NoiseSource, Purpose as NoisePurpose};
 use tabmesh_privacy::private::{Digest, Private};
 use tabmesh_store::{BlobStore, Log, LogEntry, StoreError};
@@ -37,6 +40,9 @@ pub enum BooksError {
         /// Where it should be.
         folder: PathBuf,
     },
+    /// A vector doesn't fit the sum that it is for.
+    #[error(transparent)]
+    Contribution(#[from] ContributionError),
     /// The plan has no open reservation.
     #[error("plan {plan} has no open reservation for {purpose}; it was refused, refunded or never announced")]
     NotReserved {
@@ -87,6 +93,23 @@ pub struct Question<'a> {
     pub mechanism: &'a DiscreteGaussian,
     /// Shape of the vector, for the record.
     pub shape: EventShape,
+}
+
+/// A contribution to a secure sum, and at what price.
+#[derive(Debug, Clone)]
+pub struct SumQuestion<'a> {
+    /// Digest of the plan, in hexadecimal.
+    pub plan: &'a str,
+    /// Release or round.
+    pub purpose: Purpose,
+    /// Stage of the release, or number of the round.
+    pub step: u64,
+    /// The sum's descriptor.
+    pub descriptor: &'a SumDescriptor,
+    /// Digest of its bytes: an attempt is debited once under it.
+    pub digest: Digest,
+    /// The shares of noise and their cost.
+    pub event: MechanismEvent,
 }
 
 /// Noised bytes and the receipt that lets them be sent.
@@ -205,24 +228,78 @@ impl Books {
         if let Some(stored) = self.answered(&question.digest)? {
             return Ok(stored);
         }
-        let reservation = self
-            .ledger
-            .find_reservation(question.plan, &self.product, question.purpose)
-            .ok_or_else(|| BooksError::NotReserved {
-                plan: question.plan.to_owned(),
-                purpose: question.purpose.label(),
-            })?;
-        let purpose = match question.purpose {
+        let reservation = self.reserved(question.plan, question.purpose)?;
+        let (_, mut stream) = self.next_noise(question.purpose)?;
+        let payload = question.mechanism.privatize(sum, &mut stream).encode();
+        let event = question.mechanism.event(question.shape);
+        let request = CommitRequest { event, step: question.step, query_digest: question.digest };
+        self.store_and_commit(&reservation, request, payload, now_ms)
+    }
+
+    /// Adds this agent's noise share to a vector, has it masked, stores the masked bytes, debits them: what comes back
+    /// may be sent.
+    ///
+    /// `mask` gets the noised contribution, makes whatever state goes with it durable and gives the masked bytes. The
+    /// digest that is debited is theirs: nothing about the contribution itself is on record.
+    ///
+    /// # Errors
+    /// [`BooksError`], or what `mask` says; whatever fails, nothing may be sent and nothing is under-counted.
+    pub fn contribute<E: From<BooksError>>(
+        &mut self,
+        question: &SumQuestion<'_>,
+        sum: &[i64],
+        now_ms: i64,
+        mask: impl FnOnce(&Contribution) -> Result<Private<Vec<u8>>, E>,
+    ) -> Result<Sendable, E> {
+        let reservation = self.reserved(question.plan, question.purpose)?;
+        let (debit, mut stream) = self.next_noise(question.purpose)?;
+        let digest = tabmesh_federation::id::Digest::from_bytes(question.digest);
+        let contribution = Contribution::noised(sum, question.descriptor, digest, debit, &mut stream)
+            .map_err(BooksError::from)?;
+        let payload = mask(&contribution)?;
+        let (event, step, query_digest) = (question.event.clone(), question.step, question.digest);
+        let request = CommitRequest { event, step, query_digest };
+        Ok(self.store_and_commit(&reservation, request, payload, now_ms)?)
+    }
+
+    /// A generator for keys and shares of secrets; `number` is never used twice.
+    ///
+    /// # Errors
+    /// [`BooksError::Entropy`] when the system gave no randomness.
+    pub fn keys(&self, number: u64) -> Result<ChaCha20Rng, BooksError> {
+        Ok(self.noise.stream(&self.agent, &self.product, number, NoisePurpose::Keys)?)
+    }
+
+    /// Whether a question was answered and debited.
+    #[must_use]
+    pub fn debited(&self, digest: &Digest) -> bool {
+        self.ledger.find_commit(digest).is_some()
+    }
+
+    fn reserved(&self, plan: &str, purpose: Purpose) -> Result<Reservation, BooksError> {
+        let found = self.ledger.find_reservation(plan, &self.product, purpose);
+        found.ok_or_else(|| BooksError::NotReserved { plan: plan.to_owned(), purpose: purpose.label() })
+    }
+
+    /// The place in the ledger that the next debit will have, and the noise that goes with it.
+    fn next_noise(&self, purpose: Purpose) -> Result<(u64, ChaCha20Rng), BooksError> {
+        let purpose = match purpose {
             Purpose::Release => NoisePurpose::Release,
             Purpose::Round => NoisePurpose::Round,
         };
         let sequence = self.ledger.entries().len() as u64;
-        let mut stream = self.noise.stream(&self.agent, &self.product, sequence, purpose)?;
-        let payload = question.mechanism.privatize(sum, &mut stream).encode();
+        Ok((sequence, self.noise.stream(&self.agent, &self.product, sequence, purpose)?))
+    }
+
+    fn store_and_commit(
+        &mut self,
+        reservation: &Reservation,
+        request: CommitRequest,
+        payload: Private<Vec<u8>>,
+        now_ms: i64,
+    ) -> Result<Sendable, BooksError> {
         self.payloads.put(payload.as_bytes())?;
-        let event = question.mechanism.event(question.shape);
-        let request = CommitRequest { event, step: question.step, query_digest: question.digest };
-        match self.ledger.commit(&reservation, request, &payload, now_ms) {
+        match self.ledger.commit(reservation, request, &payload, now_ms) {
             Ok(receipt) => Ok((payload, receipt)),
             Err(error) => {
                 // Without a receipt the payload must not survive; if the append's fate is unknown, opening decides.

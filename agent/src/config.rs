@@ -7,6 +7,7 @@ use garde::Validate;
 use miette::{Diagnostic, NamedSource};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tabmesh_federation::secagg::roster::{MAX_MEMBERS, MIN_MEMBERS};
 use tabmesh_privacy::budget::{Delta, Epsilon};
 use tabmesh_tfm::context::{Budget, CacheKind, Plan, Precision};
 use thiserror::Error;
@@ -61,6 +62,14 @@ pub struct Config {
     pub tls: TlsFiles,
     /// Ed25519 key (PKCS #8 DER) that signs registration and ledger heads.
     pub signing_key: PathBuf,
+    /// Identity keys of the other agents, from a source that is not the coordinator; without it plans with secure sums
+    /// are refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peers: Option<PathBuf>,
+    /// File with the counter of answers to secure sums. Keep it where a restored backup of `data_dir` doesn't bring an
+    /// old one back. Default `sum.guard` in `data_dir`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sum_guard: Option<PathBuf>,
     /// Serving of the promoted model.
     pub serve: ServeSection,
     /// Rows of context at serving time.
@@ -261,9 +270,38 @@ pub struct LocalPolicy {
     #[serde(default = "default_minimum_cohort")]
     #[garde(range(min = 1, max = 100_000))]
     pub minimum_cohort: usize,
+    /// The floor for secure sums.
+    #[serde(default)]
+    #[garde(dive)]
+    pub secure_sum: SecureSumFloor,
     /// Extra rules: a folder of `.rego` files instead of the built-in bundle.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bundle: Option<PathBuf>,
+}
+
+/// What this domain asks of a secure sum, whatever the plan says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Validate)]
+#[serde(deny_unknown_fields, default)]
+pub struct SecureSumFloor {
+    /// Fewest agents in a sum, 4 to 1024. Default 4.
+    #[garde(range(min = MIN_MEMBERS as u32, max = MAX_MEMBERS as u32))]
+    pub min_agents: u32,
+    /// Fewest different domains in a sum, 1 to 1024. Default 4.
+    #[garde(range(min = 1, max = MAX_MEMBERS as u32))]
+    pub min_domains: u32,
+    /// Colluding agents that the plan must assume at least, 1 to 1024. Default 1.
+    #[garde(range(min = 1, max = MAX_MEMBERS as u32))]
+    pub colluders: u32,
+    /// How many times the sum's cost this domain's own noise share alone may cost, should all others collude, 1 to
+    /// 1024. Default 1024: no limit beside the others.
+    #[garde(range(min = 1, max = MAX_MEMBERS as u32))]
+    pub max_own_share_factor: u32,
+}
+
+impl Default for SecureSumFloor {
+    fn default() -> Self {
+        Self { min_agents: 4, min_domains: 4, colluders: 1, max_own_share_factor: 1024 }
+    }
 }
 
 /// One grant of (ε, δ) for a data product.
@@ -306,6 +344,9 @@ impl Config {
         fix(&mut self.tls.cert);
         fix(&mut self.tls.key);
         fix(&mut self.signing_key);
+        for path in [&mut self.peers, &mut self.sum_guard].into_iter().flatten() {
+            fix(path);
+        }
         if let Some(path) = &mut self.serve.address_file {
             fix(path);
         }
@@ -383,6 +424,8 @@ coordinator:
   signing_public_key: keys/coordinator.pub
 tls: {ca: tls/ca.pem, cert: tls/agent.pem, key: tls/agent.key}
 signing_key: keys/agent.pk8
+# peers: peers.yaml          # identity keys of the other agents, for plans with secure sums
+# sum_guard: /var/lib/tabmesh-guard/sum.guard
 serve:
   bind: \"127.0.0.1:8080\"
   model_name: income
@@ -442,6 +485,19 @@ mod tests {
         let text = format!("{}\nlisten: 0.0.0.0:1\n", Config::example());
         let error = parse::<Config>(Path::new("agent.yaml"), &text).unwrap_err().to_string();
         assert!(error.contains("listen"), "{error}");
+    }
+
+    #[test]
+    fn limits_of_the_floor_for_secure_sums_hold_at_one_above() {
+        let grant = "grant: {product: a.b, epsilon: \"3\", delta: \"0.00001\", signer: o}";
+        let parsed = |key: &str, value: u32| {
+            let text = format!("{grant}\nsecure_sum: {{{key}: {value}}}");
+            parse::<LocalPolicy>(Path::new("policy.yaml"), &text).is_ok()
+        };
+        assert!(parsed("min_agents", 4) && !parsed("min_agents", 3));
+        for key in ["min_agents", "min_domains", "colluders", "max_own_share_factor"] {
+            assert!(parsed(key, 1024) && !parsed(key, 1025) && !parsed(key, 0), "{key}");
+        }
     }
 
     #[test]

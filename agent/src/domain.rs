@@ -17,16 +17,17 @@ use tabmesh_contract::policy::{Aggregation, Decision, DecisionKind, PolicyBundle
 use tabmesh_contract::schema::{FeatureSchema, PrivacyUnit};
 use tabmesh_federation::documents::PlanAnnouncement;
 use tabmesh_federation::id::AgentId;
-use tabmesh_federation::plan::Plan;
+use tabmesh_federation::plan::{Plan, SecureSumSpec};
 use tabmesh_federation::release_plan::shared_schema;
 use tabmesh_privacy::accountant::zcdp;
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::{Balance, GrantRequest, RefusalRule};
-use tabmesh_privacy::signature::VerifyingKey;
+use tabmesh_privacy::signature::{SigningKey, VerifyingKey};
 use tabmesh_proto::identity::SpiffeId;
 use thiserror::Error;
 
 use crate::config::{Config, ConfigError, LocalPolicy};
+use crate::peers::Peers;
 use crate::source::{self, DomainKey, SourceError, View};
 
 /// Why an agent can't start.
@@ -94,6 +95,10 @@ pub struct Domain {
     pub identity: SpiffeId,
     /// Signs registration and ledger heads.
     pub key: Arc<Ed25519KeyPair>,
+    /// The same key, in the form that signs steps of secure sums.
+    pub signer: Arc<SigningKey>,
+    /// The other agents' keys, if the configuration names a file of them.
+    pub peers: Option<Peers>,
     /// The coordinator's pinned signing key.
     pub coordinator_key: VerifyingKey,
     secret: [u8; 32],
@@ -123,8 +128,17 @@ impl Domain {
             report: error.render(),
         })?;
         let bundle = bundle(policy.bundle.as_deref())?;
-        let key = Ed25519KeyPair::from_pkcs8(&read("signing key", &config.signing_key)?)
+        let pkcs8 = read("signing key", &config.signing_key)?;
+        let key = Ed25519KeyPair::from_pkcs8(&pkcs8)
             .map_err(|error| file("signing key", &config.signing_key, &error))?;
+        let signer = SigningKey::from_pkcs8(&pkcs8)
+            .map_err(|error| file("signing key", &config.signing_key, &error))?;
+        let own =
+            AgentId::new(identity.to_string()).map_err(|error| file("peers", &config.signing_key, &error))?;
+        let peers = config.peers.as_deref().map(|path| {
+            Peers::load(path, (&own, signer.verifying_key())).map_err(|error| file("peers", path, &error))
+        });
+        let peers = peers.transpose()?;
         let pinned = read("coordinator's public key", &config.coordinator.signing_public_key)?;
         let pinned: [u8; 32] = pinned.try_into().map_err(|bytes: Vec<u8>| {
             let reason = format!("expected 32 bytes, got {}", bytes.len());
@@ -140,6 +154,8 @@ impl Domain {
             schema,
             identity,
             key: Arc::new(key),
+            signer: Arc::new(signer),
+            peers,
             coordinator_key: VerifyingKey::from_bytes(pinned),
             secret,
         })
@@ -246,10 +262,14 @@ impl Domain {
             );
             return refuse(RefusalRule::CohortTooSmall, reason);
         }
-        if self.contract.privacy.domain_aggregates == DomainAggregates::Confidential {
-            let reason =
-                "the contract keeps domain aggregates confidential; local noise would show them".to_owned();
-            return refuse(RefusalRule::AggregatesConfidential, reason);
+        match plan.secure_sum() {
+            Some(spec) => self.judge_sums(spec, announcement.cohort)?,
+            None if self.contract.privacy.domain_aggregates != DomainAggregates::Confidential => {}
+            None => {
+                let reason = "the contract keeps domain aggregates confidential; local noise would show them"
+                    .to_owned();
+                return refuse(RefusalRule::AggregatesConfidential, reason);
+            }
         }
         let Some(balance) = balance else {
             return refuse(RefusalRule::NoGrant, "the ledger holds no grant".to_owned());
@@ -290,9 +310,34 @@ impl Domain {
             epsilon,
             delta: balance.grant.delta.get(),
             cohort,
-            aggregation: Aggregation::LocalNoise,
+            aggregation: match plan.secure_sum() {
+                None => Aggregation::LocalNoise,
+                Some(_) => Aggregation::SecureAggregation,
+            },
         };
         self.bundle.decide_contract(kind, &self.contract, Some(&request))
+    }
+
+    /// Whether secure sums of these assumptions are ones that this domain takes part in.
+    fn judge_sums(&self, spec: SecureSumSpec, cohort: u32) -> Result<(), (RefusalRule, String)> {
+        let floor = self.policy.secure_sum;
+        if self.peers.is_none() {
+            let reason = "the plan has secure sums, and this agent's configuration names no file of `peers`";
+            return Err((RefusalRule::Policy, reason.to_owned()));
+        }
+        if cohort < floor.min_agents {
+            let reason =
+                format!("secure sum over {cohort} agents, this domain's minimum is {}", floor.min_agents);
+            return Err((RefusalRule::CohortTooSmall, reason));
+        }
+        if spec.colluders < floor.colluders {
+            let reason = format!(
+                "secure sum against {} colluders, this domain wants {}",
+                spec.colluders, floor.colluders
+            );
+            return Err((RefusalRule::Policy, reason));
+        }
+        Ok(())
     }
 
     /// Every announced feature must be one of ours, declared alike.

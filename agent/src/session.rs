@@ -14,7 +14,7 @@ use tabmesh_proto::client::{ClientError, MeshClient, SessionSender};
 use tabmesh_proto::connect::{CoordinatorAddress, Dial, connect};
 use tabmesh_proto::message::{
     AgentFrame, Assignment, AssignmentKind, AssignmentRefusal, ChainedEntry, ContractRegistration,
-    CoordinatorFrame, LedgerStatement,
+    CoordinatorFrame, LedgerStatement, SumAnswer,
 };
 use tabmesh_proto::status::WireError;
 use tabmesh_proto::tls::ClientTls;
@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use crate::publication::ArtefactError;
 use crate::serve::Clock;
 use crate::serving::Serving;
-use crate::work::{Answer, Work, WorkError};
+use crate::work::{Answer, SumReply, Work, WorkError};
 
 /// Why a session ends.
 #[derive(Debug, Error)]
@@ -207,6 +207,29 @@ impl<D: Dial + Clone> Link<D> {
                 if let Some(Answer { target, payload, debit }) = answer {
                     self.slot(arrived).await;
                     self.settled(client.submit_update(&target, &payload, &debit).await.map(drop))?;
+                }
+            }
+            AssignmentKind::SecureSum => {
+                let needs = self.work.sum_needs(&assignment);
+                for digest in self.or_skip(needs, &assignment)?.unwrap_or_default() {
+                    self.work.artefacts.fetch(client, &digest).await?;
+                }
+                let reply = self.blocking(&assignment, |work, a, now_ms| work.sum(a, now_ms)).await;
+                let Some(reply) = self.or_skip(reply, &assignment)? else { return Ok(()) };
+                self.slot(arrived).await;
+                let assignment_id = assignment.id().clone();
+                match reply {
+                    SumReply::Document(document) => {
+                        let answer = SumAnswer::new(assignment_id, document);
+                        self.settled(client.answer_sum(answer).await.map(drop))?;
+                    }
+                    SumReply::Vector(answer) => {
+                        let Answer { target, payload, debit } = *answer;
+                        self.settled(client.submit_update(&target, &payload, &debit).await.map(drop))?;
+                    }
+                    SumReply::Received => {
+                        sender.send(AgentFrame::ArtefactReceived { assignment_id }).await?;
+                    }
                 }
             }
             AssignmentKind::Publish => {

@@ -4,6 +4,8 @@
 //! a stage or round with a vector of the size asked for, whatever its rows are: no rows, one class or a missing
 //! feature give noise on zeros. What it can't do (a damaged ledger, a lost payload) fails locally.
 
+mod sums;
+
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -27,8 +29,11 @@ use crate::domain::Domain;
 use crate::gate::Gate;
 use crate::publication::{ArtefactError, Artefacts};
 use crate::source::SourceError;
+use crate::sums::{SumError, SumStore};
 use crate::train::Trainer;
 use crate::trees::TreeError;
+
+pub use sums::SumReply;
 
 /// Why an assignment isn't answered. Stays in the domain.
 #[derive(Debug, Error)]
@@ -55,8 +60,14 @@ pub enum WorkError {
     /// The descriptor differs from what the plan allows.
     #[error("round descriptor refused: {0}")]
     Descriptor(#[from] DescriptorError),
-    /// This agent isn't in the roster.
-    #[error("this agent is not in the roster of the round")]
+    /// The plan has secure sums, and the assignment asks for a vector without a mask.
+    #[error("the plan has secure sums: a vector without a mask is not sent")]
+    NeedsSum,
+    /// A step of a secure sum isn't answered.
+    #[error(transparent)]
+    Sum(#[from] SumError),
+    /// This agent isn't in the roster, or the roster isn't one of the plan's.
+    #[error("this agent is not in the roster, or the roster is not one that the plan allows")]
     NotInRoster,
     /// A query counts a feature that the announced schema doesn't have.
     #[error("the query counts {feature}, which the announced schema does not have")]
@@ -126,6 +137,7 @@ pub struct Work {
     books: Mutex<Books>,
     gate: Gate,
     trainer: Mutex<Option<Trainer>>,
+    sums: Mutex<SumStore>,
 }
 
 impl Work {
@@ -141,7 +153,10 @@ impl Work {
     ) -> Result<Self, WorkError> {
         books.grant(domain.grant(), now_ms)?;
         let gate = Gate::new(&domain.secret("gate"));
-        Ok(Self { domain, artefacts, books: Mutex::new(books), gate, trainer: Mutex::new(None) })
+        let data_dir = &domain.config.data_dir;
+        let guard = domain.config.sum_guard.clone().unwrap_or_else(|| data_dir.join("sum.guard"));
+        let sums = Mutex::new(SumStore::new(data_dir.join("sums"), guard));
+        Ok(Self { domain, artefacts, books: Mutex::new(books), gate, trainer: Mutex::new(None), sums })
     }
 
     /// The books.
@@ -199,7 +214,9 @@ impl Work {
         if let Some((payload, debit)) = self.books().answered(assignment.digest())? {
             return Ok(Answer { target, payload, debit });
         }
-        check_query(&query, &self.domain.schema, self.domain.max_rows(), &plan, &announcement.digest)?;
+        let (schema, rows) = (&self.domain.schema, self.domain.max_rows());
+        check_query(&query, schema, rows, &plan, &announcement.digest, announcement.cohort as usize)?;
+        only_local(&plan)?;
         let counts = self.count(&query, &announcement.schema)?;
         let mechanism = query.mechanism()?;
         let question = Question {
@@ -266,6 +283,7 @@ impl Work {
             return Ok(Answer { target, payload, debit });
         }
         descriptor.check(&plan, &announcement.digest)?;
+        only_local(&plan)?;
         let own = self.domain.identity.to_string();
         if !descriptor.roster.iter().any(|agent| agent.as_str() == own) {
             return Err(WorkError::NotInRoster);
@@ -350,5 +368,13 @@ impl Work {
 
     fn plan_path(&self, digest: &str) -> PathBuf {
         self.domain.config.data_dir.join("plans").join(format!("{digest}.json"))
+    }
+}
+
+/// A plan with secure sums is answered step by step, never by a vector without a mask: its noise is a share.
+fn only_local(plan: &Plan) -> Result<(), WorkError> {
+    match plan.secure_sum() {
+        None => Ok(()),
+        Some(_) => Err(WorkError::NeedsSum),
     }
 }

@@ -149,7 +149,7 @@ pub(crate) struct Collections {
     records: Arc<dyn Records>,
     blobs: Arc<BlobStore>,
     /// The vectors, a pack a collection.
-    packs: PackStore,
+    packs: Arc<PackStore>,
     clock: Clock,
     open: Mutex<BTreeMap<CollectionId, Arc<Entry>>>,
 }
@@ -169,7 +169,7 @@ impl Collections {
     pub(crate) fn new(
         records: Arc<dyn Records>,
         blobs: Arc<BlobStore>,
-        packs: PackStore,
+        packs: Arc<PackStore>,
         clock: Clock,
     ) -> Self {
         Self { records, blobs, packs, clock, open: Mutex::new(BTreeMap::new()) }

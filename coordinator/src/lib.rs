@@ -22,6 +22,7 @@ mod plans;
 pub mod pretrain_job;
 mod report;
 mod service;
+mod sums;
 
 use std::future::Future;
 use std::path::Path;
@@ -49,6 +50,7 @@ use crate::mirror::Mirror;
 use crate::outbox::Outbox;
 use crate::pipeline::rounds::Adapters;
 use crate::plans::Plans;
+use crate::sums::Sums;
 
 pub use crate::mesh::Clock;
 
@@ -149,7 +151,7 @@ fn open(
 ) -> Result<Mesh, CoordinatorError> {
     let Surroundings { records, clock, ids } = surroundings;
     let blobs = Arc::new(BlobStore::open(&config.data_dir.join("blobs"))?);
-    let packs = PackStore::open(&config.data_dir.join("packs"))?;
+    let packs = Arc::new(PackStore::open(&config.data_dir.join("packs"))?);
     let pkcs8 = read("signing key", &config.signing_key)?;
     let bad_key = |reason: String| CoordinatorError::File {
         what: "signing key",
@@ -176,9 +178,10 @@ fn open(
         collections: Arc::new(Collections::new(
             Arc::clone(&records),
             Arc::clone(&blobs),
-            packs,
+            Arc::clone(&packs),
             Arc::clone(&clock),
         )),
+        sums: Sums::new(Arc::clone(&records), Arc::clone(&blobs), packs, Arc::clone(&clock)),
         plans: Plans::load(Arc::clone(&records), Arc::clone(&blobs))?,
         mirror: Mirror::new(config.data_dir.join("ledgers")),
         registry: Registry::new(Arc::clone(&records), Arc::clone(&blobs)),

@@ -25,6 +25,7 @@ use crate::mirror::Mirror;
 use crate::outbox::Outbox;
 use crate::pipeline::rounds::Adapters;
 use crate::plans::Plans;
+use crate::sums::Sums;
 
 /// Reads the time: UTC milliseconds since 1970.
 pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
@@ -51,6 +52,8 @@ pub(crate) struct Mesh {
     pub(crate) outbox: Outbox,
     /// Collections that are open now.
     pub(crate) collections: Arc<Collections>,
+    /// Secure sums that are open now.
+    pub(crate) sums: Sums,
     pub(crate) adapters: Adapters,
     /// Plans and their jobs.
     pub(crate) plans: Plans,
@@ -80,7 +83,7 @@ impl Mesh {
         self.tuning_stop.store(true, Ordering::Relaxed);
     }
 
-    /// Appends one entry to the audit log; durable when it returns.
+    /// Appends one entry to the audit log; durable when it returns. Gives its chain hash.
     ///
     /// # Errors
     /// [`CoordinatorError::Store`] if the log can't be written.
@@ -89,7 +92,7 @@ impl Mesh {
         actor: &str,
         action: &'static str,
         facts: T,
-    ) -> Result<(), CoordinatorError> {
+    ) -> Result<Digest, CoordinatorError> {
         #[derive(Serialize)]
         struct Entry<'a, T> {
             time_ms: i64,
@@ -99,8 +102,7 @@ impl Mesh {
         }
         let entry = Entry { time_ms: self.now_ms(), actor, action, facts };
         let bytes = serde_json::to_vec(&entry).map_err(CoordinatorError::stored("audit entry"))?;
-        self.audit_log().append(&bytes)?;
-        Ok(())
+        Ok(self.audit_log().append(&bytes)?.hash)
     }
 
     /// Length and head of the audit log.

@@ -65,6 +65,7 @@ enum Kind {
     Publish,
     ClosePlan,
     Plan,
+    SecureSum,
 }
 
 impl Outbox {
@@ -219,6 +220,7 @@ impl From<AssignmentKind> for Kind {
             AssignmentKind::Publish => Self::Publish,
             AssignmentKind::ClosePlan => Self::ClosePlan,
             AssignmentKind::Plan => Self::Plan,
+            AssignmentKind::SecureSum => Self::SecureSum,
         }
     }
 }
@@ -231,6 +233,7 @@ impl From<Kind> for AssignmentKind {
             Kind::Publish => Self::Publish,
             Kind::ClosePlan => Self::ClosePlan,
             Kind::Plan => Self::Plan,
+            Kind::SecureSum => Self::SecureSum,
         }
     }
 }

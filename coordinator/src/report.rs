@@ -1,5 +1,7 @@
 //! The privacy-budget report over all domains, from the ledgers that agents stated.
 
+use std::collections::BTreeSet;
+
 use tabmesh_privacy::ledger::{ChainedEntry, Entry};
 use tabmesh_privacy::report::{Period, ProductLedger, ReportInput, SignedHead, UnprotectedFact, build};
 use tabmesh_privacy::signature::{Signature, VerifyingKey};
@@ -50,7 +52,7 @@ pub(crate) fn signed(mesh: &Mesh, product: Option<&str>) -> Result<Vec<u8>, Coor
         period: Period { from_ms, until_ms: now_ms.saturating_add(1) },
         generated_at_ms: now_ms,
         generator: format!("tabmesh-coordinator {}", env!("CARGO_PKG_VERSION")),
-        trust_model: TRUST_MODEL.iter().map(|&line| line.to_owned()).collect(),
+        trust_model: trust_model(&products),
         products,
         refused: Vec::new(),
         unprotected_facts: UnprotectedFact::ALL.to_vec(),
@@ -59,10 +61,34 @@ pub(crate) fn signed(mesh: &Mesh, product: Option<&str>) -> Result<Vec<u8>, Coor
     Ok(report.sign(&mesh.signing_key).to_json().into_bytes())
 }
 
-/// Who is trusted for what, in sentences.
-const TRUST_MODEL: [&str; 4] = [
-    "Each agent is trusted by its own domain alone: it reads the rows, adds the noise and keeps the ledger.",
-    "The coordinator is not trusted with rows: every vector is differentially private before it leaves its domain.",
-    "Noise is added in each agent, so nobody has to trust the others' noise; the coordinator sees each domain's vector.",
-    "The figures below are the agents' own statements; the coordinator checked that each ledger only ever grew.",
+/// Who is trusted for what, in sentences; the debits say which noise there was.
+fn trust_model(products: &[ProductLedger]) -> Vec<String> {
+    let commits = products.iter().flat_map(|product| &product.entries).filter_map(|entry| {
+        match Entry::from_json(&entry.payload) {
+            Ok(Entry::Commit(commit)) => Some(commit.event.shares.is_some()),
+            _ => None,
+        }
+    });
+    let placements: BTreeSet<bool> = commits.collect();
+    let mut lines = vec![AGENTS];
+    if placements != BTreeSet::from([true]) {
+        lines.push(LOCAL_NOISE);
+    }
+    if placements.contains(&true) {
+        lines.extend(SECURE_SUMS);
+    }
+    lines.push(STATED);
+    lines.into_iter().map(str::to_owned).collect()
+}
+
+const AGENTS: &str =
+    "Each agent is trusted by its own domain alone: it reads the rows, adds the noise and keeps the ledger.";
+const LOCAL_NOISE: &str = "Under local noise nobody has to trust the coordinator or the others' noise: every vector is differentially private in \
+     full before it leaves its domain. The coordinator sees each domain's noised vector.";
+const SECURE_SUMS: [&str; 2] = [
+    "In a secure sum the coordinator is trusted with nothing but to deliver: it sees masked vectors and their sum, and agents \
+     sign who is in the sum before they unmask it.",
+    "In a secure sum each agent trusts that, beside the coordinator, no more of the others collude than the debit names, \
+     and that the identity keys in its own list of peers are theirs.",
 ];
+const STATED: &str = "The figures below are the agents' own statements; the coordinator checked that each ledger only ever grew.";

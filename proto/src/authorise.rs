@@ -60,6 +60,7 @@ pub const ACCESS: &[(&str, &[Role])] = &[
     ("/tabmesh.v1.Mesh/RegisterContract", &[Role::Agent]),
     (SUBMIT_RELEASE, &[Role::Agent]),
     (SUBMIT_UPDATE, &[Role::Agent]),
+    ("/tabmesh.v1.Mesh/AnswerSum", &[Role::Agent]),
     ("/tabmesh.v1.Mesh/MirrorLedger", &[Role::Agent]),
     ("/tabmesh.v1.Mesh/FetchBlob", &[Role::Agent]),
     ("/tabmesh.v1.Operator/SubmitPlan", &[Role::Operator]),

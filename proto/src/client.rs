@@ -1,7 +1,7 @@
 //! What agents, operators and auditors call.
 //!
 //! [`MeshClient::submit_release`] and [`MeshClient::submit_update`] are the only ways to send bytes that depend on
-//! table rows. They take noised bytes as [`Private`], never a bare vector, together with the receipt of the ledger
+//! table rows, masked vectors of secure sums among them. They take noised bytes as [`Private`], never a bare vector, together with the receipt of the ledger
 //! entry that was made durable for exactly these bytes, and refuse if the digests differ. A retry calls them again
 //! with the same stored bytes and the same receipt; it spends nothing.
 
@@ -22,7 +22,7 @@ use crate::{
     message::{
         Admission, AgentFrame, AgentSummary, AuditStatus, BlobChunk, ContractRegistration, CoordinatorFrame,
         Digest, Hello, Id, LedgerStatement, PlanEvent, PlanSummary, PlanValidation, Receipt,
-        SubmissionTarget, Welcome,
+        SubmissionTarget, SumAnswer, Welcome,
     },
     pb,
     status::WireError,
@@ -246,6 +246,21 @@ impl MeshClient {
         let submission = submission(target, payload, debit)?;
         let mut inner = self.inner.clone();
         acknowledged(call(inner.submit_update(submission)).await?, debit.payload_digest())
+    }
+
+    /// Answers a step of a secure sum other than the masked vector, which goes the way of every noised vector.
+    ///
+    /// # Errors
+    /// [`ClientError::Answer`] for a document above [`limits::MAX_SUM_ANSWER_BYTES`], before anything is sent; any
+    /// refusal.
+    pub async fn answer_sum(&self, answer: SumAnswer) -> Result<Receipt> {
+        let (got, max) = (answer.document.len(), limits::MAX_SUM_ANSWER_BYTES);
+        if got > max {
+            return Err(ConvertError::TooLarge { field: "document", got, max }.into());
+        }
+        let digest = answer.digest;
+        let mut inner = self.inner.clone();
+        acknowledged(call(inner.answer_sum(pb::SumAnswer::from(answer))).await?, &digest)
     }
 
     /// Mirrors a piece of the ledger.

@@ -13,7 +13,7 @@ use crate::{
         Admission, AdmissionRefusal, AgentFrame, AgentSummary, Assignment, AssignmentKind, AssignmentRefusal,
         AuditStatus, BlobChunk, BlobRequest, ChainedEntry, ContractRegistration, CoordinatorFrame, Digest,
         GoodbyeReason, Hello, LedgerStatement, PlanEvent, PlanFinding, PlanSummary, PlanValidation, Receipt,
-        Submission, Welcome, sha256,
+        Submission, SumAnswer, Welcome, sha256,
     },
     pb,
     status::WireError,
@@ -322,7 +322,7 @@ twin_enum!(goodbye_reason, "reason", GoodbyeReason, GoodbyeReason, {
     ShuttingDown, Superseded, Revoked, HeartbeatMissed, Protocol,
 });
 twin_enum!(assignment_kind, "kind", AssignmentKind, AssignmentKind, {
-    ReleaseQuery, Round, Publish, ClosePlan, Plan,
+    ReleaseQuery, Round, Publish, ClosePlan, Plan, SecureSum,
 });
 twin_enum!(admission_refusal, "refusals", AdmissionRefusal, AdmissionRefusal, {
     ContractUnreadable, ContractInvalid, ProductMismatch, DomainMismatch, Signature, Policy, Features, Budget,
@@ -436,6 +436,26 @@ impl TryFrom<pb::Submission> for Submission {
             payload_digest,
             ledger_entry_hash: array("ledger_entry_hash", &submission.ledger_entry_hash)?,
         })
+    }
+}
+
+impl TryFrom<pb::SumAnswer> for SumAnswer {
+    type Error = ConvertError;
+
+    fn try_from(answer: pb::SumAnswer) -> Result<Self> {
+        let document = bytes("document", answer.document, limits::MAX_SUM_ANSWER_BYTES)?;
+        let digest = array("digest", &answer.digest)?;
+        if sha256(&document) != digest {
+            return Err(ConvertError::DigestMismatch { field: "document" });
+        }
+        Ok(Self { assignment_id: answer.assignment_id.parse()?, document, digest })
+    }
+}
+
+impl From<SumAnswer> for pb::SumAnswer {
+    fn from(answer: SumAnswer) -> Self {
+        let assignment_id = answer.assignment_id.to_string();
+        Self { assignment_id, document: answer.document, digest: answer.digest.to_vec() }
     }
 }
 

@@ -169,6 +169,8 @@ pub enum AssignmentKind {
     ClosePlan,
     /// A plan to check and reserve budget for.
     Plan,
+    /// Take a step of a secure sum.
+    SecureSum,
 }
 
 impl AssignmentKind {
@@ -181,6 +183,7 @@ impl AssignmentKind {
             Self::Publish => "publish",
             Self::ClosePlan => "close_plan",
             Self::Plan => "plan",
+            Self::SecureSum => "secure_sum",
         }
     }
 }
@@ -378,6 +381,26 @@ impl Submission {
     #[must_use]
     pub fn coordinates(&self) -> Vec<i64> {
         self.payload.as_chunks::<8>().0.iter().map(|chunk| i64::from_le_bytes(*chunk)).collect()
+    }
+}
+
+/// An answer to a step of a secure sum other than the masked vector; its document's crate owns its meaning.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SumAnswer {
+    /// The assignment it answers.
+    pub assignment_id: Id,
+    /// JSON: keys, sealed shares or a signature.
+    pub document: Vec<u8>,
+    /// SHA-256 of the document, checked.
+    pub digest: Digest,
+}
+
+impl SumAnswer {
+    /// Names a document by its digest.
+    #[must_use]
+    pub fn new(assignment_id: Id, document: Vec<u8>) -> Self {
+        let digest = sha256(&document);
+        Self { assignment_id, document, digest }
     }
 }
 

@@ -23,7 +23,7 @@ use crate::{
     message::{
         Admission, AgentFrame, AgentSummary, AuditStatus, BlobChunk, BlobRequest, ContractRegistration,
         CoordinatorFrame, Hello, Id, LedgerStatement, PlanEvent, PlanSummary, PlanValidation, Receipt,
-        Submission,
+        Submission, SumAnswer,
     },
     pb::{self, auditor_server::AuditorServer, mesh_server::MeshServer, operator_server::OperatorServer},
     session,
@@ -81,6 +81,9 @@ pub trait MeshService: Send + Sync + 'static {
         peer: SpiffeId,
         submission: Submission,
     ) -> impl Future<Output = Answer<Receipt>> + Send;
+
+    /// Takes an answer to a step of a secure sum; durable when it answers, and the same receipt for the same answer.
+    fn answer_sum(&self, peer: SpiffeId, answer: SumAnswer) -> impl Future<Output = Answer<Receipt>> + Send;
 
     /// Mirrors a piece of a ledger; its inner chain has been checked, its signature and its place have not.
     fn mirror_ledger(
@@ -360,6 +363,12 @@ impl<S: MeshService> pb::mesh_server::Mesh for MeshAdapter<S> {
         let (peer, message) = split(request)?;
         let submission = parsed(&peer, message.try_into())?;
         answer(self.service.submit_update(peer, submission).await)
+    }
+
+    async fn answer_sum(&self, request: Request<pb::SumAnswer>) -> Result<Response<pb::Receipt>, Status> {
+        let (peer, message) = split(request)?;
+        let sum_answer = parsed(&peer, message.try_into())?;
+        answer(self.service.answer_sum(peer, sum_answer).await)
     }
 
     async fn mirror_ledger(

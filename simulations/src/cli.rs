@@ -41,6 +41,9 @@ enum Command {
         /// What the rounds train, as a plan's `rounds.adapter` says it: `lora`, or `{kind: lora, rank: 2}`.
         #[arg(long, value_name = "KIND")]
         adapter: Option<String>,
+        /// The coordinator gets sums over the agents alone: secure aggregation, each agent adds a share of the noise.
+        #[arg(long)]
+        secure_sum: bool,
         /// Form of the result.
         #[arg(long, value_enum, default_value_t = Output::Text)]
         output: Output,
@@ -113,8 +116,9 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
 
 fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Quickstart { dir, keep, hold, fast, seed, adapter, output } => {
-            quickstart::run(quickstart::Options { dir, keep, hold, fast, seed, adapter, output })?;
+        Command::Quickstart { dir, keep, hold, fast, seed, adapter, secure_sum, output } => {
+            let options = quickstart::Options { dir, keep, hold, fast, seed, adapter, secure_sum, output };
+            quickstart::run(options)?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Bench { what, output } => bench::run(what, output),

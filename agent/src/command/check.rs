@@ -51,7 +51,8 @@ pub(crate) fn run(
     let (plan, digest) = Plan::parse(yaml.as_bytes(), "default plan").into_diagnostic()?;
     let budget = plan.budget().into_diagnostic()?;
     let max_rows_per_unit = contract.privacy.unit.max_rows();
-    let release = Release { schema: &schema, plan: &plan, digest, budget, max_rows_per_unit };
+    let agents = plan.cohort.min_agents as usize;
+    let release = Release { schema: &schema, plan: &plan, digest, budget, max_rows_per_unit, agents };
     let first = release.stage_one().into_diagnostic()?;
     let passed = check.passed() && decisions.iter().all(|d| d.allow);
     match output {

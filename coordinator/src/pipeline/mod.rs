@@ -7,6 +7,7 @@ pub(crate) mod corpus;
 mod publish;
 mod release;
 pub(crate) mod rounds;
+mod secure;
 mod tune;
 
 use std::collections::BTreeSet;
@@ -58,6 +59,11 @@ pub(crate) async fn drive(mesh: Arc<Mesh>, digest: PlanDigest) {
         {
             tracing::warn!(%collection, %error, "vectors of an ended collection were not removed");
         }
+        if let Some(collection) = collected
+            && let Err(error) = mesh.sums.discard(collection)
+        {
+            tracing::warn!(%collection, %error, "answers of an ended sum were not removed");
+        }
     }
     if let Err(error) = close(&mesh, digest) {
         tracing::error!(plan = %digest, %error, "agents could not be told that the plan is over");
@@ -71,6 +77,7 @@ pub(crate) async fn drive(mesh: Arc<Mesh>, digest: PlanDigest) {
 pub(crate) fn cancel(mesh: &Mesh, digest: PlanDigest, by: &str) -> Result<(), CoordinatorError> {
     mesh.plans.apply(digest, JobEvent::Cancelled { by: by.to_owned() }, mesh.now_ms())?;
     mesh.collections.cancel_all(by)?;
+    mesh.sums.cancel_all(by);
     mesh.stop_tuning();
     Ok(())
 }

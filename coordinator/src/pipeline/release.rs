@@ -12,17 +12,21 @@ use tabmesh_federation::phase::abandon::AbandonReason;
 use tabmesh_federation::phase::collect::{Collection, CollectionState};
 use tabmesh_federation::release_plan::{Attributes, Release, shared_max_rows};
 use tabmesh_federation::schedule::Window;
+use tabmesh_federation::secagg::document;
+use tabmesh_federation::secagg::setup::Subject;
+use tabmesh_privacy::mechanism::SigmaSquared;
 use tabmesh_privacy::release::{MarginalTable, ReleaseQuery};
 use tabmesh_proto::message::AssignmentKind;
 use tabmesh_store::Digest;
 use tabmesh_synthesis::marginal::recut;
 use tabmesh_synthesis::tree::{PairScore, TreeStructure, pair_scores};
 
-use super::{collection_id, contracts, quorum, schema_of, spiffe_ids};
+use super::{collection_id, contracts, quorum, schema_of, secure, spiffe_ids};
 use crate::collections::Open;
 use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, named, stored};
 use crate::plans::Submitted;
+use crate::sums::{self, SumEnd};
 
 /// A stage's result: what was asked, and the sum over the agents.
 #[derive(Debug, Serialize, Deserialize)]
@@ -30,13 +34,20 @@ pub(super) struct StageSum {
     pub(super) query: ReleaseQuery,
     pub(super) agents: usize,
     pub(super) sum: Vec<i64>,
-    /// Noisy total of each agent, from the label counts of stage 1.
+    /// Noisy total of each agent, from the label counts of stage 1; none from a secure sum.
     pub(super) totals: BTreeMap<String, f64>,
+    /// Variance of each agent's noise, where it is a share.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) share: Option<SigmaSquared>,
 }
 
 impl StageSum {
     pub(super) fn tables(&self) -> Result<Vec<MarginalTable>, CoordinatorError> {
-        self.query.tables(&self.sum, self.agents).map_err(|error| CoordinatorError::Step(error.to_string()))
+        let tables = match self.share {
+            None => self.query.tables(&self.sum, self.agents),
+            Some(share) => self.query.tables_of(&self.sum, share.as_f64() * self.agents as f64),
+        };
+        tables.map_err(|error| CoordinatorError::Step(error.to_string()))
     }
 }
 
@@ -45,6 +56,7 @@ pub(super) struct Released {
     pub(super) schema: FeatureSchema,
     pub(super) stages: Vec<StageSum>,
     pub(super) max_rows_per_unit: u32,
+    agents: usize,
 }
 
 impl Released {
@@ -56,7 +68,7 @@ impl Released {
         let rows = contracts(mesh, job.roster())?;
         let rows =
             rows.into_iter().map(|(id, admitted)| (id, admitted.contract.privacy.unit.max_rows())).collect();
-        Ok(Self { schema, stages, max_rows_per_unit: shared_max_rows(&rows)? })
+        Ok(Self { schema, stages, max_rows_per_unit: shared_max_rows(&rows)?, agents: job.roster().len() })
     }
 
     pub(super) fn plan<'a>(&'a self, submitted: &'a Submitted) -> Result<Release<'a>, CoordinatorError> {
@@ -66,6 +78,7 @@ impl Released {
             digest: submitted.digest,
             budget: submitted.plan.budget()?,
             max_rows_per_unit: self.max_rows_per_unit,
+            agents: self.agents,
         })
     }
 
@@ -127,6 +140,15 @@ pub(super) fn open(
     let plan = &submitted.plan;
     let query = query(mesh, submitted, job, stage)?;
     let collection = collection_id(mesh, job.latest_collection());
+    if let Some(spec) = plan.secure_sum() {
+        let json = query.to_json();
+        let payload = tabmesh_federation::id::Digest::of(&json);
+        let subject = Subject::stage(&query, payload, collection, submitted.digest, plan.release.deadline_s);
+        let text = String::from_utf8(json).map_err(|error| CoordinatorError::Step(error.to_string()))?;
+        let summed = document::Summed::Stage(text);
+        secure::open(mesh, spec, &subject, summed, job.roster(), mesh.now_ms(), Vec::new())?;
+        return Ok(JobEvent::StageOpened { stage, collection });
+    }
     let window = Window::new(mesh.now_ms(), plan.release.deadline_s, plan.release.grace_s)
         .map_err(|error| CoordinatorError::Step(error.to_string()))?;
     let roster = job.roster().clone();
@@ -144,8 +166,19 @@ pub(super) async fn run(
     stage: u8,
     collection: CollectionId,
 ) -> Result<JobEvent, CoordinatorError> {
-    mesh.collections.resume(collection)?;
     let query = query(mesh, submitted, job, stage)?;
+    if submitted.plan.secure_sum().is_some() {
+        return match sums::run(mesh, collection).await? {
+            SumEnd::Summed(summed) => {
+                let (agents, share) = (summed.survivors.len(), Some(summed.share));
+                let (sum, totals) = (summed.values, BTreeMap::new());
+                let digest = mesh.put_json(&StageSum { query, agents, sum, totals, share })?;
+                Ok(JobEvent::StageReleased { stage, sum: named(digest) })
+            }
+            SumEnd::Abandoned(cause) => Ok(JobEvent::StageAbandoned { stage, cause }),
+        };
+    }
+    mesh.collections.resume(collection)?;
     let peers = spiffe_ids(job.roster())?;
     let id = collection.to_string().parse()?;
     mesh.outbox.assign(&peers, &id, AssignmentKind::ReleaseQuery, &query.to_json())?;
@@ -160,7 +193,7 @@ pub(super) async fn run(
             let sum = settled.sum().map_err(|error| CoordinatorError::Step(error.to_string()))?;
             let totals = totals(&query, &settled)?;
             let agents = settled.receipts().len();
-            let digest: Digest = mesh.put_json(&StageSum { query, agents, sum, totals })?;
+            let digest: Digest = mesh.put_json(&StageSum { query, agents, sum, totals, share: None })?;
             Ok(JobEvent::StageReleased { stage, sum: named(digest) })
         }
         CollectionState::Abandoned { cause, .. } => {

@@ -11,8 +11,10 @@ use tabmesh_federation::id::{AgentId, Digest as NamedDigest, PlanDigest, RoundId
 use tabmesh_federation::job::{Job, JobEvent};
 use tabmesh_federation::packed;
 use tabmesh_federation::phase::abandon::AbandonReason;
-use tabmesh_federation::plan::{AdapterSpec, ClipNorm, Plan};
+use tabmesh_federation::plan::{AdapterSpec, ClipNorm, Plan, SecureSumSpec};
 use tabmesh_federation::round::{Phase, Round, RoundEvent};
+use tabmesh_federation::secagg::document;
+use tabmesh_federation::secagg::setup::Subject;
 use tabmesh_proto::message::AssignmentKind;
 use tabmesh_store::{Digest, Op};
 use tabmesh_tfm::adapter::{Adapter, Kind, Layout};
@@ -22,11 +24,12 @@ use tabmesh_tfm::model::Model;
 use tabmesh_tfm::model::config::ModelConfig;
 
 use super::release::Released;
-use super::{collection_id, corpus, quorum, spiffe_ids};
+use super::{collection_id, corpus, quorum, secure, spiffe_ids};
 use crate::collections::Open;
 use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, locked, named, stored};
 use crate::plans::Submitted;
+use crate::sums::{self, SumEnd, Summed};
 
 /// The adapter between rounds: kind, keys, current iterate, optimiser, clip norm.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -96,7 +99,11 @@ pub(super) async fn open(
         noisy_total,
         noisy_total_sd,
     };
-    let round = announce(mesh, inputs, &submitted.plan, submitted.digest)?;
+    let (plan, digest) = (&submitted.plan, submitted.digest);
+    let round = match plan.secure_sum() {
+        None => announce(mesh, inputs, plan, digest)?,
+        Some(spec) => announce_sum(mesh, inputs, plan, digest, spec)?,
+    };
     Ok(JobEvent::RoundOpened { index, round })
 }
 
@@ -117,6 +124,26 @@ pub(crate) fn announce(
     Ok(id)
 }
 
+/// Stores a round's descriptor and opens its secure sum.
+fn announce_sum(
+    mesh: &Mesh,
+    inputs: RoundInputs,
+    plan: &Plan,
+    digest: PlanDigest,
+    spec: SecureSumSpec,
+) -> Result<RoundId, CoordinatorError> {
+    let id = inputs.id;
+    let descriptor = RoundDescriptor::new(inputs, plan, digest)?;
+    let bytes = descriptor.to_bytes();
+    let stored = mesh.blobs.put(&bytes)?;
+    let names_it = Op::put(descriptor_key(id), stored.to_string().into_bytes());
+    let subject = Subject::round(&descriptor, named(stored), plan.rounds.deadline_s);
+    let text = String::from_utf8(bytes).map_err(|error| CoordinatorError::Step(error.to_string()))?;
+    let summed = document::Summed::Round(text);
+    secure::open(mesh, spec, &subject, summed, &descriptor.roster, descriptor.opened_ms, vec![names_it])?;
+    Ok(id)
+}
+
 /// Announces a round, waits for the agents, takes the server's step.
 pub(super) async fn run(
     mesh: &Arc<Mesh>,
@@ -125,6 +152,9 @@ pub(super) async fn run(
     index: u32,
     round: RoundId,
 ) -> Result<JobEvent, CoordinatorError> {
+    if submitted.plan.secure_sum().is_some() {
+        return run_sum(mesh, submitted, job, index, round).await;
+    }
     mesh.collections.resume(round)?;
     let descriptor = collect(mesh, round, job.roster()).await?;
     let before = state(mesh, submitted, job).await?;
@@ -139,22 +169,69 @@ pub(super) async fn run(
     Ok(event)
 }
 
+/// Runs a round's secure sum and takes the server's step on what comes of it.
+async fn run_sum(
+    mesh: &Arc<Mesh>,
+    submitted: &Arc<Submitted>,
+    job: &Job,
+    index: u32,
+    round: RoundId,
+) -> Result<JobEvent, CoordinatorError> {
+    let summed = match sums::run(mesh, round).await? {
+        SumEnd::Summed(summed) => summed,
+        SumEnd::Abandoned(cause) => return Ok(JobEvent::RoundAbandoned { index, cause }),
+    };
+    let (descriptor, _) = descriptor_of(mesh, round)?;
+    let before = state(mesh, submitted, job).await?;
+    let Summed { values, survivors, .. } = &summed;
+    let divisor = divisor_of(survivors, &released_totals(mesh, submitted, job)?, &descriptor);
+    let none = BTreeMap::new();
+    let updates = Updates {
+        contributions: Contributions::SumOnly(values),
+        scale: descriptor.scale as f64,
+        divisor,
+        totals: &none,
+    };
+    let result = step(mesh, &submitted.plan, &updates, &descriptor, &before)?;
+    Ok(JobEvent::RoundPublished { index, adapter: result })
+}
+
+/// Noisy number of units of those who are in a sum: of each, where the release has it, or their part of all.
+fn divisor_of(
+    survivors: &BTreeSet<AgentId>,
+    totals: &BTreeMap<AgentId, f64>,
+    descriptor: &RoundDescriptor,
+) -> f64 {
+    let own: Vec<f64> = survivors.iter().filter_map(|agent| totals.get(agent).copied()).collect();
+    if own.len() == survivors.len() {
+        return own.iter().sum::<f64>().max(1.0);
+    }
+    let part = survivors.len() as f64 / descriptor.roster.len().max(1) as f64;
+    (descriptor.divisor as f64 * part).max(1.0)
+}
+
+/// The stored descriptor of a round, and its bytes.
+fn descriptor_of(mesh: &Mesh, round: RoundId) -> Result<(RoundDescriptor, Vec<u8>), CoordinatorError> {
+    let record = mesh.records.get(&descriptor_key(round))?.unwrap_or_default();
+    let digest: Digest = String::from_utf8_lossy(&record).parse()?;
+    let bytes = mesh.blobs.get(&digest)?;
+    Ok((RoundDescriptor::from_bytes(&bytes)?, bytes))
+}
+
 /// Sends a round's descriptor to its roster and waits until its collection is settled.
 pub(crate) async fn collect(
     mesh: &Mesh,
     round: RoundId,
     roster: &BTreeSet<AgentId>,
 ) -> Result<RoundDescriptor, CoordinatorError> {
-    let record = mesh.records.get(&descriptor_key(round))?.unwrap_or_default();
-    let digest: Digest = String::from_utf8_lossy(&record).parse()?;
-    let bytes = mesh.blobs.get(&digest)?;
+    let (descriptor, bytes) = descriptor_of(mesh, round)?;
     let peers = spiffe_ids(roster)?;
     let id = round.to_string().parse()?;
     mesh.collections.apply(round, [RoundEvent::Opened])?;
     mesh.outbox.assign(&peers, &id, AssignmentKind::Round, &bytes)?;
     mesh.collections.settled(round).await?;
     mesh.outbox.withdraw(&peers, &id)?;
-    Ok(RoundDescriptor::from_bytes(&bytes)?)
+    Ok(descriptor)
 }
 
 /// Why a round has no result.
@@ -195,7 +272,6 @@ pub(crate) fn finish(
             return Err(RoundEnd::Abandoned(AbandonReason::Failed { what }));
         }
     };
-    let rule = Rule::new(plan.rounds.aggregation, plan.rounds.trim);
     let totals: BTreeMap<AgentId, f64> =
         totals.into_iter().filter(|(agent, _)| collection.values().contains_key(agent)).collect();
     let divisor = totals.values().sum::<f64>().max(1.0);
@@ -205,18 +281,30 @@ pub(crate) fn finish(
         divisor,
         totals: &totals,
     };
-    let step = |error: String| RoundEnd::Failed(CoordinatorError::Step(error));
-    let gradient = rule.mean(&updates).map_err(|error| step(error.to_string()))?;
+    let result = step(mesh, plan, &updates, descriptor, before)?;
+    mesh.collections.apply(id, [RoundEvent::Aggregated { result }, RoundEvent::Published { result }])?;
+    Ok(result)
+}
+
+/// Turns updates into a gradient and takes the server's step; gives the digest of the adapter's new state.
+fn step(
+    mesh: &Mesh,
+    plan: &Plan,
+    updates: &Updates<'_>,
+    descriptor: &RoundDescriptor,
+    before: &AdapterState,
+) -> Result<NamedDigest, CoordinatorError> {
+    let failed = |error: String| CoordinatorError::Step(error);
+    let rule = Rule::new(plan.rounds.aggregation, plan.rounds.trim);
+    let gradient = rule.mean(updates).map_err(|error| failed(error.to_string()))?;
     let (values, optimiser) = before
         .optimiser
         .step(&before.values, &gradient, descriptor.clip_norm)
-        .map_err(|error| step(error.to_string()))?;
+        .map_err(|error| failed(error.to_string()))?;
     let after = AdapterState { values, optimiser, ..before.clone() };
     let digest = mesh.put_json(&after)?;
     mesh.adapters.keep(digest, after);
-    let result = named(digest);
-    mesh.collections.apply(id, [RoundEvent::Aggregated { result }, RoundEvent::Published { result }])?;
-    Ok(result)
+    Ok(named(digest))
 }
 
 /// The adapter state of the last round that ended here, so that the next one needn't read it back.

@@ -2,14 +2,16 @@
 
 use tabmesh_federation::id::{AgentId, CollectionId, Digest as NamedDigest};
 use tabmesh_federation::phase::{Outcome, Refusal};
+use tabmesh_federation::secagg::document::Reply;
 use tabmesh_federation::vector::Vector;
 use tabmesh_proto::identity::SpiffeId;
 use tabmesh_proto::message::{
-    Admission, AgentFrame, BlobRequest, ContractRegistration, Hello, LedgerStatement, Receipt, Submission,
+    Admission, AgentFrame, BlobRequest, ContractRegistration, Hello, Id, LedgerStatement, Receipt,
+    Submission, SumAnswer,
 };
 use tabmesh_proto::server::{Answer, ChunkStream, InboundFrames, MeshService, OpenSession, chunk_stream};
 use tabmesh_proto::status::WireError;
-use tabmesh_store::Digest;
+use tabmesh_store::{Digest, Op};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -19,6 +21,7 @@ use crate::error::CoordinatorError;
 use crate::mesh::Mesh;
 use crate::mirror::Stated;
 use crate::outbox::Outbox;
+use crate::sums::Refused;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,6 +77,18 @@ impl MeshService for MeshCalls {
 
     async fn submit_update(&self, peer: SpiffeId, submission: Submission) -> Answer<Receipt> {
         take(&self.0, &peer, submission).await
+    }
+
+    async fn answer_sum(&self, peer: SpiffeId, answer: SumAnswer) -> Answer<Receipt> {
+        let reply = Reply::from_bytes(&answer.document).map_err(|error| {
+            tracing::warn!(%peer, %error, "answer refused");
+            WireError::Malformed
+        })?;
+        let (digest, mesh) = (answer.digest, Arc::clone(&self.0));
+        take_in_sum(&self.0, &peer, answer.assignment_id, digest, move |id, agent, settles| {
+            mesh.sums.reply(id, &agent, reply, settles)
+        })
+        .await
     }
 
     async fn mirror_ledger(&self, peer: SpiffeId, statement: LedgerStatement) -> Answer<Receipt> {
@@ -146,12 +161,49 @@ async fn listen(mesh: Arc<Mesh>, peer: SpiffeId, mut inbound: InboundFrames) {
     tracing::info!(%peer, "agent disconnected");
 }
 
+/// Takes an answer to a secure sum, away from the tasks that wait for bytes.
+async fn take_in_sum(
+    mesh: &Arc<Mesh>,
+    peer: &SpiffeId,
+    assignment_id: Id,
+    digest: [u8; 32],
+    take: impl FnOnce(CollectionId, AgentId, Op) -> Result<(), Refused> + Send + 'static,
+) -> Answer<Receipt> {
+    let collection = collection(&assignment_id)?;
+    let agent = AgentId::new(peer.to_string()).map_err(|_| WireError::IdentityMismatch)?;
+    let settles = Outbox::settles(peer, &assignment_id);
+    let taken = tokio::task::spawn_blocking(move || take(collection, agent, settles)).await;
+    match taken.map_err(|_| WireError::Internal)? {
+        Ok(()) => Ok(Receipt { receipt_id: assignment_id, digest, accepted_ms: mesh.now_ms() }),
+        Err(refusal) => {
+            tracing::warn!(%peer, %refusal, "answer to a secure sum refused");
+            mesh.audit(&peer.to_string(), "sum_answer_refused", refusal.to_string())
+                .map_err(refused(peer, "audit"))?;
+            Err(refusal.wire())
+        }
+    }
+}
+
+/// The stage or round that an assignment is for.
+fn collection(assignment_id: &Id) -> Answer<CollectionId> {
+    let uuid = uuid::Uuid::parse_str(assignment_id.as_str()).map_err(|_| WireError::NotFound)?;
+    Ok(CollectionId::from_uuid(uuid))
+}
+
 /// Takes a vector for the stage or round that its assignment opened.
-async fn take(mesh: &Mesh, peer: &SpiffeId, submission: Submission) -> Answer<Receipt> {
-    let uuid = uuid::Uuid::parse_str(submission.assignment_id.as_str()).map_err(|_| WireError::NotFound)?;
+async fn take(mesh: &Arc<Mesh>, peer: &SpiffeId, submission: Submission) -> Answer<Receipt> {
+    let collection = collection(&submission.assignment_id)?;
     let digest = NamedDigest::from_bytes(submission.payload_digest);
+    if mesh.sums.knows(collection).map_err(refused(peer, "vector"))? {
+        let Submission { assignment_id, payload, payload_digest, .. } = submission;
+        let sums = Arc::clone(mesh);
+        return take_in_sum(mesh, peer, assignment_id, payload_digest, move |id, agent, settles| {
+            sums.sums.masked(id, &agent, payload, digest, settles)
+        })
+        .await;
+    }
     let arrival = Arrival {
-        collection: CollectionId::from_uuid(uuid),
+        collection,
         attempt: submission.attempt,
         agent: AgentId::new(peer.to_string()).map_err(|_| WireError::IdentityMismatch)?,
         digest,

@@ -139,7 +139,10 @@ fn judge(mesh: &Mesh, plan: &Plan) -> Result<(), CoordinatorError> {
                 epsilon: plan.privacy.epsilon,
                 delta: plan.privacy.delta,
                 cohort,
-                aggregation: Aggregation::LocalNoise,
+                aggregation: match plan.secure_sum() {
+                    None => Aggregation::LocalNoise,
+                    Some(_) => Aggregation::SecureAggregation,
+                },
             };
             let decision = mesh.policy.decide_contract(kind, &admitted.contract, Some(&request));
             if !decision.allow {

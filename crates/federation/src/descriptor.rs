@@ -19,6 +19,7 @@ use crate::phase::collect::{Announcement, Quorum};
 use crate::plan::{ClipNorm, Plan, PlanError};
 use crate::schedule::{ScheduleError, Window};
 use crate::screen::{NotFinite, Plausible, ScreenLimits, TAIL_SIGMAS, finite};
+use crate::secagg::noise::{NoiseError, NoisePlan};
 
 /// Why a descriptor is refused, by its maker or by an agent.
 #[derive(Debug, Error)]
@@ -59,6 +60,9 @@ pub enum DescriptorError {
     /// The plan's cost buys no usable noise here.
     #[error(transparent)]
     Noise(#[from] MechanismError),
+    /// The plan's cost buys no usable noise shares here.
+    #[error(transparent)]
+    Shares(#[from] NoiseError),
     /// The window is out of range.
     #[error(transparent)]
     Window(#[from] ScheduleError),
@@ -100,7 +104,7 @@ pub struct RoundDescriptor {
     pub rho: Rho,
     /// L2 sensitivity of the integer sum: ⌊clip_norm · scale⌋.
     pub sensitivity: u64,
-    /// Variance of each agent's noise on each value, in squared integer steps.
+    /// Variance of each agent's noise on each value, in squared integer steps: all of it, or its share in a secure sum.
     pub sigma_squared: SigmaSquared,
     /// Agents that take part.
     pub roster: BTreeSet<AgentId>,
@@ -159,7 +163,7 @@ impl RoundDescriptor {
         let scale = scale_for(inputs.clip_norm);
         let sensitivity = integer_norm(inputs.clip_norm, scale)?;
         let rho = plan.budget()?.per_round;
-        let noise = DiscreteGaussian::from_rho(sensitivity * sensitivity, rho)?;
+        let sigma_squared = own_noise(plan, sensitivity, rho, inputs.roster.len())?;
         let descriptor = Self {
             id: inputs.id,
             plan: digest,
@@ -175,7 +179,7 @@ impl RoundDescriptor {
             scale,
             rho,
             sensitivity,
-            sigma_squared: noise.sigma_squared(),
+            sigma_squared,
             roster: inputs.roster,
             opened_ms: window.opened_ms(),
             deadline_ms: window.deadline_ms(),
@@ -224,14 +228,14 @@ impl RoundDescriptor {
         let sensitivity = integer_norm(self.clip_norm, self.scale)?;
         same("sensitivity", &sensitivity, &self.sensitivity)?;
         same("rho", &plan.budget()?.per_round, &self.rho)?;
-        let noise = DiscreteGaussian::from_rho(sensitivity * sensitivity, self.rho)?;
-        let fraction = |s: SigmaSquared| format!("{}/{}", s.num(), s.den());
-        same("sigma squared", &fraction(noise.sigma_squared()), &fraction(self.sigma_squared))?;
         let (least, most) = (plan.cohort.min_agents as usize, plan.cohort.max_agents as usize);
         if !(least..=most).contains(&self.roster.len()) {
             let expected = format!("{least} to {most} agents");
             return Err(DescriptorError::Shape { what: "roster", expected, got: self.roster.len() });
         }
+        let noise = own_noise(plan, sensitivity, self.rho, self.roster.len())?;
+        let fraction = |s: SigmaSquared| format!("{}/{}", s.num(), s.den());
+        same("sigma squared", &fraction(noise), &fraction(self.sigma_squared))?;
         let window = Window::new(self.opened_ms, rounds.deadline_s, rounds.grace_s)?;
         same("deadline", &window.deadline_ms(), &self.deadline_ms)?;
         same("grace", &window.grace_ms(), &self.grace_ms)?;
@@ -337,6 +341,20 @@ pub fn scale_for(clip_norm: f64) -> u64 {
 pub fn plausible_units(noisy_total: f64, noise_sd: f64) -> u64 {
     // The cast saturates at both ends and maps NaN to zero.
     (noisy_total.max(0.0) + TAIL_SIGMAS as f64 * noise_sd.max(0.0)).ceil() as u64
+}
+
+/// Variance of the noise that each of `agents` adds: all of it, or its share.
+fn own_noise(
+    plan: &Plan,
+    sensitivity: u64,
+    rho: Rho,
+    agents: usize,
+) -> Result<SigmaSquared, DescriptorError> {
+    let l2_squared = sensitivity * sensitivity;
+    match plan.secure_sum() {
+        None => Ok(DiscreteGaussian::from_rho(l2_squared, rho)?.sigma_squared()),
+        Some(spec) => Ok(NoisePlan::for_cost(l2_squared, rho, agents, spec.dropouts, spec.colluders)?.share),
+    }
 }
 
 /// σ rounded up.

@@ -41,6 +41,8 @@ pub enum Purpose {
     Round,
     /// Choices that are not noise, such as draws from a synthetic table.
     Sampling,
+    /// Keys, seeds and shares of secrets of a secure sum.
+    Keys,
 }
 
 impl Purpose {
@@ -51,6 +53,7 @@ impl Purpose {
             Self::Release => "release",
             Self::Round => "round",
             Self::Sampling => "sampling",
+            Self::Keys => "keys",
         }
     }
 }

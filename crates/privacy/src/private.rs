@@ -92,6 +92,36 @@ impl Private<Vec<i64>> {
     pub fn encode(&self) -> Private<Vec<u8>> {
         Private::new(self.value.iter().flat_map(|v| v.to_le_bytes()).collect())
     }
+
+    /// The vector under a mask, as it goes into a secure sum: each value brought within ±`max_abs` and added to a word
+    /// of the mask modulo 2ᵇ, as little-endian words. Nothing unless the mask has a word for each coordinate.
+    ///
+    /// Whatever the mask is, the noise of the vector is in the result.
+    #[must_use]
+    pub fn masked(&self, mask: Mask<'_>, max_abs: u64) -> Option<Private<Vec<u8>>> {
+        let most = i64::try_from(max_abs).unwrap_or(i64::MAX);
+        let bounded = self.value.iter().map(|value| (*value).clamp(-most, most));
+        // The casts take a negative value to 2ᵇ minus its magnitude.
+        let bytes = match mask {
+            Mask::Narrow(words) if words.len() == self.value.len() => {
+                bounded.zip(words).flat_map(|(v, word)| word.wrapping_add(v as u32).to_le_bytes()).collect()
+            }
+            Mask::Wide(words) if words.len() == self.value.len() => {
+                bounded.zip(words).flat_map(|(v, word)| word.wrapping_add(v as u64).to_le_bytes()).collect()
+            }
+            Mask::Narrow(_) | Mask::Wide(_) => return None,
+        };
+        Some(Private::new(bytes))
+    }
+}
+
+/// A one-time mask: a word modulo 2ᵇ for each coordinate of a vector.
+#[derive(Debug, Clone, Copy)]
+pub enum Mask<'a> {
+    /// Modulo 2³².
+    Narrow(&'a [u32]),
+    /// Modulo 2⁶⁴.
+    Wide(&'a [u64]),
 }
 
 impl Private<Vec<u8>> {
@@ -161,6 +191,18 @@ mod tests {
         assert_eq!(large.as_bytes().len(), 24);
         assert_eq!(decode_vector(large.as_bytes()), Some(vec![i64::MIN, i64::MAX, -1]));
         assert_eq!(decode_vector(&large.as_bytes()[1..]), None);
+    }
+
+    #[test]
+    fn a_mask_is_added_to_bounded_values_modulo_the_ring() {
+        let noised = Private::new(vec![1_i64, -2, 900, -900]);
+        let wide = noised.masked(Mask::Wide(&[u64::MAX, 1, 10, 10]), 100).unwrap();
+        assert_eq!(decode_vector(wide.as_bytes()), Some(vec![0, -1, 110, -90]));
+        let narrow = noised.masked(Mask::Narrow(&[u32::MAX, 1, 10, 10]), 100).unwrap();
+        let words: Vec<i32> =
+            narrow.as_bytes().as_chunks().0.iter().map(|word| i32::from_le_bytes(*word)).collect();
+        assert_eq!(words, [0, -1, 110, -90]);
+        assert!(noised.masked(Mask::Wide(&[0; 3]), 100).is_none());
     }
 
     #[test]

@@ -32,10 +32,31 @@ pub const FORMAT: &str = "tabmesh-report/1";
 pub const DEPLOYMENT_MODEL: &str =
     "local noise: every agent adds the full noise before anything leaves its domain";
 
+/// Where the noise is added, if every debit is for a secure sum.
+pub const DEPLOYMENT_MODEL_SUMS: &str = "distributed noise with secure aggregation: every agent adds a share of the noise and a mask; the coordinator \
+     sees sums over the agents and no agent's vector";
+
+/// Where the noise is added, if some debits are for secure sums and some for whole noise.
+pub const DEPLOYMENT_MODEL_BOTH: &str = "distributed noise with secure aggregation for the debits that name shares; local noise, added in full by every \
+     agent, for all others";
+
+/// What a report with local noise says.
+pub const LOCAL_STATEMENT: &str = "Local noise hides rows, not domains: the coordinator sees each domain's noised totals, such as its label rate \
+     and marginal counts.";
+
+/// What a report with secure sums says.
+pub const SUM_STATEMENTS: [&str; 3] = [
+    "The figure of a secure sum holds against the coordinator together with at most as many colluding agents, while at \
+     most as many agents are missing, as its entry names. Agents refuse to unmask a sum whose honest rest has less noise. \
+     If everybody else colludes, what is left is the agent's own share, whose cost is printed beside.",
+    "A sum hides domains among those in it, not against all others of them together, and not what joining or leaving the \
+     cohort changes.",
+    "What a unit adds in several domains of one namespace adds up within one sum. So the headline multiplies rho of \
+     secure sums by the number of the namespace's accounts, never less than the square of the sum of their roots.",
+];
+
 /// What every report says, whatever the figures are.
-pub const STATEMENTS: [&str; 6] = [
-    "Local noise hides rows, not domains: the coordinator sees each domain's noised totals, such as its label rate \
-     and marginal counts.",
+pub const STATEMENTS: [&str; 5] = [
     "Composition: zero-concentrated differential privacy, rho added up in exact integers; epsilon by the conversion \
      of Canonne, Kamath and Steinke (2020) at the budget's one fixed delta. The filter holds for plans chosen \
      adaptively (Whitehouse, Ramdas, Rogers and Wu, 2023).",
@@ -219,11 +240,11 @@ pub struct Report {
     pub generated_at_ms: i64,
     /// Program, version and build that made the report.
     pub generator: String,
-    /// [`DEPLOYMENT_MODEL`].
+    /// [`DEPLOYMENT_MODEL`], [`DEPLOYMENT_MODEL_SUMS`] or [`DEPLOYMENT_MODEL_BOTH`], as the debits say.
     pub deployment_model: String,
     /// Who is trusted for what.
     pub trust_model: Vec<String>,
-    /// [`STATEMENTS`].
+    /// [`LOCAL_STATEMENT`] and [`SUM_STATEMENTS`] where they apply, then [`STATEMENTS`].
     pub statements: Vec<String>,
     /// Whether anything here was made under noise that could be drawn again: reproducible, not private.
     pub reproducible: bool,

@@ -69,7 +69,7 @@ fn chunk(offset: u64, total_bytes: u64, data: usize) -> pb::BlobChunk {
 #[test]
 fn each_limit_is_accepted_and_one_more_is_refused() {
     type Row = (&'static str, usize, usize, fn(usize) -> Result<()>);
-    let rows: [Row; 12] = [
+    let rows: [Row; 13] = [
         ("payload", limits::MAX_PAYLOAD_BYTES, 8, |n| Submission::try_from(submission(vec![0; n])).map(drop)),
         ("contract", limits::MAX_CONTRACT_BYTES, 1, |n| {
             ContractRegistration::try_from(registration(n, 1)).map(drop)
@@ -78,6 +78,10 @@ fn each_limit_is_accepted_and_one_more_is_refused() {
             ContractRegistration::try_from(registration(1, n)).map(drop)
         }),
         ("document", limits::MAX_DOCUMENT_BYTES, 1, |n| Assignment::try_from(assignment(n)).map(drop)),
+        ("document", limits::MAX_SUM_ANSWER_BYTES, 1, |n| {
+            let answer = SumAnswer::new("a".parse().unwrap(), vec![b'{'; n]);
+            SumAnswer::try_from(pb::SumAnswer::from(answer)).map(drop)
+        }),
         ("entries", limits::MAX_LEDGER_ENTRIES, 1, |n| LedgerStatement::try_from(chain(n, 1)).map(drop)),
         ("entry", limits::MAX_LEDGER_ENTRY_BYTES, 1, |n| LedgerStatement::try_from(chain(1, n)).map(drop)),
         ("yaml", limits::MAX_PLAN_BYTES, 1, |n| {

@@ -17,7 +17,7 @@ use tabmesh_proto::{
     limits,
     message::{
         AgentFrame, Assignment, AssignmentKind, AssignmentRefusal, ChainedEntry, ContractRegistration,
-        CoordinatorFrame, GoodbyeReason, Hello, LedgerStatement, SubmissionTarget, sha256,
+        CoordinatorFrame, GoodbyeReason, Hello, Id, LedgerStatement, SubmissionTarget, SumAnswer, sha256,
     },
     signing::public_key,
     status::WireError,
@@ -93,7 +93,7 @@ async fn a_session_carries_frames_both_ways_until_goodbye() {
 
     let coordinator = COORDINATOR.parse().unwrap();
     let signing = key();
-    let id: tabmesh_proto::message::Id = "a-1".parse().unwrap();
+    let id: Id = "a-1".parse().unwrap();
     let task = Assignment::sign(id.clone(), AssignmentKind::Publish, b"{}".to_vec(), &coordinator, &signing)
         .unwrap();
     let to_agent = server.recorder.to_agent();
@@ -202,6 +202,20 @@ async fn a_noised_payload_arrives_with_its_debit_and_only_with_its_own() {
     // This coordinator acknowledges updates with another digest.
     let refused = client.submit_update(&target(), &payload, &receipt).await;
     assert_eq!(refused, Err(ClientError::ForeignReceipt));
+}
+
+#[tokio::test]
+async fn an_answer_to_a_step_of_a_sum_arrives_whole_and_an_oversized_one_is_not_sent() {
+    let ca = Ca::new("acme root");
+    let server = Running::of(&ca).await;
+    let client = MeshClient::new(server.connect(&ca.material(&[PAYMENTS])).await.unwrap());
+    let id: Id = "0190-1".parse().unwrap();
+    let answer = SumAnswer::new(id.clone(), br#"{"consent":{}}"#.to_vec());
+    let receipt = client.answer_sum(answer.clone()).await.unwrap();
+    assert_eq!(receipt.digest, sha256(&answer.document));
+    let large = SumAnswer::new(id, vec![b' '; limits::MAX_SUM_ANSWER_BYTES + 1]);
+    assert!(matches!(client.answer_sum(large).await, Err(ClientError::Answer(_))));
+    assert_eq!(server.recorder.seen(), [Seen::Sum(answer)]);
 }
 
 #[tokio::test]

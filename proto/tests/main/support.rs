@@ -20,7 +20,7 @@ use tabmesh_proto::{
     message::{
         Admission, AgentFrame, AgentSummary, AuditStatus, BlobRequest, ContractRegistration,
         CoordinatorFrame, Hello, Id, LedgerStatement, PlanEvent, PlanSummary, PlanValidation, Receipt,
-        Submission, sha256,
+        Submission, SumAnswer, sha256,
     },
     server::{
         Answer, AuditorService, BoxStream, ChunkStream, InboundFrames, MeshService, OpenSession,
@@ -132,6 +132,7 @@ pub enum Seen {
     Contract(ContractRegistration),
     Release(Submission),
     Update(Submission),
+    Sum(SumAnswer),
     Ledger(LedgerStatement),
     Plan(Vec<u8>),
 }
@@ -248,6 +249,12 @@ impl MeshService for Shared {
     async fn submit_update(&self, peer: SpiffeId, submission: Submission) -> Answer<Receipt> {
         self.note(&peer, Seen::Update(submission));
         Ok(self.receipt([0; 32]))
+    }
+
+    async fn answer_sum(&self, peer: SpiffeId, answer: SumAnswer) -> Answer<Receipt> {
+        let digest = answer.digest;
+        self.note(&peer, Seen::Sum(answer));
+        Ok(self.receipt(digest))
     }
 
     async fn mirror_ledger(&self, peer: SpiffeId, statement: LedgerStatement) -> Answer<Receipt> {

@@ -65,6 +65,12 @@ impl Deployment {
         std::fs::write(base_model(&layout), BASE_MODEL)?;
         deployment::write_domains(&layout, setup.rows)?;
         deployment::write_plan(&layout, &setup.plan)?;
+        if setup.plan.secure_sum {
+            let names: Vec<&str> = DOMAINS.iter().map(|domain| domain.id).collect();
+            for domain in &names {
+                deployment::write_peers(&layout, domain, &names)?;
+            }
+        }
         let mut coordinator = start_coordinator(&layout, &setup, "127.0.0.1:0")?;
         let coordinator_address = coordinator.wait_for_file(&layout.coordinator_address(), PATIENCE)?;
         deployment::write_clients(&layout, &coordinator_address)?;

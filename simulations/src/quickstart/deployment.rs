@@ -89,6 +89,12 @@ impl Layout {
         self.domain(domain).join("agent.yaml")
     }
 
+    /// The other agents' identity keys, as a domain was given them.
+    #[must_use]
+    pub fn peers(&self, domain: &str) -> PathBuf {
+        self.domain(domain).join(PEERS_FILE)
+    }
+
     /// File to which a domain's agent writes the address of its prediction endpoint.
     #[must_use]
     pub fn agent_address(&self, domain: &str) -> PathBuf {
@@ -143,6 +149,8 @@ pub struct PlanChoices {
     pub rounds: u32,
     /// What they train, as a plan says it; the plan's default if none.
     pub adapter: Option<String>,
+    /// Whether the coordinator gets secure sums alone; each agent then adds a share of the noise.
+    pub secure_sum: bool,
 }
 
 impl Default for PlanChoices {
@@ -158,6 +166,7 @@ impl Default for PlanChoices {
             pretrain_steps: 150,
             rounds: 10,
             adapter: None,
+            secure_sum: false,
         }
     }
 }
@@ -212,12 +221,40 @@ pub fn write_clients(layout: &Layout, coordinator_address: &str) -> Result<()> {
     Ok(())
 }
 
-/// Writes a domain's agent configuration; `coordinator_address` is `host:port`.
+/// Writes a domain's agent configuration; `coordinator_address` is `host:port`. It names the domain's file of peers if
+/// there is one.
 ///
 /// # Errors
 /// The file can't be written.
 pub fn write_agent(layout: &Layout, domain: &str, coordinator_address: &str) -> Result<()> {
-    put(&layout.agent_config(domain), &agent_yaml(domain, coordinator_address))
+    let peers = layout.peers(domain).exists();
+    put(&layout.agent_config(domain), &agent_yaml(domain, coordinator_address, peers))
+}
+
+/// Writes a domain's copy of the identity keys of some domains' agents, from the folder of certificates: what the
+/// operators of the domains would have told each other.
+///
+/// # Errors
+/// A key is missing, or the file can't be written.
+pub fn write_peers(layout: &Layout, domain: &str, of: &[&str]) -> Result<()> {
+    let pki = PkiFolder::at(layout.certificates());
+    let mut text = String::from(
+        "# Identity keys of the mesh's agents, handed over between their operators, not by the coordinator.\npeers:\n",
+    );
+    for other in of {
+        let role = Role::agent(other);
+        let path = pki.signing_public_key(&role);
+        let key = std::fs::read(&path).with_context(|| format!("can't read {}", path.display()))?;
+        line(
+            &mut text,
+            format_args!(
+                "  - {{agent: {}, signing_public_key: {}}}",
+                quoted(&role.spiffe_id()),
+                quoted(&hex::encode(key))
+            ),
+        );
+    }
+    put(&layout.peers(domain), &text)
 }
 
 /// Writes the plan.
@@ -399,7 +436,8 @@ heartbeat_interval_ms: 1000
     )
 }
 
-fn agent_yaml(domain: &str, coordinator_address: &str) -> String {
+fn agent_yaml(domain: &str, coordinator_address: &str, peers: bool) -> String {
+    let peers = if peers { format!("peers: {PEERS_FILE}\n") } else { String::new() };
     let pki = PkiFolder::at("../../certs");
     let role = Role::agent(domain);
     let tls = pki.tls(&role, Usage::Client);
@@ -420,7 +458,7 @@ tls:
   cert: {cert}
   key: {key}
 signing_key: {signing}
-serve:
+{peers}serve:
   bind: 127.0.0.1:0
   address_file: {ADDRESS_FILE}
   model_name: income
@@ -437,7 +475,12 @@ serve:
 
 fn plan_yaml(choices: &PlanChoices) -> String {
     let PlanChoices { name, target, epsilon, delta, agents, deadline_s, .. } = choices;
-    let PlanChoices { corpus_rows, pretrain_steps, rounds, adapter, .. } = choices;
+    let PlanChoices { corpus_rows, pretrain_steps, rounds, adapter, secure_sum, .. } = choices;
+    let placement = if *secure_sum {
+        ", noise_placement: secure_sum, secure_sum: {colluders: 1, dropouts: 1}"
+    } else {
+        ""
+    };
     let adapter = adapter.as_ref().map_or(String::new(), |adapter| format!(", adapter: {adapter}"));
     format!(
         "\
@@ -446,7 +489,7 @@ kind: TabmeshPlan
 name: {name}
 target: {target}
 cohort: {{min_agents: {agents}, max_agents: {agents}}}
-privacy: {{epsilon: {epsilon}, delta: {delta}}}
+privacy: {{epsilon: {epsilon}, delta: {delta}{placement}}}
 release: {{deadline_s: {deadline_s}}}
 corpus: {{rows: {corpus_rows}}}
 pretrain: {{steps: {pretrain_steps}}}
@@ -480,6 +523,8 @@ fn path(path: &Path) -> String {
 
 /// Name of a domain's training table in its folder.
 const TRAIN_FILE: &str = "train.parquet";
+/// Name of the file with other agents' keys, in a domain's folder.
+const PEERS_FILE: &str = "peers.yaml";
 /// Name of the file that holds a bound address.
 const ADDRESS_FILE: &str = "address";
 /// Units each domain declares as its largest number; δ = 1e-5 is a tenth of its inverse.
@@ -492,7 +537,7 @@ mod tests {
     use std::collections::BTreeSet;
 
     use tabmesh_contract::contract::Contract;
-    use tabmesh_federation::plan::{AdapterSpec, Plan};
+    use tabmesh_federation::plan::{AdapterSpec, Plan, SecureSumSpec};
 
     use super::*;
     use crate::quickstart::{dataset, pki};
@@ -545,6 +590,10 @@ mod tests {
         let adapter = Some("{kind: lora, rank: 2}".to_owned());
         let (plan, _) = Plan::parse(plan_yaml(&PlanChoices { adapter, ..choices }).as_bytes(), "p").unwrap();
         assert_eq!(plan.rounds.adapter, AdapterSpec::Lora { rank: 2 });
+        assert_eq!(plan.secure_sum(), None);
+        let secure = PlanChoices { secure_sum: true, ..PlanChoices::default() };
+        let (plan, _) = Plan::parse(plan_yaml(&secure).as_bytes(), "p").unwrap();
+        assert_eq!(plan.secure_sum(), Some(SecureSumSpec { colluders: 1, dropouts: 1 }));
     }
 
     #[test]
@@ -565,6 +614,7 @@ mod tests {
         assert_eq!(config.address_file, Some(layout.coordinator_address()));
 
         for domain in &DOMAINS {
+            write_peers(&layout, domain.id, &DOMAINS.map(|domain| domain.id)).unwrap();
             write_agent(&layout, domain.id, "127.0.0.1:7443").unwrap();
             let config = tabmesh_agent::config::Config::load(&layout.agent_config(domain.id)).unwrap();
             let named = [
@@ -575,6 +625,7 @@ mod tests {
                 &config.tls.key,
                 &config.signing_key,
                 &config.coordinator.signing_public_key,
+                config.peers.as_ref().unwrap(),
             ];
             assert!(named.iter().all(|path| path.exists()), "{config:?}");
             assert_eq!(config.serve.address_file, Some(layout.agent_address(domain.id)));
@@ -588,7 +639,7 @@ mod tests {
     fn no_file_of_a_domain_names_its_test_table() {
         for domain in &DOMAINS {
             let policy = policy_yaml(domain.id, &product(domain), 3.0);
-            for text in [contract_yaml(domain), policy, agent_yaml(domain.id, "h:1")] {
+            for text in [contract_yaml(domain), policy, agent_yaml(domain.id, "h:1", true)] {
                 assert!(!text.contains("held_out"), "{text}");
             }
         }

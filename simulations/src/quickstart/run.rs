@@ -38,6 +38,8 @@ pub struct Options {
     pub seed: Option<u64>,
     /// What the rounds train, as a plan says it.
     pub adapter: Option<String>,
+    /// Whether the coordinator gets secure sums alone.
+    pub secure_sum: bool,
     /// Form of the result.
     pub output: Output,
 }
@@ -138,6 +140,7 @@ struct Outcome {
     #[serde(rename = "macro")]
     macro_mean: MacroScores,
     privacy: Vec<PrivacyLine>,
+    noise_placement: String,
     steps: Vec<Step>,
     processes: Vec<ProcessLine>,
     report: ReportFiles,
@@ -148,7 +151,8 @@ struct Outcome {
 
 async fn whole(options: &Options, root: &Path) -> Result<()> {
     let mut steps = Steps::new();
-    let plan = PlanChoices { adapter: options.adapter.clone(), ..PlanChoices::default() };
+    let (adapter, secure_sum) = (options.adapter.clone(), options.secure_sum);
+    let plan = PlanChoices { adapter, secure_sum, ..PlanChoices::default() };
     let plan = if options.fast {
         PlanChoices { corpus_rows: 4_000, pretrain_steps: 12, rounds: 3, ..plan }
     } else {
@@ -194,6 +198,7 @@ async fn whole(options: &Options, root: &Path) -> Result<()> {
         domains: table.domains.clone(),
         macro_mean: table.macro_mean,
         privacy: report.products.iter().map(privacy_line).collect(),
+        noise_placement: report.deployment_model.clone(),
         steps: steps.done,
         processes,
         report: files,
@@ -321,6 +326,7 @@ fn print(outcome: &Outcome, table: &ScoreTable, deployment: &Deployment, options
         ]);
     }
     println!("{privacy}");
+    println!("{}", outcome.noise_placement);
     println!(
         "adjacency: add or remove one unit; epsilons of steps are each alone and don't add up to the total"
     );

@@ -47,6 +47,12 @@ pub enum AbandonReason {
         /// Its digest when it was accepted.
         payload: Digest,
     },
+    /// A secure sum ended without a result.
+    #[error("secure sum: {cause}")]
+    SecureSum {
+        /// Why, in seats and steps.
+        cause: String,
+    },
     /// An operator stopped it.
     #[error("cancelled by {by}")]
     Cancelled {

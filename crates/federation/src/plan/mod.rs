@@ -8,6 +8,7 @@
 mod adapter;
 mod budget;
 mod document;
+mod placement;
 
 use garde::Validate;
 use schemars::JsonSchema;
@@ -22,6 +23,7 @@ use crate::id::PlanDigest;
 pub use adapter::{AdapterSpec, MAX_ADAPTER_RANK};
 pub use budget::{PlanBudget, STAGES};
 pub use document::{Fault, Faults, PlanError};
+pub use placement::{MAX_SUM_AGENTS, NoisePlacement, SUM_STEPS, SecureSumSpec};
 
 /// A checked plan.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
@@ -104,11 +106,25 @@ pub struct PrivacySpec {
     /// Share of ρ for the statistics, in (0, 1); the rest is for the rounds. Default 0.5.
     #[garde(custom(checks::open_unit))]
     pub release_share: f64,
+    /// Who adds the noise: `local`, each agent all of it, or `secure_sum`, each agent a share, under a mask that only
+    /// the sum over the cohort is free of. Default `local`.
+    #[garde(skip)]
+    pub noise_placement: NoisePlacement,
+    /// What `secure_sum` assumes; for it alone. Default one dropout, one colluder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[garde(dive)]
+    pub secure_sum: Option<SecureSumSpec>,
 }
 
 impl Default for PrivacySpec {
     fn default() -> Self {
-        Self { epsilon: 3.0, delta: 1e-5, release_share: 0.5 }
+        Self {
+            epsilon: 3.0,
+            delta: 1e-5,
+            release_share: 0.5,
+            noise_placement: NoisePlacement::default(),
+            secure_sum: None,
+        }
     }
 }
 
@@ -351,6 +367,7 @@ impl Plan {
             let message = "optimiser adam and aggregation fedadam go together only".to_owned();
             found.push(("rounds.aggregation", message));
         }
+        found.extend(self.placement_contradictions());
         if found.is_empty()
             && let Err((path, message)) = PlanBudget::of(self)
         {

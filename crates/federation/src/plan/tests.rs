@@ -12,7 +12,7 @@ kind: TabmeshPlan
 name: income
 target: person.income_over_50k
 cohort: {min_agents: 3, max_agents: 64, tags: []}
-privacy: {epsilon: 3.0, delta: 1.0e-5, release_share: 0.5}
+privacy: {epsilon: 3.0, delta: 1.0e-5, release_share: 0.5, noise_placement: local}
 release:
   deadline_s: 60
   grace_s: 10
@@ -93,6 +93,66 @@ fn an_adapter_is_a_name_or_a_map_with_its_figures() {
     assert_eq!((found[0].path.as_str(), found[0].line), ("rounds.adapter.rank", 5));
     let properties = &Plan::json_schema()["properties"]["rounds"];
     assert_eq!(properties["default"]["adapter"]["kind"], "feature_tokens");
+}
+
+#[test]
+fn a_secure_sum_states_its_assumptions_or_has_their_defaults() {
+    let with = |privacy: &str| {
+        let text = format!("{MINIMAL}cohort: {{min_agents: 5}}\nprivacy: {{{privacy}}}\n");
+        Plan::parse(text.as_bytes(), "p").unwrap().0
+    };
+    assert_eq!(with("epsilon: 3").secure_sum(), None);
+    let plan = with("noise_placement: secure_sum");
+    assert_eq!(plan.secure_sum(), Some(SecureSumSpec { colluders: 1, dropouts: 1 }));
+    assert_eq!((plan.counted(5), plan.counted(1), with("epsilon: 3").counted(5)), (Some(3), Some(0), None));
+    let plan = with("noise_placement: secure_sum, secure_sum: {dropouts: 0}");
+    assert_eq!(plan.secure_sum(), Some(SecureSumSpec { colluders: 1, dropouts: 0 }));
+    let schema = Plan::json_schema().to_string();
+    assert!(schema.contains("secure_sum") && schema.contains("noise_placement"), "{schema}");
+}
+
+#[test]
+fn what_a_secure_sum_cannot_be_is_refused_by_name() {
+    let secure = "noise_placement: secure_sum";
+    for (cohort, privacy, rest, path, words) in [
+        ("min_agents: 3", secure, "", "cohort.min_agents", "must be local"),
+        ("min_agents: 4, max_agents: 129", secure, "", "cohort.max_agents", "at most 128"),
+        (
+            "min_agents: 5",
+            secure,
+            "rounds: {aggregation: trimmed_mean}",
+            "rounds.aggregation",
+            "trimmed_mean",
+        ),
+        ("min_agents: 5", secure, "rounds: {aggregation: fedavg}", "rounds.aggregation", "fedavg"),
+        ("min_agents: 5", secure, "rounds: {deadline_s: 5}", "rounds.deadline_s", "6 steps"),
+        ("min_agents: 5", secure, "release: {deadline_s: 5}", "release.deadline_s", "6 steps"),
+        (
+            "min_agents: 6",
+            "noise_placement: secure_sum, secure_sum: {colluders: 2, dropouts: 0}",
+            "",
+            "privacy.secure_sum.colluders",
+            "at most 1",
+        ),
+        (
+            "min_agents: 6",
+            "noise_placement: secure_sum, secure_sum: {dropouts: 2}",
+            "",
+            "privacy.secure_sum.dropouts",
+            "at most 1",
+        ),
+        ("min_agents: 5", "secure_sum: {dropouts: 0}", "", "privacy.secure_sum", "noise_placement"),
+    ] {
+        let text = format!("{MINIMAL}cohort: {{{cohort}}}\nprivacy: {{{privacy}}}\n{rest}\n");
+        let found = faults(&text);
+        assert_eq!(found.len(), 1, "{text}{found:?}");
+        assert_eq!(found[0].path, path, "{text}");
+        assert!(found[0].message.contains(words), "{}", found[0].message);
+    }
+    for good in ["min_agents: 4, max_agents: 128", "min_agents: 7"] {
+        let text = format!("{MINIMAL}cohort: {{{good}}}\nprivacy: {{{secure}}}\n");
+        assert!(Plan::parse(text.as_bytes(), "p").is_ok(), "{good}");
+    }
 }
 
 #[test]

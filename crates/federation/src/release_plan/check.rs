@@ -93,7 +93,8 @@ pub enum QueryRefusal {
     },
 }
 
-/// Checks a query against the agent's own schema, its bound `k` on rows per unit, and the admitted plan.
+/// Checks a query against the agent's own schema, its bound `k` on rows per unit, and the admitted plan; `agents` of
+/// the cohort divide the noise of a secure sum.
 ///
 /// # Errors
 /// The first [`QueryRefusal`] found.
@@ -103,6 +104,7 @@ pub fn check_query(
     max_rows_per_unit: u32,
     plan: &Plan,
     digest: &PlanDigest,
+    agents: usize,
 ) -> Result<(), QueryRefusal> {
     query.check()?;
     if query.plan_digest != digest.to_string() {
@@ -114,7 +116,7 @@ pub fn check_query(
     let Some(expected) = usize::from(stage).checked_sub(1).and_then(|at| stages.get(at).copied()) else {
         return Err(QueryRefusal::Stage { got: stage });
     };
-    let expected = usable_rho(expected, query.l2_sensitivity_squared());
+    let expected = usable_rho(expected, query.l2_sensitivity_squared(), plan.counted(agents));
     if query.rho != expected {
         return Err(QueryRefusal::Cost { stage, expected, got: query.rho });
     }

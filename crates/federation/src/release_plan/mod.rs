@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use tabmesh_contract::schema::{Feature, FeatureId, FeatureKind, FeatureSchema, Scale};
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::mechanism::discrete_gaussian::MIN_SIGMA;
+use tabmesh_privacy::mechanism::shares::LEAST_EXCESS;
 use tabmesh_privacy::release::{
     Attribute, Binning, MarginalSpec, MarginalTable, QueryError, ReleaseQuery, equal_mass_edges, fine_edges,
     merge_adjacent, merge_rare,
@@ -77,6 +78,8 @@ pub struct Release<'a> {
     pub budget: PlanBudget,
     /// Rows one privacy unit contributes at most (k), the same at every agent.
     pub max_rows_per_unit: u32,
+    /// Agents of the cohort; what a secure sum's noise is divided over.
+    pub agents: usize,
 }
 
 impl Release<'_> {
@@ -239,7 +242,8 @@ impl Release<'_> {
             rho: self.budget.per_stage[at],
             max_rows_per_unit: self.max_rows_per_unit,
         };
-        query.rho = usable_rho(query.rho, query.l2_sensitivity_squared());
+        let counted = self.plan.counted(self.agents);
+        query.rho = usable_rho(query.rho, query.l2_sensitivity_squared(), counted);
         query.check().map_err(|source| ReleasePlanError::Query { stage, source })?;
         Ok(query)
     }
@@ -265,11 +269,14 @@ fn fine(feature: &Feature, plan: &Plan) -> Attribute {
 /// The part of a stage's ρ that buys noise of a standard deviation not below the mechanism's smallest.
 ///
 /// With few features a stage can afford less noise than a discrete Gaussian on counts may have; the rest is left
-/// unspent. Coordinator and agents compute it alike.
+/// unspent. Coordinator and agents compute it alike. In a secure sum it is each share that has this smallest
+/// deviation, over the agents `counted` on; their sum costs a little more than one Gaussian.
 #[must_use]
-pub fn usable_rho(planned: Rho, l2_sensitivity_squared: u64) -> Rho {
+pub fn usable_rho(planned: Rho, l2_sensitivity_squared: u64, counted: Option<u64>) -> Rho {
     // ρ = Δ²/(2σ²) in units of 2⁻⁴⁰, at the smallest σ.
-    let most = (u128::from(l2_sensitivity_squared) << 39) / u128::from(MIN_SIGMA * MIN_SIGMA);
+    let least = u128::from(MIN_SIGMA * MIN_SIGMA) * u128::from(counted.unwrap_or(1).max(1));
+    let most = (u128::from(l2_sensitivity_squared) << 39) / least;
+    let most = most + u128::from(counted.map_or(0, |_| LEAST_EXCESS));
     planned.min(Rho::from_units(u64::try_from(most).unwrap_or(u64::MAX)))
 }
 

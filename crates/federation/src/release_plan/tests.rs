@@ -50,6 +50,9 @@ fn schema() -> FeatureSchema {
     FeatureSchema::new(features, target()).unwrap()
 }
 
+/// Agents of the cohort.
+const AGENTS: usize = 3;
+
 fn plan() -> (Plan, PlanDigest) {
     Plan::parse(b"kind: TabmeshPlan\nname: p\ntarget: person.rich\n", "p.yaml").unwrap()
 }
@@ -68,11 +71,18 @@ impl Fixture {
 
     fn release(&self) -> Release<'_> {
         let budget = self.plan.budget().unwrap();
-        Release { schema: &self.schema, plan: &self.plan, digest: self.digest, budget, max_rows_per_unit: 1 }
+        Release {
+            schema: &self.schema,
+            plan: &self.plan,
+            digest: self.digest,
+            budget,
+            max_rows_per_unit: 1,
+            agents: AGENTS,
+        }
     }
 
     fn check(&self, query: &ReleaseQuery) -> Result<(), QueryRefusal> {
-        check_query(query, &self.schema, 1, &self.plan, &self.digest)
+        check_query(query, &self.schema, 1, &self.plan, &self.digest, AGENTS)
     }
 
     /// Tables of stage 1 as if 20,000 units had been summed: enough for every bin to be seen.
@@ -124,7 +134,7 @@ fn an_agent_with_more_features_than_the_cohort_accepts() {
     features.push(numeric("e.extra", 0.0, 1.0));
     let own = FeatureSchema::new(features, target()).unwrap();
     for query in fixture.all_stages() {
-        check_query(&query, &own, 1, &fixture.plan, &fixture.digest).unwrap();
+        check_query(&query, &own, 1, &fixture.plan, &fixture.digest, AGENTS).unwrap();
     }
 }
 
@@ -160,9 +170,10 @@ fn a_single_feature_still_has_four_stages() {
 
 #[test]
 fn a_stage_spends_no_more_than_the_smallest_noise_costs() {
+    use crate::secagg::noise::NoisePlan;
     use tabmesh_privacy::mechanism::DiscreteGaussian;
     for delta_squared in [1, 2, 9, 1 << 20] {
-        let rho = usable_rho(Rho::from_units(u64::MAX), delta_squared);
+        let rho = usable_rho(Rho::from_units(u64::MAX), delta_squared, None);
         let noise = DiscreteGaussian::from_rho(delta_squared, rho).unwrap();
         assert!((noise.sigma_squared().sigma() - 5.0).abs() < 1e-6);
         assert!(
@@ -170,7 +181,16 @@ fn a_stage_spends_no_more_than_the_smallest_noise_costs() {
         );
     }
     let little = Rho::from_units(77);
-    assert_eq!(usable_rho(little, 4), little);
+    assert_eq!(usable_rho(little, 4, None), little);
+    // In a secure sum every share has at least the smallest deviation.
+    for counted in [2, 3, 100] {
+        let rho = usable_rho(Rho::from_units(u64::MAX), 9, Some(counted));
+        let (agents, dropouts) = (counted as usize + 2, 1);
+        let noise = NoisePlan::for_cost(9, rho, agents, dropouts, 1).unwrap();
+        assert!((noise.share.sigma() - 5.0).abs() < 1e-6, "{counted}");
+        let more = Rho::from_units(rho.units() + 9);
+        assert!(NoisePlan::for_cost(9, more, agents, dropouts, 1).is_err(), "{counted}");
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@
 
 use rand::{CryptoRng, RngCore};
 use tabmesh_privacy::mechanism::{DiscreteGaussian, Noise};
-use tabmesh_privacy::private::Private;
+use tabmesh_privacy::private::{Mask, Private};
 use thiserror::Error;
 
 use crate::id::Digest;
@@ -82,9 +82,13 @@ impl Contribution {
         &self.values
     }
 
-    /// The vector as it is masked.
+    /// The vector under a mask; nothing if the mask has another length.
     #[must_use]
-    pub fn encoded(&self, descriptor: &SumDescriptor) -> RingVector {
-        RingVector::encode(descriptor.width, self.values.as_slice(), descriptor.max_abs)
+    pub fn masked(&self, mask: &RingVector, descriptor: &SumDescriptor) -> Option<Private<Vec<u8>>> {
+        let mask = match mask {
+            RingVector::Narrow(words) => Mask::Narrow(words),
+            RingVector::Wide(words) => Mask::Wide(words),
+        };
+        self.values.masked(mask, descriptor.max_abs)
     }
 }

@@ -12,6 +12,7 @@
 //! | [`noise`], [`contribution`] | each agent's share of the noise, and the vector it is added to |
 //! | [`keys`], [`share`], [`mask`], [`graph`] | the parts of the protocol |
 //! | [`message`], [`consistency`] | what is said, and what is signed |
+//! | [`document`], [`setup`] | the same as documents between processes, and a sum's descriptor from a plan |
 //! | [`agent`], [`server`], `unmask` | who does what when |
 //!
 //! Everything here is pure: messages in, messages out, randomness and time as arguments. What an agent must store
@@ -27,6 +28,7 @@ pub mod agent;
 pub mod consistency;
 pub mod contribution;
 pub mod descriptor;
+pub mod document;
 mod encoded;
 pub mod graph;
 pub mod keys;
@@ -36,5 +38,6 @@ pub mod noise;
 pub mod policy;
 pub mod roster;
 pub mod server;
+pub mod setup;
 pub mod share;
 mod unmask;

@@ -8,8 +8,9 @@
 //! allowed, τ < 10⁻¹⁰⁰.
 
 use serde::{Deserialize, Serialize};
-use tabmesh_privacy::budget::{RHO_UNITS, Rho};
-use tabmesh_privacy::mechanism::{DiscreteGaussian, MechanismError, SigmaSquared};
+use tabmesh_privacy::budget::Rho;
+use tabmesh_privacy::mechanism::shares::LEAST_EXCESS;
+use tabmesh_privacy::mechanism::{DiscreteGaussian, MechanismError, NoiseShares, SigmaSquared};
 use thiserror::Error;
 
 /// Why a noise plan is refused.
@@ -86,6 +87,25 @@ impl NoisePlan {
         Ok(Self { central, share, dropouts, colluders })
     }
 
+    /// The division whose sum costs at most `rho` on a query of this sensitivity.
+    ///
+    /// # Errors
+    /// [`NoiseError::Mechanism`] if `rho` buys no usable noise, or shares too small to be drawn;
+    /// [`NoiseError::NobodyLeft`].
+    pub fn for_cost(
+        l2_sensitivity_squared: u64,
+        rho: Rho,
+        agents: usize,
+        dropouts: u32,
+        colluders: u32,
+    ) -> Result<Self, NoiseError> {
+        let rho = rho.saturating_sub(Rho::from_units(LEAST_EXCESS));
+        let central = DiscreteGaussian::from_rho(l2_sensitivity_squared, rho)?.sigma_squared();
+        let plan = Self::new(central, agents, dropouts, colluders)?;
+        plan.check(agents, l2_sensitivity_squared)?;
+        Ok(plan)
+    }
+
     /// Checks that the share follows from the rest and can be drawn.
     ///
     /// # Errors
@@ -126,18 +146,17 @@ impl NoisePlan {
         l2_sensitivity_squared: u64,
         dimension: u32,
     ) -> Result<Guarantee, NoiseError> {
-        let local = self.share.cost(l2_sensitivity_squared).ok_or(NoiseError::Cost)?;
-        let gaussian = self.central.cost(l2_sensitivity_squared).ok_or(NoiseError::Cost)?;
-        // τ rises with the number of shares, so all agents are the worst case.
-        let tau = tau(self.share, agents);
-        let spread = f64::from(dimension).sqrt() * tau;
-        let root = (l2_sensitivity_squared as f64 / self.central.as_f64()).sqrt();
-        let excess = (root * spread + spread * spread / 2.0) * RHO_UNITS as f64;
-        // At least one unit: τ is above zero even where no float can say so. The cast saturates, and then the sum
-        // does.
-        let units = (excess.ceil() as u64).max(1);
-        let rho = gaussian.checked_add(Rho::from_units(units)).ok_or(NoiseError::Cost)?;
-        Ok(Guarantee { rho, tau, local })
+        let cost = self.shares(agents).cost(self.central, l2_sensitivity_squared, dimension);
+        let cost = cost.ok_or(NoiseError::Cost)?;
+        Ok(Guarantee { rho: cost.rho, tau: cost.tau, local: cost.alone })
+    }
+
+    /// The plan as a ledger entry has it.
+    #[must_use]
+    pub fn shares(&self, agents: usize) -> NoiseShares {
+        let Self { share, dropouts, colluders, .. } = *self;
+        // A roster has at most 1024 agents.
+        NoiseShares { share, agents: u32::try_from(agents).unwrap_or(u32::MAX), dropouts, colluders }
     }
 }
 
@@ -147,17 +166,8 @@ fn share_of(
     dropouts: u32,
     colluders: u32,
 ) -> Result<SigmaSquared, NoiseError> {
-    let gone = u64::from(dropouts) + u64::from(colluders);
-    let counted = (agents as u64).checked_sub(gone).filter(|counted| *counted > 0);
-    let counted = counted.ok_or(NoiseError::NobodyLeft { agents, dropouts, colluders })?;
-    let den = u128::from(central.den()) * u128::from(counted);
-    Ok(SigmaSquared::new(central.num().into(), den)?)
-}
-
-/// 10·Σ_{k=1}^{n−1} exp(−2π²σ²·k/(k+1)).
-fn tau(share: SigmaSquared, agents: usize) -> f64 {
-    let rate = 2.0 * std::f64::consts::PI.powi(2) * share.as_f64();
-    10.0 * (1..agents).map(|k| (-rate * k as f64 / (k as f64 + 1.0)).exp()).sum::<f64>()
+    let shares = NoiseShares::of(central, u32::try_from(agents).unwrap_or(u32::MAX), dropouts, colluders)?;
+    Ok(shares.ok_or(NoiseError::NobodyLeft { agents, dropouts, colluders })?.share)
 }
 
 /// The 192-bit product of a 128-bit and a 64-bit number, as (high 128 bits, low 64 bits).
@@ -171,6 +181,7 @@ fn wide_product(a: u128, b: u64) -> (u128, u64) {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use proptest::prelude::*;
+    use tabmesh_privacy::mechanism::shares::tau;
 
     use super::*;
 
@@ -223,6 +234,18 @@ mod tests {
             Err(NoiseError::Mechanism(MechanismError::SigmaTooSmall { .. }))
         ));
         assert!(NoisePlan::new(sigma_squared(250, 1), 12, 1, 1).unwrap().check(12, 1).is_ok());
+    }
+
+    #[test]
+    fn a_division_for_a_cost_never_costs_more() {
+        for units in [3_000_000_u64, 1 << 30, (1 << 31) + 1] {
+            let rho = Rho::from_units(units);
+            let plan = NoisePlan::for_cost(65_000 * 65_000, rho, 7, 2, 1).unwrap();
+            let cost = plan.guarantee(7, 65_000 * 65_000, 416).unwrap().rho;
+            assert!(cost <= rho && cost.units() + 2 >= units, "{cost} of {rho}");
+        }
+        let refused = NoisePlan::for_cost(1, Rho::from_units(1 << 36), 7, 2, 1);
+        assert!(matches!(refused, Err(NoiseError::Mechanism(MechanismError::SigmaTooSmall { .. }))));
     }
 
     // Figures from Python: tau = 10*sum(math.exp(-2*math.pi**2*s2*k/(k+1)) for k in range(1, n));

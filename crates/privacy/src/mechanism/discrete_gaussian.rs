@@ -106,6 +106,7 @@ impl Noise for DiscreteGaussian {
             marginals: shape.marginals,
             dimension: shape.dimension,
             rho: self.rho,
+            shares: None,
         }
     }
 }

@@ -4,6 +4,7 @@
 //! that ρ can be recomputed by anybody without floats.
 
 use super::MechanismError;
+use super::shares::NoiseShares;
 use crate::budget::Rho;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -13,6 +14,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub enum MechanismKind {
     /// Exact discrete Gaussian, unsampled.
     DiscreteGaussian,
+    /// A sum of discrete Gaussians, a share from each agent of a secure sum; see [`super::shares`].
+    GaussianShares,
 }
 
 /// One use of a mechanism.
@@ -21,7 +24,7 @@ pub enum MechanismKind {
 pub struct MechanismEvent {
     /// Which mechanism.
     pub kind: MechanismKind,
-    /// Variance of the noise on each coordinate, in squared integer units.
+    /// Variance of the noise on each coordinate, in squared integer units; of shares, the least that their sum has.
     pub sigma_squared: SigmaSquared,
     /// Squared L2 sensitivity of the noised vector, in squared integer units.
     pub l2_sensitivity_squared: u64,
@@ -31,21 +34,34 @@ pub struct MechanismEvent {
     pub marginals: u32,
     /// Coordinates of the vector.
     pub dimension: u32,
-    /// Cost: ⌈Δ²/(2σ²) · 2⁴⁰⌉ units.
+    /// Cost: ⌈Δ²/(2σ²) · 2⁴⁰⌉ units; of shares, what [`NoiseShares::cost`] says.
     pub rho: Rho,
+    /// How the noise is divided, where it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shares: Option<NoiseShares>,
 }
 
 impl MechanismEvent {
-    /// Recomputes the cost from σ² and the sensitivity.
+    /// Recomputes the cost from σ², the sensitivity and, where there are any, the shares.
     ///
     /// # Errors
     /// [`MechanismError::Cost`] when the stated ρ differs; [`MechanismError::ZeroSensitivity`] for a query nobody
-    /// can change; [`MechanismError::ZeroRho`] when the cost overflows the currency.
+    /// can change; [`MechanismError::ZeroRho`] when the cost overflows the currency; [`MechanismError::Shares`] for
+    /// shares that don't go with the kind or don't follow from σ².
     pub fn check(&self) -> Result<(), MechanismError> {
         if self.l2_sensitivity_squared == 0 {
             return Err(MechanismError::ZeroSensitivity);
         }
-        let computed = self.sigma_squared.cost(self.l2_sensitivity_squared).ok_or(MechanismError::ZeroRho)?;
+        let (sigma_squared, sensitivity) = (self.sigma_squared, self.l2_sensitivity_squared);
+        let computed = match (self.kind, &self.shares) {
+            (MechanismKind::DiscreteGaussian, None) => sigma_squared.cost(sensitivity),
+            (MechanismKind::GaussianShares, Some(shares)) => {
+                shares.check(sigma_squared, sensitivity)?;
+                shares.cost(sigma_squared, sensitivity, self.dimension).map(|cost| cost.rho)
+            }
+            _ => return Err(MechanismError::Shares),
+        };
+        let computed = computed.ok_or(MechanismError::ZeroRho)?;
         if computed == self.rho {
             Ok(())
         } else {
@@ -223,6 +239,7 @@ mod tests {
             marginals: 1,
             dimension: 10,
             rho,
+            shares: None,
         };
         assert_eq!(event.check(), Ok(()));
         event.rho = Rho::from_units(rho.units() - 1);

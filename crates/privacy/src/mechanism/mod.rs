@@ -10,13 +10,15 @@ pub mod discrete_gaussian;
 pub mod discrete_laplace;
 mod event;
 mod exponential;
+pub mod shares;
 mod staircase;
 #[cfg(test)]
 mod twin;
 
 pub use discrete_gaussian::DiscreteGaussian;
 pub use discrete_laplace::DiscreteLaplace;
-pub use event::{MechanismEvent, SigmaSquared};
+pub use event::{MechanismEvent, MechanismKind, SigmaSquared};
+pub use shares::NoiseShares;
 
 use crate::budget::Rho;
 use crate::private::Private;
@@ -63,6 +65,10 @@ pub enum MechanismError {
         /// ρ units recomputed.
         computed: u64,
     },
+    /// Noise shares beside a mechanism that has none, none beside one that needs them, or shares that don't follow
+    /// from the total.
+    #[error("noise shares don't go with the mechanism, or don't follow from its variance and assumptions")]
+    Shares,
 }
 
 /// What every mechanism can do.

@@ -49,12 +49,20 @@ impl ReleaseQuery {
     /// # Errors
     /// [`WrongLength`] when the vector isn't this query's.
     pub fn tables(&self, summed: &[i64], agents: usize) -> Result<Vec<MarginalTable>, WrongLength> {
+        // A checked query always has a mechanism; an unchecked one gets no confidence at all.
+        let variance = self.mechanism().map_or(f64::INFINITY, |m| m.variance() * agents as f64);
+        self.tables_of(summed, variance)
+    }
+
+    /// Splits a sum whose noise has this variance on each value into tables.
+    ///
+    /// # Errors
+    /// [`WrongLength`] when the vector isn't this query's.
+    pub fn tables_of(&self, summed: &[i64], variance: f64) -> Result<Vec<MarginalTable>, WrongLength> {
         let expected = self.cells_total();
         if summed.len() != expected {
             return Err(WrongLength { expected, got: summed.len() });
         }
-        // A checked query always has a mechanism; an unchecked one gets no confidence at all.
-        let variance = self.mechanism().map_or(f64::INFINITY, |m| m.variance() * agents as f64);
         let mut rest = summed;
         let mut tables = Vec::with_capacity(self.marginals.len());
         for MarginalSpec { attributes } in &self.marginals {

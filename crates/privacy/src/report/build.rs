@@ -6,8 +6,9 @@ use super::section::{
     ByStep, EventKind, EventLine, Granted, Headline, Odds, ProductSection, RefusalLine, Spending,
 };
 use super::{
-    DEPLOYMENT_MODEL, FORMAT, LedgerRecord, Period, ProductLedger, RecordedEntry, Report, ReportError,
-    ReportInput, STATEMENTS, SignedHead,
+    DEPLOYMENT_MODEL, DEPLOYMENT_MODEL_BOTH, DEPLOYMENT_MODEL_SUMS, FORMAT, LOCAL_STATEMENT, LedgerRecord,
+    Period, ProductLedger, RecordedEntry, Report, ReportError, ReportInput, STATEMENTS, SUM_STATEMENTS,
+    SignedHead,
 };
 use crate::budget::{Delta, Rho};
 use crate::ledger::{
@@ -30,15 +31,16 @@ pub fn build(input: ReportInput) -> Result<Report, ReportError> {
     }
     products.sort_by(|a, b| (&a.agent, &a.product).cmp(&(&b.agent, &b.product)));
     products.dedup_by(|a, b| a.agent == b.agent && a.product == b.product);
+    let (deployment_model, statements) = placement(&histories);
     Ok(Report {
         format: FORMAT.to_owned(),
         deployment: input.deployment,
         period: input.period,
         generated_at_ms: input.generated_at_ms,
         generator: input.generator,
-        deployment_model: DEPLOYMENT_MODEL.to_owned(),
+        deployment_model,
         trust_model: input.trust_model,
-        statements: STATEMENTS.map(str::to_owned).to_vec(),
+        statements,
         reproducible: histories.values().any(|history| history.state.reproducible),
         headlines: headlines(&histories),
         products,
@@ -46,6 +48,28 @@ pub fn build(input: ReportInput) -> Result<Report, ReportError> {
         unprotected_facts: input.unprotected_facts,
         ledgers: histories.into_values().map(|history| history.record).collect(),
     })
+}
+
+/// Where the noise was added, by the debits; before the first one it is said to be local.
+fn placement(histories: &BTreeMap<String, History>) -> (String, Vec<String>) {
+    let lines = || histories.values().flat_map(|history| &history.lines).map(|(_, line)| line);
+    let sums = lines().any(in_a_sum);
+    let local = !sums || lines().any(|line| line.kind == EventKind::Commit && !in_a_sum(line));
+    let model = match (local, sums) {
+        (true, true) => DEPLOYMENT_MODEL_BOTH,
+        (true, false) => DEPLOYMENT_MODEL,
+        (false, _) => DEPLOYMENT_MODEL_SUMS,
+    };
+    let mut statements: Vec<&str> = Vec::new();
+    statements.extend(local.then_some(LOCAL_STATEMENT));
+    statements.extend(SUM_STATEMENTS.iter().filter(|_| sums));
+    statements.extend(STATEMENTS);
+    (model.to_owned(), statements.into_iter().map(str::to_owned).collect())
+}
+
+/// Whether a line is the debit of a secure sum.
+fn in_a_sum(line: &EventLine) -> bool {
+    line.mechanism.as_ref().is_some_and(|event| event.shares.is_some())
 }
 
 /// One agent's ledger, replayed.
@@ -99,6 +123,7 @@ impl History {
             mechanism: None,
             rho: Rho::ZERO,
             epsilon_alone: None,
+            rho_if_all_collude: None,
             approvals: Vec::new(),
             reproducible: entry.reproducible(),
         };
@@ -120,6 +145,10 @@ impl History {
                 purpose: Some(commit.purpose),
                 step: Some(commit.step),
                 rho: commit.event.rho,
+                rho_if_all_collude: commit
+                    .event
+                    .shares
+                    .and_then(|shares| shares.share.cost(commit.event.l2_sensitivity_squared)),
                 mechanism: Some(commit.event),
                 ..line
             },
@@ -221,34 +250,46 @@ fn histories(products: &[ProductLedger]) -> Result<BTreeMap<String, History>, Re
     Ok(histories)
 }
 
-// Unknown overlap means sum: an entity may be in every account of its namespace.
+// Unknown overlap means sum: an entity may be in every account of its namespace. Within one secure sum its sensitivities
+// add up, and not the costs: (Σ√ρ)², at most Σρ times the number of accounts.
 fn headlines(histories: &BTreeMap<String, History>) -> Vec<Headline> {
     #[derive(Default)]
     struct Total {
         accounts: usize,
         delta: Option<Delta>,
         spent: Rho,
-        charged: Rho,
+        reserved: Rho,
+        in_sums: Rho,
     }
     let mut totals: BTreeMap<&str, Total> = BTreeMap::new();
-    for (key, account) in histories.values().flat_map(|history| &history.state.accounts) {
-        let total = totals.entry(&key.entity_namespace).or_default();
-        total.accounts += 1;
-        total.spent = add(total.spent, account.spent);
-        total.charged = add(total.charged, charged(account));
-        for grant in account.grants.values() {
-            total.delta =
-                Some(total.delta.map_or(grant.delta, |d| if grant.delta < d { grant.delta } else { d }));
+    for history in histories.values() {
+        for (key, account) in &history.state.accounts {
+            let total = totals.entry(&key.entity_namespace).or_default();
+            total.accounts += 1;
+            total.spent = add(total.spent, account.spent);
+            total.reserved = add(total.reserved, account.reserved);
+            for grant in account.grants.values() {
+                total.delta =
+                    Some(total.delta.map_or(grant.delta, |d| if grant.delta < d { grant.delta } else { d }));
+            }
+            for (_, line) in history.lines.iter().filter(|(owner, line)| owner == key && in_a_sum(line)) {
+                total.in_sums = add(total.in_sums, line.rho);
+            }
         }
     }
     let headline = |(namespace, total): (&str, Total)| {
         let delta = total.delta?;
+        // How many more times than once.
+        let again = total.accounts.saturating_sub(1) as u64;
+        let spent = add(total.spent, times(total.in_sums, again));
+        // Nobody knows what a reservation will be used for: where there were secure sums, for one.
+        let reserved = times(total.reserved, if total.in_sums > Rho::ZERO { again + 1 } else { 1 });
         Some(Headline {
             entity_namespace: namespace.to_owned(),
             accounts: total.accounts,
             delta,
-            spent: Spending::of(total.spent, delta),
-            charged: Spending::of(total.charged, delta),
+            spent: Spending::of(spent, delta),
+            charged: Spending::of(add(spent, reserved), delta),
         })
     };
     totals.into_iter().filter_map(headline).collect()
@@ -261,4 +302,8 @@ fn charged(account: &Account) -> Rho {
 // Saturating: sums over many ledgers could leave 64 bits only with grants nobody would give.
 fn add(a: Rho, b: Rho) -> Rho {
     a.checked_add(b).unwrap_or(Rho::from_units(u64::MAX))
+}
+
+fn times(rho: Rho, factor: u64) -> Rho {
+    Rho::from_units(rho.units().saturating_mul(factor))
 }

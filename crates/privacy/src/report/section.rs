@@ -138,6 +138,9 @@ pub struct EventLine {
     pub rho: Rho,
     /// ε of a commit alone.
     pub epsilon_alone: Option<Epsilon>,
+    /// ρ of a secure sum's commit if all other agents and the coordinator collude.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rho_if_all_collude: Option<Rho>,
     /// Who approved the plan.
     pub approvals: Vec<String>,
     /// Whether the noise could be drawn again.

@@ -5,7 +5,8 @@ use super::*;
 use crate::accountant::zcdp;
 use crate::budget::{Delta, Epsilon, Rho};
 use crate::ledger::{CommitRequest, GrantRequest, Ledger, MemoryJournal, PlanRequest, Purpose};
-use crate::mechanism::{DiscreteGaussian, EventShape, Noise};
+use crate::mechanism::{DiscreteGaussian, EventShape, Noise, NoiseShares, SigmaSquared};
+use crate::private::Mask;
 use crate::signature::tests::fresh_key;
 use rand::SeedableRng;
 use rand_chacha::ChaCha20Rng;
@@ -89,6 +90,67 @@ fn input(ledger: &Ledger<MemoryJournal>, head: Option<SignedHead>) -> ReportInpu
 fn report() -> Report {
     let ledger = filled(Ledger::open(MemoryJournal::default()).unwrap());
     build(input(&ledger, None)).unwrap()
+}
+
+/// A ledger with one secure sum of five agents, and the ρ it was debited.
+fn with_a_sum(ledger: &mut Ledger<MemoryJournal>, product: &str) -> Rho {
+    let plan = PlanRequest {
+        plan_digest: "sums".to_owned(),
+        product: product.to_owned(),
+        purpose: Purpose::Round,
+        rho: Rho::from_units(1 << 30),
+        approvals: vec![],
+        planned: vec![],
+    };
+    let reservation = ledger.reserve(plan, 70_000).unwrap();
+    let central = SigmaSquared::new(1 << 30, 1).unwrap();
+    let shares = NoiseShares::of(central, 5, 1, 1).unwrap().unwrap();
+    let share = DiscreteGaussian::from_sigma_squared(1 << 20, shares.share).unwrap();
+    let noised = share.privatize(&[1, 2, 3], &mut ChaCha20Rng::seed_from_u64(9));
+    let masked = noised.masked(Mask::Wide(&[7, 8, 9]), 1 << 40).unwrap();
+    let shape = EventShape { rows_per_unit: 1, marginals: 0, dimension: 3 };
+    let event = shares.event(central, 1 << 20, shape).unwrap();
+    let request = CommitRequest { event, step: 0, query_digest: [9; 32] };
+    let receipt = ledger.commit(&reservation, request, &masked, 71_000).unwrap();
+    assert!(receipt.covers(&masked), "what is debited is what is sent");
+    ledger.close(&reservation, 72_000).unwrap();
+    receipt.event().rho
+}
+
+#[test]
+fn a_secure_sum_is_named_and_counts_for_every_account_of_its_namespace() {
+    let local = report();
+    assert_eq!((local.deployment_model.as_str(), local.statements.len()), (DEPLOYMENT_MODEL, 6));
+
+    let granted = || {
+        let mut ledger = Ledger::open(MemoryJournal::default()).unwrap();
+        ledger.grant(grant("orders", "customers"), 1_000).unwrap();
+        ledger
+    };
+    let (mut first, mut second) = (granted(), granted());
+    let rho = with_a_sum(&mut first, "orders");
+    assert_eq!(with_a_sum(&mut second, "orders"), rho);
+    let mut both = input(&first, None);
+    both.products.retain(|product| product.product == "orders");
+    let mut other = both.products[0].clone();
+    other.agent.push('2');
+    other.entries = second.entries().to_vec();
+    both.products.push(other);
+    let report = build(both).unwrap();
+    assert_eq!(report.deployment_model, DEPLOYMENT_MODEL_SUMS);
+    assert_eq!(report.statements[..3], SUM_STATEMENTS.map(str::to_owned));
+    // Each account has spent ρ; together (√ρ + √ρ)² = 4ρ, not 2ρ.
+    assert!(report.products.iter().all(|section| section.spent.rho == rho));
+    assert_eq!(report.headlines[0].spent.rho.units(), 4 * rho.units());
+    let line = report.products[0].events.iter().find(|line| line.mechanism.is_some()).unwrap();
+    // A third of the noise alone: three times the cost, but for rounding.
+    let alone = line.rho_if_all_collude.unwrap();
+    assert!(alone.units().abs_diff(3 * (rho.units() - 1)) <= 3, "{alone} against {rho}");
+    let key = fresh_key();
+    let signed = report.sign(&key);
+    let page = render_html(&report, &signed).unwrap();
+    assert!(page.contains("in a secure sum of 5 agents"));
+    assert_eq!(verify(page.as_bytes(), Some(&key.verifying_key())).unwrap().report, report);
 }
 
 #[test]

@@ -72,4 +72,13 @@ impl Agent {
         let prepared = agent.again(advert);
         Ok((agent, prepared))
     }
+
+    /// The advert once more, as long as nothing was answered after it.
+    #[must_use]
+    pub fn advertised(&self) -> Option<Prepared<Advert>> {
+        match &self.state.last.answer {
+            Answer::Advertise(advert) => Some(self.again(advert.clone())),
+            _ => None,
+        }
+    }
 }

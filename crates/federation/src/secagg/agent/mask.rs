@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use tabmesh_privacy::private::Private;
+
 use super::{Agent, Answer, Guard, Phase, Prepared, Refusal, Shared, Waiting, foreign, ordered, request_of};
 use crate::id::Digest;
 use crate::secagg::contribution::Contribution;
 use crate::secagg::keys::{KeyError, SEAL_BYTES, open, pair_mask_key, self_mask_key};
-use crate::secagg::mask::Sign;
+use crate::secagg::mask::{RingVector, Sign};
 use crate::secagg::message::{Delivery, Masked, Step};
 use crate::secagg::roster::Seat;
 use crate::secagg::share::{SHARE_BYTES, Share};
@@ -14,8 +16,8 @@ use crate::secagg::share::{SHARE_BYTES, Share};
 impl Agent {
     /// Answers the delivery of shares with the masked contribution.
     ///
-    /// The contribution's debit must be durable before. Asked again with the same delivery, the agent gives the
-    /// same bytes and looks at no contribution.
+    /// The contribution's debit must be durable before the answer leaves. Asked again with the same delivery, the
+    /// agent gives the same bytes and looks at no contribution.
     ///
     /// # Errors
     /// [`Refusal`] if too few shared, shares are missing, foreign or don't open, or the contribution is for another
@@ -26,9 +28,37 @@ impl Agent {
         contribution: &Contribution,
         now_ms: i64,
     ) -> Result<Prepared<Masked>, Refusal> {
+        match self.masked_before(delivery)? {
+            Some(again) => Ok(again),
+            None => Ok(self.mask_for_debit(delivery, contribution, now_ms)?.0),
+        }
+    }
+
+    /// The answer given to this very delivery; nothing if the step is due.
+    ///
+    /// # Errors
+    /// [`Refusal`] if the step was answered to another delivery or isn't due.
+    pub fn masked_before(&self, delivery: &Delivery) -> Result<Option<Prepared<Masked>>, Refusal> {
+        Ok(match self.replay(Step::Mask, delivery.descriptor, request_of(delivery))? {
+            Some(Answer::Mask(masked)) => Some(self.again(masked)),
+            _ => None,
+        })
+    }
+
+    /// The answer to a delivery that wasn't answered yet, and its payload in the form that a ledger debits and the
+    /// wire takes.
+    ///
+    /// # Errors
+    /// As [`Self::mask`]; also if the step was answered before.
+    pub fn mask_for_debit(
+        &mut self,
+        delivery: &Delivery,
+        contribution: &Contribution,
+        now_ms: i64,
+    ) -> Result<(Prepared<Masked>, Private<Vec<u8>>), Refusal> {
         let request = request_of(delivery);
-        if let Some(Answer::Mask(masked)) = self.replay(Step::Mask, delivery.descriptor, request)? {
-            return Ok(self.again(masked));
+        if self.replay(Step::Mask, delivery.descriptor, request)?.is_some() {
+            return Err(Refusal::SecondAnswer { step: Step::Mask });
         }
         self.in_time(Step::Mask, now_ms)?;
         let Phase::Shared(shared) = &self.state.phase else {
@@ -54,15 +84,19 @@ impl Agent {
         let descriptor = &self.state.descriptor;
         let digest = self.state.digest;
         let seat = self.state.seat;
-        let mut vector = contribution.encoded(descriptor);
-        vector.apply(&self_mask_key(&shared.own.self_seed, &digest, seat), Sign::Plus);
+        let mut mask = RingVector::zeros(descriptor.width, descriptor.dimension as usize);
+        mask.apply(&self_mask_key(&shared.own.self_seed, &digest, seat), Sign::Plus);
         for other in held.keys() {
             let peer = shared.peers.get(other).ok_or(Refusal::Missing { what, seat: *other })?;
             let agreed = shared.own.mask_secret.agree(&peer.mask_key, *other)?;
-            vector.apply(&pair_mask_key(&agreed, &digest, seat, *other), pair_sign(seat, *other));
+            mask.apply(&pair_mask_key(&agreed, &digest, seat, *other), pair_sign(seat, *other));
         }
-        let payload = vector.to_bytes();
-        let masked = Masked { descriptor: digest, seat, digest: Digest::of(&payload), payload };
+        // A contribution has the descriptor's dimension, or it could not be made.
+        let foreign = || Refusal::ForeignContribution { expected: digest, got: contribution.descriptor() };
+        let private = contribution.masked(&mask, descriptor).ok_or_else(foreign)?;
+        let payload = private.as_bytes().to_vec();
+        let payload_digest = Digest::from_bytes(private.payload_digest());
+        let masked = Masked { descriptor: digest, seat, digest: payload_digest, payload };
         let waiting = Waiting {
             held,
             kept: shared.kept.clone(),
@@ -73,7 +107,7 @@ impl Agent {
         };
         let guard = Guard { last_debit: contribution.debit(), ..self.state.guard };
         let snapshot = self.answered(Phase::Masked(waiting), guard, request, Answer::Mask(masked.clone()));
-        Ok(Prepared { snapshot, guard: self.state.guard, message: masked })
+        Ok((Prepared { snapshot, guard: self.state.guard, message: masked }, private))
     }
 
     /// Both shares of every neighbour that shared: exactly theirs, and each opens.

@@ -1,0 +1,609 @@
+//! Open secure sums: what each agent answered, made durable before it counts, and what is asked next.
+//!
+//! The server's states ([`tabmesh_federation::secagg::server`]) are pure and hold nothing that a restart would lose:
+//! they follow from the sum's opening, the answers taken and the steps closed, which are what is stored. After a
+//! restart the answers are replayed, and the sum goes on where it was or ends with its reason. Masked vectors lie in
+//! a pack until the result is recorded; then everything but opening and end is removed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tabmesh_federation::id::{AgentId, CollectionId, Digest as NamedDigest};
+use tabmesh_federation::phase::abandon::AbandonReason;
+use tabmesh_federation::secagg::descriptor::{SumDescriptor, SumDescriptorError};
+use tabmesh_federation::secagg::document::{self, Outcome, Reply, Request};
+use tabmesh_federation::secagg::message::{Masked, Step};
+use tabmesh_federation::secagg::roster::{Member, Roster, Seat};
+use tabmesh_federation::secagg::server::{
+    Abort, Accepted, Advertising, Consenting, Masking, Opening, Rejection, SecureSum, Sharing,
+};
+use tabmesh_privacy::mechanism::SigmaSquared;
+use tabmesh_proto::message::{AssignmentKind, Id};
+use tabmesh_proto::status::WireError;
+use tabmesh_store::{BlobStore, Digest, Op, PackStore, Records};
+use tokio::sync::Notify;
+
+use crate::error::CoordinatorError;
+use crate::mesh::{Clock, Mesh, locked, named, stored};
+use crate::pipeline::spiffe_id;
+
+/// What a sum is opened with, as stored.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Opened {
+    /// What the agents are told.
+    pub(crate) opening: document::Opening,
+    /// The roster with the keys that the catalog had.
+    pub(crate) members: Vec<Member>,
+}
+
+/// How a sum ended.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum SumEnd {
+    /// With a result.
+    Summed(Summed),
+    /// Without one; what was debited stays debited.
+    Abandoned(AbandonReason),
+}
+
+/// A sum's result.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Summed {
+    /// The noised sum.
+    pub(crate) values: Vec<i64>,
+    /// Whose vectors are in it.
+    pub(crate) survivors: BTreeSet<AgentId>,
+    /// Variance of each one's noise.
+    pub(crate) share: SigmaSquared,
+    outcome: Outcome,
+}
+
+/// Why an answer isn't taken.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Refused {
+    /// There is no such sum.
+    #[error("there is no such sum")]
+    Unknown,
+    /// It names another agent's seat, or one of an agent outside the roster.
+    #[error("the answer names a seat that isn't the sender's")]
+    NotYours,
+    /// The step is over, or the sum is.
+    #[error("step {got} is over or not due")]
+    NotDue {
+        /// Step of the answer.
+        got: Step,
+    },
+    /// The protocol refuses it.
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
+    /// It can't be stored; nothing was taken.
+    #[error(transparent)]
+    Failed(#[from] CoordinatorError),
+}
+
+impl Refused {
+    /// The code the agent sees.
+    pub(crate) fn wire(&self) -> WireError {
+        match self {
+            Self::Unknown => WireError::NotFound,
+            Self::NotYours => WireError::IdentityMismatch,
+            Self::NotDue { .. } => WireError::StalePlan,
+            Self::Rejected(Rejection::Late { .. }) => WireError::DeadlinePassed,
+            Self::Rejected(Rejection::Conflict { .. }) => WireError::Conflict,
+            Self::Rejected(Rejection::NotExpected { .. } | Rejection::WrongDescriptor { .. }) => {
+                WireError::StalePlan
+            }
+            Self::Rejected(Rejection::BadSignature { .. }) => WireError::Signature,
+            Self::Rejected(_) => WireError::Malformed,
+            Self::Failed(error) => error.wire(),
+        }
+    }
+}
+
+/// Sums that are open now, and the records of all.
+pub(crate) struct Sums {
+    records: Arc<dyn Records>,
+    blobs: Arc<BlobStore>,
+    packs: Arc<PackStore>,
+    clock: Clock,
+    open: Mutex<BTreeMap<CollectionId, Arc<Entry>>>,
+}
+
+struct Entry {
+    id: CollectionId,
+    descriptor: SumDescriptor,
+    digest: NamedDigest,
+    roster: Arc<Roster>,
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+struct State {
+    phase: Phase,
+    asked: Asked,
+    cancelled: Option<String>,
+}
+
+/// Documents of the current step, each with the seats that get it.
+type Asked = Vec<(BTreeSet<Seat>, Vec<u8>)>;
+
+#[derive(Clone)]
+enum Phase {
+    Advertise(Advertising),
+    Share(Sharing),
+    Mask(Masking),
+    Consent(Consenting),
+    Open(Opening),
+    /// Ended; the record says how.
+    Over,
+}
+
+/// An answer as stored and as taken.
+enum Answer {
+    Reply(Reply),
+    Masked(Masked),
+}
+
+impl Sums {
+    pub(crate) fn new(
+        records: Arc<dyn Records>,
+        blobs: Arc<BlobStore>,
+        packs: Arc<PackStore>,
+        clock: Clock,
+    ) -> Self {
+        Self { records, blobs, packs, clock, open: Mutex::new(BTreeMap::new()) }
+    }
+
+    /// Stores a new sum, `with` whatever belongs to it in the same commit.
+    ///
+    /// # Errors
+    /// [`CoordinatorError`] if its descriptor doesn't fit its roster or it can't be stored.
+    pub(crate) fn open(
+        &self,
+        id: CollectionId,
+        opened: &Opened,
+        mut with: Vec<Op>,
+    ) -> Result<(), CoordinatorError> {
+        let entry = Entry::new(id, opened)?;
+        let bytes = serde_json::to_vec(opened).map_err(CoordinatorError::stored("secure sum"))?;
+        with.push(Op::put(key(id, OPENED), self.blobs.put(&bytes)?.to_string().into_bytes()));
+        self.records.commit(&with)?;
+        locked(&self.open).insert(id, Arc::new(entry));
+        Ok(())
+    }
+
+    /// Whether there is or was such a sum.
+    ///
+    /// # Errors
+    /// [`CoordinatorError::Store`] if the record can't be read.
+    pub(crate) fn knows(&self, id: CollectionId) -> Result<bool, CoordinatorError> {
+        Ok(locked(&self.open).contains_key(&id) || self.records.get(&key(id, OPENED))?.is_some())
+    }
+
+    /// Takes an agent's answer to a step; durable when this returns, and taking it again is harmless.
+    ///
+    /// # Errors
+    /// [`Refused`]; nothing has changed then.
+    pub(crate) fn reply(
+        &self,
+        id: CollectionId,
+        agent: &AgentId,
+        reply: Reply,
+        settles: Op,
+    ) -> Result<(), Refused> {
+        let entry = self.entry(id)?;
+        if entry.roster.seat(agent) != Some(reply.seat()) {
+            return Err(Refused::NotYours);
+        }
+        self.take(&entry, Answer::Reply(reply), settles)
+    }
+
+    /// Takes an agent's masked vector, as [`Self::reply`] does.
+    ///
+    /// # Errors
+    /// As [`Self::reply`].
+    pub(crate) fn masked(
+        &self,
+        id: CollectionId,
+        agent: &AgentId,
+        payload: Vec<u8>,
+        digest: NamedDigest,
+        settles: Op,
+    ) -> Result<(), Refused> {
+        let entry = self.entry(id)?;
+        let seat = entry.roster.seat(agent).ok_or(Refused::NotYours)?;
+        let masked = Masked { descriptor: entry.digest, seat, payload, digest };
+        self.take(&entry, Answer::Masked(masked), settles)
+    }
+
+    fn take(&self, entry: &Entry, answer: Answer, settles: Op) -> Result<(), Refused> {
+        let mut state = locked(&entry.state);
+        let mut next = state.phase.clone();
+        let (step, seat) = (answer.step(), answer.seat());
+        if next.accept(&answer, (self.clock)())? == Accepted::Again {
+            self.records.commit(&[settles]).map_err(CoordinatorError::from)?;
+            return Ok(());
+        }
+        let value = match answer {
+            Answer::Reply(reply) => reply.to_bytes(),
+            Answer::Masked(masked) => {
+                let part = (stored(masked.digest), masked.payload.as_slice());
+                self.packs.append(&entry.id.to_string(), &[part]).map_err(CoordinatorError::from)?;
+                masked.digest.to_string().into_bytes()
+            }
+        };
+        let ops = [Op::put(answer_key(entry.id, step, seat), value), settles];
+        self.records.commit(&ops).map_err(CoordinatorError::from)?;
+        state.phase = next;
+        entry.changed.notify_one();
+        Ok(())
+    }
+
+    /// How a sum ended, if it has.
+    ///
+    /// # Errors
+    /// [`CoordinatorError`] if the record is damaged.
+    fn ended(&self, id: CollectionId) -> Result<Option<SumEnd>, CoordinatorError> {
+        let Some(record) = self.records.get(&key(id, ENDED))? else { return Ok(None) };
+        let bytes = self.blobs.get(&String::from_utf8_lossy(&record).parse()?)?;
+        serde_json::from_slice(&bytes).map(Some).map_err(CoordinatorError::stored("end of a secure sum"))
+    }
+
+    /// The open sum; a stored one is replayed.
+    fn resume(&self, id: CollectionId) -> Result<Arc<Entry>, CoordinatorError> {
+        if let Some(entry) = locked(&self.open).get(&id) {
+            return Ok(Arc::clone(entry));
+        }
+        let missing = || CoordinatorError::NotFound { what: "secure sum", id: id.to_string() };
+        let record = self.records.get(&key(id, OPENED))?.ok_or_else(missing)?;
+        let bytes = self.blobs.get(&String::from_utf8_lossy(&record).parse()?)?;
+        let opened: Opened =
+            serde_json::from_slice(&bytes).map_err(CoordinatorError::stored("secure sum"))?;
+        let entry = Entry::new(id, &opened)?;
+        self.replay(&entry)?;
+        let entry = Arc::new(entry);
+        locked(&self.open).insert(id, Arc::clone(&entry));
+        Ok(entry)
+    }
+
+    /// Takes every stored answer again, and closes the steps that were closed.
+    fn replay(&self, entry: &Entry) -> Result<(), CoordinatorError> {
+        let closed = self.records.get(&key(entry.id, CLOSED))?.unwrap_or_default();
+        let closed: i64 = String::from_utf8_lossy(&closed).parse().unwrap_or(0);
+        let payloads = self.packs.read(&entry.id.to_string())?;
+        let damaged = |reason: String| CoordinatorError::Stored { what: "answer of a secure sum", reason };
+        let mut state = locked(&entry.state);
+        for step in STEPS {
+            let prefix = step_prefix(entry.id, step);
+            for (at, value) in self.records.scan_all(prefix.as_bytes())? {
+                let answer = if step == Step::Mask {
+                    let digest: Digest = String::from_utf8_lossy(&value).parse()?;
+                    let seat = String::from_utf8_lossy(at.get(prefix.len()..).unwrap_or_default()).parse();
+                    let seat = Seat::new(seat.map_err(|_| damaged("a key names no seat".to_owned()))?);
+                    let payload = payloads.get(&digest).cloned();
+                    let payload = payload.ok_or_else(|| damaged(format!("vector {digest} is lost")))?;
+                    Answer::Masked(Masked { descriptor: entry.digest, seat, payload, digest: named(digest) })
+                } else {
+                    Answer::Reply(Reply::from_bytes(&value).map_err(|error| damaged(error.to_string()))?)
+                };
+                // What was in time then is in time now.
+                let taken = state.phase.accept(&answer, entry.descriptor.opened_ms);
+                taken.map_err(|refused| damaged(refused.to_string()))?;
+            }
+            if step.number() > closed {
+                break;
+            }
+            let phase = std::mem::replace(&mut state.phase, Phase::Over);
+            match phase.close().map_err(|abort| damaged(abort.to_string()))? {
+                Next::Step(phase, asked) => (state.phase, state.asked) = (*phase, asked),
+                Next::Sum(_) => return Err(damaged("the last step is closed, and no end is stored".into())),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the current step can be closed, and closes it: the end, if there is nothing left to ask.
+    async fn advance(&self, entry: &Entry) -> Result<Option<SumEnd>, CoordinatorError> {
+        loop {
+            let due_ms = {
+                let mut state = locked(&entry.state);
+                if let Some(by) = &state.cancelled {
+                    let cause = AbandonReason::Cancelled { by: by.clone() };
+                    return self.end(entry, &mut state, SumEnd::Abandoned(cause)).map(Some);
+                }
+                let Some((step, missing)) = state.phase.missing() else {
+                    return Err(CoordinatorError::Step("a secure sum went on after its end".to_owned()));
+                };
+                let left_ms = entry.descriptor.deadline_ms(step).saturating_sub((self.clock)());
+                if missing.is_empty() || left_ms <= 0 {
+                    return self.close(entry, &mut state, step);
+                }
+                left_ms
+            };
+            let due = Duration::from_millis(u64::try_from(due_ms).unwrap_or(0).clamp(1, LONGEST_WAIT_MS));
+            // A change in between leaves a permit behind, so it is seen at once; there is one waiter, the pipeline.
+            let _ = tokio::time::timeout(due, entry.changed.notified()).await;
+        }
+    }
+
+    fn close(
+        &self,
+        entry: &Entry,
+        state: &mut State,
+        step: Step,
+    ) -> Result<Option<SumEnd>, CoordinatorError> {
+        match state.phase.clone().close() {
+            Ok(Next::Step(phase, asked)) => {
+                // Which answers the step closed with is what is stored of them: later ones aren't taken.
+                let closed = step.number().to_string().into_bytes();
+                self.records.put(&key(entry.id, CLOSED), &closed)?;
+                (state.phase, state.asked) = (*phase, asked);
+                Ok(None)
+            }
+            Ok(Next::Sum(sum)) => {
+                let end = SumEnd::Summed(entry.summed(*sum));
+                self.end(entry, state, end).map(Some)
+            }
+            Err(abort) => {
+                let cause = AbandonReason::SecureSum { cause: abort.to_string() };
+                self.end(entry, state, SumEnd::Abandoned(cause)).map(Some)
+            }
+        }
+    }
+
+    fn end(&self, entry: &Entry, state: &mut State, end: SumEnd) -> Result<SumEnd, CoordinatorError> {
+        let bytes = serde_json::to_vec(&end).map_err(CoordinatorError::stored("end of a secure sum"))?;
+        let digest = self.blobs.put(&bytes)?;
+        self.records.put(&key(entry.id, ENDED), digest.to_string().as_bytes())?;
+        state.phase = Phase::Over;
+        state.asked.clear();
+        Ok(end)
+    }
+
+    /// Ends every open sum on an operator's word.
+    pub(crate) fn cancel_all(&self, by: &str) {
+        for entry in locked(&self.open).values() {
+            locked(&entry.state).cancelled = Some(by.to_owned());
+            entry.changed.notify_one();
+        }
+    }
+
+    /// Removes the answers to a sum whose result is recorded: keys, shares and masked vectors.
+    ///
+    /// # Errors
+    /// [`CoordinatorError::Store`] if they can't be removed.
+    pub(crate) fn discard(&self, id: CollectionId) -> Result<(), CoordinatorError> {
+        locked(&self.open).remove(&id);
+        let mut ops: Vec<Op> = Vec::new();
+        for step in STEPS {
+            let found = self.records.scan_all(step_prefix(id, step).as_bytes())?;
+            ops.extend(found.into_iter().map(|(key, _)| Op::delete(key)));
+        }
+        for chunk in ops.chunks(OPS_PER_COMMIT) {
+            self.records.commit(chunk)?;
+        }
+        Ok(self.packs.remove(&id.to_string())?)
+    }
+
+    fn entry(&self, id: CollectionId) -> Result<Arc<Entry>, Refused> {
+        if let Some(entry) = locked(&self.open).get(&id) {
+            return Ok(Arc::clone(entry));
+        }
+        // Stored, and not open: over, or not yet taken up after a restart. The pipeline asks again.
+        match self.records.get(&key(id, OPENED)).map_err(CoordinatorError::from)? {
+            Some(_) => Err(Refused::NotDue { got: Step::Advertise }),
+            None => Err(Refused::Unknown),
+        }
+    }
+}
+
+/// Drives a sum to its end: asks, waits, closes, step by step.
+///
+/// # Errors
+/// [`CoordinatorError`] if it isn't there, is damaged, or can't be stored. An abandoned sum is no error.
+pub(crate) async fn run(mesh: &Mesh, id: CollectionId) -> Result<SumEnd, CoordinatorError> {
+    let assignment: Id = id.to_string().parse()?;
+    let end = match mesh.sums.ended(id)? {
+        Some(end) => end,
+        None => {
+            let entry = mesh.sums.resume(id)?;
+            loop {
+                entry.ask(mesh, &assignment)?;
+                if let Some(end) = mesh.sums.advance(&entry).await? {
+                    let everybody: Vec<Seat> = entry.roster.seats().collect();
+                    mesh.outbox.withdraw(&entry.peers(everybody)?, &assignment)?;
+                    break end;
+                }
+            }
+        }
+    };
+    if let SumEnd::Summed(summed) = &end {
+        let peers = summed.survivors.iter().map(spiffe_id).collect::<Result<Vec<_>, _>>()?;
+        let told = Request::Ended(summed.outcome.clone()).to_bytes();
+        mesh.outbox.assign(&peers, &assignment, AssignmentKind::SecureSum, &told)?;
+    }
+    Ok(end)
+}
+
+impl Entry {
+    fn new(id: CollectionId, opened: &Opened) -> Result<Self, CoordinatorError> {
+        let roster = Roster::new(opened.members.clone())
+            .map_err(|error| CoordinatorError::Step(format!("secure sum: {error}")))?;
+        let roster = Arc::new(roster);
+        let bytes = opened.opening.descriptor.as_bytes();
+        let descriptor = SumDescriptor::from_bytes(bytes)?;
+        let advertising = Advertising::open(bytes, Arc::clone(&roster))
+            .map_err(|error| CoordinatorError::Step(format!("secure sum: {error}")))?;
+        let request = Request::Advertise(opened.opening.clone()).to_bytes();
+        let asked = vec![(roster.seats().collect(), request)];
+        let state = State { phase: Phase::Advertise(advertising), asked, cancelled: None };
+        let (digest, state) = (NamedDigest::of(bytes), Mutex::new(state));
+        Ok(Self { id, descriptor, digest, roster, state, changed: Notify::new() })
+    }
+
+    /// Asks everybody who hasn't answered the current step, and nobody else any more.
+    fn ask(&self, mesh: &Mesh, assignment: &Id) -> Result<(), CoordinatorError> {
+        let (missing, asked) = {
+            let state = locked(&self.state);
+            let missing = state.phase.missing().map(|(_, missing)| missing).unwrap_or_default();
+            (missing.into_iter().collect::<BTreeSet<Seat>>(), state.asked.clone())
+        };
+        let others = self.roster.seats().filter(|seat| !missing.contains(seat));
+        mesh.outbox.withdraw(&self.peers(others)?, assignment)?;
+        for (seats, document) in asked {
+            let peers = self.peers(seats.intersection(&missing).copied())?;
+            mesh.outbox.assign(&peers, assignment, AssignmentKind::SecureSum, &document)?;
+        }
+        Ok(())
+    }
+
+    fn peers(
+        &self,
+        seats: impl IntoIterator<Item = Seat>,
+    ) -> Result<Vec<tabmesh_proto::identity::SpiffeId>, CoordinatorError> {
+        let member = |seat: Seat| self.roster.member(seat).map(|member| spiffe_id(&member.agent));
+        seats.into_iter().filter_map(member).collect()
+    }
+
+    fn summed(&self, sum: SecureSum) -> Summed {
+        if !sum.wrong_shares.is_empty() {
+            tracing::warn!(collection = %self.id, seats = ?sum.wrong_shares, "agents opened wrong shares");
+        }
+        let agent = |seat: &Seat| self.roster.member(*seat).map(|member| member.agent.clone());
+        let outcome = Outcome {
+            collection: self.id,
+            plan: self.descriptor.plan,
+            descriptor: self.digest,
+            sum: sum.digest,
+            survivors: sum.survivors.clone(),
+            rho: sum.guarantee.rho,
+        };
+        Summed {
+            survivors: sum.survivors.iter().filter_map(agent).collect(),
+            values: sum.values,
+            share: self.descriptor.noise.share,
+            outcome,
+        }
+    }
+}
+
+/// What closing a step leads to.
+enum Next {
+    Step(Box<Phase>, Asked),
+    Sum(Box<SecureSum>),
+}
+
+impl Phase {
+    fn accept(&mut self, answer: &Answer, now_ms: i64) -> Result<Accepted, Refused> {
+        Ok(match (self, answer) {
+            (Self::Advertise(phase), Answer::Reply(Reply::Advert(advert))) => {
+                phase.accept(advert.clone(), now_ms)?
+            }
+            (Self::Share(phase), Answer::Reply(Reply::Shares(shares))) => {
+                phase.accept(shares.clone(), now_ms)?
+            }
+            (Self::Mask(phase), Answer::Masked(masked)) => phase.accept(masked, now_ms)?,
+            (Self::Consent(phase), Answer::Reply(Reply::Consent(consent))) => {
+                phase.accept(consent, now_ms)?
+            }
+            (Self::Open(phase), Answer::Reply(Reply::Opened(opened))) => {
+                phase.accept(opened.clone(), now_ms)?
+            }
+            (_, answer) => return Err(Refused::NotDue { got: answer.step() }),
+        })
+    }
+
+    /// The current step and who hasn't answered it; nothing after the end.
+    fn missing(&self) -> Option<(Step, Vec<Seat>)> {
+        Some(match self {
+            Self::Advertise(phase) => (Step::Advertise, phase.missing()),
+            Self::Share(phase) => (Step::Share, phase.missing()),
+            Self::Mask(phase) => (Step::Mask, phase.missing()),
+            Self::Consent(phase) => (Step::Consent, phase.missing()),
+            Self::Open(phase) => (Step::Open, phase.missing()),
+            Self::Over => return None,
+        })
+    }
+
+    fn close(self) -> Result<Next, Abort> {
+        Ok(match self {
+            Self::Advertise(phase) => {
+                let (list, revealing) = phase.close()?;
+                // On the complete graph there is nothing to reveal.
+                let (_, sharing) = revealing.close()?;
+                let seats = list.adverts.iter().map(|advert| advert.seat).collect();
+                Next::Step(Box::new(Self::Share(sharing)), vec![(seats, Request::Share(list).to_bytes())])
+            }
+            Self::Share(phase) => {
+                let (deliveries, masking) = phase.close()?;
+                let each = |(seat, delivery)| (BTreeSet::from([seat]), Request::Mask(delivery).to_bytes());
+                Next::Step(Box::new(Self::Mask(masking)), deliveries.into_iter().map(each).collect())
+            }
+            Self::Mask(phase) => {
+                let (list, consenting) = phase.close()?;
+                let seats = list.survivors.iter().map(|(seat, _)| *seat).collect();
+                Next::Step(
+                    Box::new(Self::Consent(consenting)),
+                    vec![(seats, Request::Consent(list).to_bytes())],
+                )
+            }
+            Self::Consent(phase) => {
+                let (list, opening) = phase.close()?;
+                let seats = list.signatures.iter().map(|(seat, _)| *seat).collect();
+                Next::Step(Box::new(Self::Open(opening)), vec![(seats, Request::Open(list).to_bytes())])
+            }
+            Self::Open(phase) => Next::Sum(Box::new(phase.close()?)),
+            Self::Over => Next::Step(Box::new(Self::Over), Vec::new()),
+        })
+    }
+}
+
+impl Answer {
+    fn step(&self) -> Step {
+        match self {
+            Self::Reply(Reply::Advert(_)) => Step::Advertise,
+            Self::Reply(Reply::Shares(_)) => Step::Share,
+            Self::Masked(_) => Step::Mask,
+            Self::Reply(Reply::Consent(_)) => Step::Consent,
+            Self::Reply(Reply::Opened(_)) => Step::Open,
+        }
+    }
+
+    fn seat(&self) -> Seat {
+        match self {
+            Self::Reply(reply) => reply.seat(),
+            Self::Masked(masked) => masked.seat,
+        }
+    }
+}
+
+impl From<SumDescriptorError> for CoordinatorError {
+    fn from(error: SumDescriptorError) -> Self {
+        Self::Step(format!("secure sum: {error}"))
+    }
+}
+
+fn key(id: CollectionId, what: &str) -> Vec<u8> {
+    format!("sum/{id}/{what}").into_bytes()
+}
+
+fn step_prefix(id: CollectionId, step: Step) -> String {
+    format!("sum/{id}/answer/{}/", step.number())
+}
+
+fn answer_key(id: CollectionId, step: Step, seat: Seat) -> Vec<u8> {
+    // Padded, so that the order of keys is the order of seats.
+    format!("{}{:05}", step_prefix(id, step), seat.index()).into_bytes()
+}
+
+const OPENED: &str = "opened";
+const CLOSED: &str = "closed";
+const ENDED: &str = "ended";
+/// The steps on the complete graph, in order.
+const STEPS: [Step; 5] = [Step::Advertise, Step::Share, Step::Mask, Step::Consent, Step::Open];
+/// Longest sleep between two looks at the clock, in milliseconds: a clock that jumps is noticed.
+const LONGEST_WAIT_MS: u64 = 500;
+/// Records written in one commit.
+const OPS_PER_COMMIT: usize = 64;

@@ -1,0 +1,330 @@
+//! Secure sums end to end: real processes over mutual TLS, on the shipped tables cut short.
+//!
+//! Under a seed everybody's noise can be drawn again. So each sum that the coordinator unmasked is held, value by value,
+//! against the plain sum of the same noised vectors, made here from the tables: counts of every release stage, gradients
+//! of every round. Then the same with an agent that dies within a round, and with processes that are killed and come
+//! back.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test stops at the first surprise")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::Deserialize;
+use tabmesh_agent::gate::Gate;
+use tabmesh_agent::publication::Artefacts;
+use tabmesh_agent::train::Trainer;
+use tabmesh_agent::{Agent, Switches};
+use tabmesh_contract::batch::{TypedBatch, TypedColumn};
+use tabmesh_federation::descriptor::RoundDescriptor;
+use tabmesh_federation::id::{AgentId, Digest};
+use tabmesh_federation::manifest::Trust;
+use tabmesh_federation::plan::Plan;
+use tabmesh_federation::secagg::contribution::Contribution;
+use tabmesh_federation::secagg::descriptor::SumDescriptor;
+use tabmesh_federation::secagg::document::{Opening, Summed};
+use tabmesh_privacy::ledger::{Commit, Entry, Purpose};
+use tabmesh_privacy::noise::{NoiseSource, Purpose as NoisePurpose};
+use tabmesh_privacy::release::{ColumnRef, Counter, ReleaseQuery};
+use tabmesh_privacy::report::{DEPLOYMENT_MODEL_SUMS, Report, verify};
+use tabmesh_privacy::signature::VerifyingKey;
+use tabmesh_proto::client::OperatorClient;
+use tabmesh_proto::message::{Id, PlanEvent};
+use tabmesh_sim::quickstart::dataset::{DOMAINS, Domain, members};
+use tabmesh_sim::quickstart::deployed::{Deployment, Setup};
+use tabmesh_sim::quickstart::deployment::{Layout, PlanChoices};
+use tabmesh_sim::quickstart::pki::Role;
+use tabmesh_store::{BlobStore, Records, Sled};
+use tokio::sync::OnceCell;
+
+/// Rounds of the plan.
+const ROUNDS: u32 = 2;
+/// Stages of the release.
+const STAGES: u32 = 4;
+/// Seed of noise and secrets.
+const SEED: u64 = 23;
+
+fn setup(deadline_s: u32) -> Setup {
+    let plan = PlanChoices {
+        corpus_rows: 1_000,
+        pretrain_steps: 2,
+        rounds: ROUNDS,
+        deadline_s,
+        secure_sum: true,
+        ..PlanChoices::default()
+    };
+    Setup { program: env!("CARGO_BIN_EXE_tabmesh-sim").into(), rows: Some(200), plan, seed: Some(SEED) }
+}
+
+/// A deployment with its plan submitted.
+async fn submitted(root: &Path, deadline_s: u32) -> (Deployment, OperatorClient, Id) {
+    let mut deployment = Deployment::start(root, setup(deadline_s)).unwrap();
+    let operator = deployment.operator().await.unwrap();
+    deployment.admitted(&operator).await.unwrap();
+    let plan = std::fs::read(deployment.layout.plan()).unwrap();
+    let id = operator.submit_plan(plan).await.unwrap().plan_id;
+    (deployment, operator, id)
+}
+
+/// Reads events until one says `detail`, or the plan is over.
+async fn until(operator: &OperatorClient, id: &Id, detail: &str) -> PlanEvent {
+    let mut events = operator.watch_plan(id, 0).await.unwrap();
+    let mut last = None;
+    while let Some(event) = events.next().await.unwrap() {
+        let found = event.detail == detail;
+        last = Some(event);
+        if found {
+            break;
+        }
+    }
+    last.unwrap()
+}
+
+async fn done(operator: &OperatorClient, id: &Id) {
+    let last = until(operator, id, "").await;
+    assert_eq!(last.phase, "done", "{last:?}");
+}
+
+/// Debits of secure sums by purpose and step, with their places in the ledger; a step debited twice stops the test.
+fn debits(layout: &Layout, domain: &str) -> BTreeMap<(Purpose, u64), (u64, Commit)> {
+    let folder = layout.domain(domain).join("data").join("books");
+    let mut found = BTreeMap::new();
+    for entry in tabmesh_agent::books::read_entries(&folder).unwrap() {
+        if let Entry::Commit(commit) = Entry::from_json(&entry.payload).unwrap() {
+            let shares = commit.event.shares.expect("no vector left without a mask");
+            assert_eq!((shares.agents, shares.dropouts, shares.colluders), (5, 1, 1));
+            let step = (commit.purpose, commit.step);
+            assert!(
+                found.insert(step, (entry.seq, *commit)).is_none(),
+                "{domain}: {step:?} was debited twice"
+            );
+        }
+    }
+    found
+}
+
+/// Every stage and round.
+fn all_steps() -> BTreeSet<(Purpose, u64)> {
+    let stages = (1..=STAGES).map(|stage| (Purpose::Release, u64::from(stage)));
+    stages.chain((0..ROUNDS).map(|round| (Purpose::Round, u64::from(round)))).collect()
+}
+
+/// What a coordinator has recorded of a sum.
+struct Recorded {
+    opening: Opening,
+    values: Vec<i64>,
+    survivors: BTreeSet<AgentId>,
+}
+
+#[derive(Deserialize)]
+struct Opened {
+    opening: Opening,
+}
+
+#[derive(Deserialize)]
+struct Ended {
+    summed: Sum,
+}
+
+#[derive(Deserialize)]
+struct Sum {
+    values: Vec<i64>,
+    survivors: BTreeSet<AgentId>,
+}
+
+/// The sums in the records of a coordinator that has been stopped, in the order they were opened.
+fn recorded(layout: &Layout) -> Vec<Recorded> {
+    let data = layout.coordinator().join("data");
+    let records = Sled::open(&data.join("records")).unwrap();
+    let blobs = BlobStore::open(&data.join("blobs")).unwrap();
+    let blob = |record: &[u8]| blobs.get(&String::from_utf8_lossy(record).parse().unwrap()).unwrap();
+    let mut sums = Vec::new();
+    let kept = records.scan_all(b"sum/").unwrap();
+    for (key, record) in &kept {
+        let key = String::from_utf8_lossy(key);
+        assert!(!key.contains("/answer/"), "keys and shares of an ended sum are kept: {key}");
+        let Some(id) = key.strip_suffix("/opened") else { continue };
+        let end = records.get(format!("{id}/ended").as_bytes()).unwrap().unwrap();
+        let opened: Opened = serde_json::from_slice(&blob(record)).unwrap();
+        let ended: Ended = serde_json::from_slice(&blob(&end)).unwrap();
+        let Sum { values, survivors } = ended.summed;
+        sums.push(Recorded { opening: opened.opening, values, survivors });
+    }
+    sums
+}
+
+/// The agent of a domain, opened in this process once its own has ended.
+fn opened(layout: &Layout, domain: &Domain) -> Agent {
+    let config = tabmesh_agent::config::Config::load(&layout.agent_config(domain.id)).unwrap();
+    let switches = Switches { insecure_dev: true, reproducible_noise: Some(SEED) };
+    Agent::open(config, switches, NoiseSource::Seeded { seed: SEED }, Arc::new(|| 0)).unwrap()
+}
+
+fn counts(query: &ReleaseQuery, agent: &Agent, training: &TypedBatch) -> Vec<i64> {
+    let schema = &agent.work.domain.schema;
+    let features = query.attributes.iter().filter(|attribute| !attribute.is_label());
+    let columns: Vec<ColumnRef<'_>> = features
+        .map(|attribute| {
+            let at = schema.features().iter().position(|f| f.id.as_str() == attribute.id).unwrap();
+            match &training.columns[at] {
+                TypedColumn::Numeric(values) => ColumnRef::Numeric(values),
+                TypedColumn::Categorical(codes) => ColumnRef::Codes(codes),
+            }
+        })
+        .collect();
+    let mut counter = Counter::new(query).unwrap();
+    counter.add(&columns, &training.labels).unwrap();
+    counter.finish()
+}
+
+/// One agent's noised vector for a sum, made anew from its table.
+fn contribution(layout: &Layout, domain: &Domain, agent: &Agent, sum: &Recorded) -> Vec<i64> {
+    let facts = &agent.work.domain;
+    let rows = facts.rows(&facts.schema).unwrap();
+    let training = rows.take(&Gate::new(&facts.secret("gate")).split(&rows).training);
+    let (step, purpose, vector) = match &sum.opening.summed {
+        Summed::Stage(text) => {
+            let query = ReleaseQuery::from_json(text.as_bytes()).unwrap();
+            let step = (Purpose::Release, u64::from(query.stage));
+            (step, NoisePurpose::Release, counts(&query, agent, &training))
+        }
+        Summed::Round(text) => {
+            let descriptor = RoundDescriptor::from_bytes(text.as_bytes()).unwrap();
+            let (plan, _) = Plan::parse(&std::fs::read(layout.plan()).unwrap(), "plan.yaml").unwrap();
+            let artefacts = &agent.work.artefacts;
+            let trainer = Trainer::new(artefacts, &descriptor, &plan, &facts.schema, &training).unwrap();
+            let step = (Purpose::Round, u64::from(descriptor.index));
+            (step, NoisePurpose::Round, trainer.clipped_sum(&descriptor).unwrap())
+        }
+    };
+    let (seq, commit) = debits(layout, domain.id).remove(&step).unwrap();
+    let bytes = sum.opening.descriptor.as_bytes();
+    assert_eq!(commit.query_digest, *Digest::of(bytes).as_bytes(), "the debit is for this attempt");
+    let descriptor = SumDescriptor::from_bytes(bytes).unwrap();
+    let (id, product) = (facts.identity.to_string(), &facts.contract.name);
+    let mut noise = NoiseSource::Seeded { seed: SEED }.stream(&id, product, seq, purpose).unwrap();
+    let noised = Contribution::noised(&vector, &descriptor, Digest::of(bytes), seq, &mut noise).unwrap();
+    assert_ne!(noised.values().as_slice(), vector, "there is noise in it");
+    noised.values().as_slice().to_vec()
+}
+
+/// Holds every recorded sum against the plain sum of the same vectors; gives the survivors of each.
+fn sums_are_plain_sums(layout: &Layout) -> Vec<usize> {
+    let agents: Vec<(&Domain, Agent)> = members().map(|domain| (domain, opened(layout, domain))).collect();
+    let mut survivors = Vec::new();
+    for sum in recorded(layout) {
+        let mut plain = vec![0_i64; sum.values.len()];
+        let within = |agent: &Agent| {
+            let id = agent.work.domain.identity.to_string();
+            sum.survivors.iter().any(|survivor| survivor.as_str() == id)
+        };
+        for (domain, agent) in agents.iter().filter(|(_, agent)| within(agent)) {
+            let own = contribution(layout, domain, agent, &sum);
+            plain.iter_mut().zip(own).for_each(|(total, value)| *total += value);
+        }
+        assert!(plain.iter().any(|value| *value != 0));
+        assert_eq!(sum.values, plain, "sum number {}", survivors.len());
+        survivors.push(sum.survivors.len());
+    }
+    survivors
+}
+
+/// Stops every process of a deployment, so that its files can be opened.
+fn stopped(mut deployment: Deployment) -> Layout {
+    deployment.coordinator.kill().unwrap();
+    deployment.agents.iter_mut().for_each(|agent| agent.kill().unwrap());
+    deployment.layout.clone()
+}
+
+async fn report(deployment: &Deployment) -> Report {
+    let report = deployment.auditor().await.unwrap().report_input(None).await.unwrap();
+    verify(&report, None).unwrap().report
+}
+
+/// Digests of what was published: base, corpus-tuned weights, adapter, corpus.
+type Published = Vec<Option<String>>;
+
+fn published(deployment: &Deployment) -> Published {
+    let key = std::fs::read(deployment.pki.signing_public_key(&Role::Coordinator)).unwrap();
+    let data = deployment.layout.domain(DOMAINS[0].id).join("data");
+    let key = VerifyingKey::from_bytes(key.try_into().unwrap());
+    let artefacts = Artefacts::open(&data, key, Trust::InsecureDev).unwrap();
+    let (_, manifest) = artefacts.current().unwrap().unwrap();
+    let named = [Some(manifest.base), Some(manifest.tuned), manifest.adapter, Some(manifest.corpus)];
+    named.iter().map(|digest| digest.map(|digest| digest.to_string())).collect()
+}
+
+/// What an undisturbed run publishes; its sums and its report are checked on the way.
+async fn undisturbed() -> &'static Published {
+    static REFERENCE: OnceCell<Published> = OnceCell::const_new();
+    let run = || async {
+        let root = tempfile::tempdir().unwrap();
+        let (mut deployment, operator, id) = submitted(root.path(), 180).await;
+        done(&operator, &id).await;
+        deployment.promoted().await.unwrap();
+        let report = report(&deployment).await;
+        assert_eq!(report.deployment_model, DEPLOYMENT_MODEL_SUMS);
+        assert!(report.trust_model.iter().any(|line| line.contains("no more of the others collude")));
+        for section in report.products.iter().filter(|section| section.spent.epsilon.is_some()) {
+            assert!(section.spent.rho <= section.granted.rho, "{}", section.product);
+            assert_eq!(section.charged.rho, section.spent.rho, "{}: nothing stays reserved", section.product);
+        }
+        let published = published(&deployment);
+        let layout = stopped(deployment);
+        for domain in members() {
+            assert_eq!(debits(&layout, domain.id).into_keys().collect::<BTreeSet<_>>(), all_steps());
+        }
+        assert_eq!(sums_are_plain_sums(&layout), vec![5; (STAGES + ROUNDS) as usize]);
+        published
+    };
+    REFERENCE.get_or_init(run).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_sum_is_the_plain_sum_of_the_same_noised_vectors() {
+    assert!(undisturbed().await[2].is_some(), "the rounds gave an adapter");
+}
+
+/// An agent dies within the first round and stays away: whether it is in that sum or not, the others' noise is enough,
+/// and what it was debited stays debited.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sum_goes_on_without_an_agent_that_died() {
+    let root = tempfile::tempdir().unwrap();
+    // Six steps of ten seconds: the dead agent's first one is waited for in every later sum.
+    let (mut deployment, operator, id) = submitted(root.path(), 60).await;
+    until(&operator, &id, "round 1 asked").await;
+    deployment.agents[0].kill().unwrap();
+    let before = debits(&deployment.layout, DOMAINS[0].id);
+    done(&operator, &id).await;
+    let layout = stopped(deployment);
+    assert_eq!(debits(&layout, DOMAINS[0].id), before, "a debit is never taken back");
+    let survivors = sums_are_plain_sums(&layout);
+    assert_eq!(survivors[..STAGES as usize], [5; STAGES as usize]);
+    assert!([4, 5].contains(&survivors[STAGES as usize]), "{survivors:?}");
+    assert_eq!(survivors[STAGES as usize + 1..], [4], "{survivors:?}");
+}
+
+/// SIGKILL leaves no time for any clean-up: an agent within one round, the coordinator within the next. Both go on where
+/// they were, nobody pays twice, and under equal seeds the model is that of an undisturbed run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn processes_killed_within_a_sum_go_on_with_it_after_their_restart() {
+    let root = tempfile::tempdir().unwrap();
+    let (mut deployment, operator, id) = submitted(root.path(), 180).await;
+    until(&operator, &id, "round 1 asked").await;
+    deployment.agents[0].kill().unwrap();
+    deployment.restart_agent(0).unwrap();
+    until(&operator, &id, "round 2 asked").await;
+    deployment.coordinator.kill().unwrap();
+    deployment.restart_coordinator().unwrap();
+    let operator = deployment.operator().await.unwrap();
+    done(&operator, &id).await;
+    deployment.promoted().await.unwrap();
+    let found = published(&deployment);
+    let layout = stopped(deployment);
+    for domain in members() {
+        assert_eq!(debits(&layout, domain.id).into_keys().collect::<BTreeSet<_>>(), all_steps());
+    }
+    assert_eq!(sums_are_plain_sums(&layout), vec![5; (STAGES + ROUNDS) as usize]);
+    assert_eq!(&found, undisturbed().await);
+}
