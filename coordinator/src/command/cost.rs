@@ -14,7 +14,7 @@ use comfy_table::Table;
 use miette::IntoDiagnostic;
 use serde::Serialize;
 use tabmesh_federation::id::PlanDigest;
-use tabmesh_federation::plan::{Plan, PlanBudget};
+use tabmesh_federation::plan::{Plan, PlanBudget, SecureSumSpec};
 use tabmesh_privacy::accountant::phase::{Adjacency, Phase, Step};
 use tabmesh_privacy::accountant::{gdp, rdp, zcdp};
 use tabmesh_privacy::budget::{Delta, Epsilon, Rho};
@@ -28,6 +28,8 @@ struct Cost {
     plan: String,
     digest: String,
     adjacency: &'static str,
+    /// Who adds the noise, and what the figures assume.
+    noise_placement: String,
     epsilon_granted: f64,
     delta: f64,
     /// In order of execution.
@@ -114,11 +116,25 @@ fn cost(plan: &Plan, digest: PlanDigest) -> miette::Result<Cost> {
         plan: plan.name.clone(),
         digest: digest.to_string(),
         adjacency: Adjacency::AddRemove.label(),
+        noise_placement: placement(plan),
         epsilon_granted: plan.privacy.epsilon,
         delta: plan.privacy.delta,
         steps,
         total: Total { rho_units: spent.units(), figures, share_of_budget },
     })
+}
+
+/// Who adds the noise, in words.
+fn placement(plan: &Plan) -> String {
+    let Some(SecureSumSpec { colluders, dropouts }) = plan.secure_sum() else {
+        return "local noise: each agent adds all of it".to_owned();
+    };
+    let least = plan.cohort.min_agents as usize;
+    format!(
+        "secure sums: the figures hold against the coordinator and {colluders} colluding agents, with {dropouts} missing; \
+         if all others collude, a step costs {} times its rho in a cohort of {least}",
+        plan.counted(least).unwrap_or(1)
+    )
 }
 
 fn parts(plan: &Plan, budget: &PlanBudget) -> Vec<(String, Rho)> {
@@ -158,8 +174,8 @@ fn text(cost: &Cost) -> String {
         ]);
     }
     let mut out = format!(
-        "{}: epsilon {} at delta {}, {}; noise in multiples of the sensitivity, epsilon cumulative\n{table}\n\n",
-        cost.plan, cost.epsilon_granted, cost.delta, cost.adjacency
+        "{}: epsilon {} at delta {}, {}; noise in multiples of the sensitivity, epsilon cumulative\n{}\n{table}\n\n",
+        cost.plan, cost.epsilon_granted, cost.delta, cost.adjacency, cost.noise_placement
     );
     let width = cost.steps.iter().map(|step| step.step.len()).max().unwrap_or(0);
     for step in &cost.steps {
@@ -265,6 +281,19 @@ mod tests {
         assert_eq!(cost.total.rho_units, cost.steps.iter().map(|step| step.rho_units).sum::<u64>());
         assert!(last.so_far.epsilon_zcdp <= cost.epsilon_granted);
         assert!(cost.total.share_of_budget > 0.999 && cost.total.share_of_budget <= 1.0);
+    }
+
+    #[test]
+    fn a_secure_sum_costs_the_same_and_says_under_which_assumptions() {
+        let local = priced("cohort: {min_agents: 6}\n");
+        let sums = priced("cohort: {min_agents: 6}\nprivacy: {noise_placement: secure_sum}\n");
+        assert_eq!(local.steps, sums.steps);
+        assert!(local.noise_placement.starts_with("local"), "{}", local.noise_placement);
+        let text = text(&sums);
+        assert!(
+            text.contains("1 colluding agents, with 1 missing") && text.contains("4 times its rho"),
+            "{text}"
+        );
     }
 
     #[test]

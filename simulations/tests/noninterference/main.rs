@@ -1,6 +1,7 @@
 //! Non-interference: the whole loop on neighbouring tables with equal seeds differs in nothing but the noised payload.
 //!
-//! Three agents and a coordinator run in this process over mutual TLS; a relay sees what each agent says and hears. Where
+//! Agents and a coordinator run in this process over mutual TLS, once with local noise and once with secure sums; a relay
+//! sees what each agent says and hears. Where
 //! the tables differ in a gate row alone, which only the choice of the served model sees, every byte everywhere must be
 //! equal. Where they differ in a training row, in all labels or in all rows, what differs must be the noised vectors
 //! and what is computed from them: equal numbers of calls, messages and status codes, equal sizes, equal contents.
@@ -17,18 +18,26 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tabmesh_federation::descriptor::RoundDescriptor;
+use tabmesh_federation::secagg::document::Request;
 use tabmesh_privacy::release::ReleaseQuery;
 use tabmesh_sim::quickstart::{deployment, pki};
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::mesh::{AGENTS, Outcome, Table};
+use crate::mesh::{Outcome, Placement, Table};
 use crate::said::{Said, fields, said};
 use crate::tap::Call;
 
+// One test, since what the coordinator logs is one stream of this process.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn neighbouring_tables_differ_in_nothing_but_the_noised_payload() {
     let log = Log::default();
     tracing_subscriber::fmt().without_time().with_ansi(false).with_writer(log.clone()).init();
+    for placement in [Placement::Local, Placement::SecureSum] {
+        compared(placement, &log).await;
+    }
+}
+
+async fn compared(placement: Placement, log: &Log) {
     let root = tempfile::tempdir().unwrap();
     let now = time::OffsetDateTime::now_utc();
     let mut outcomes = Vec::new();
@@ -40,7 +49,7 @@ async fn neighbouring_tables_differ_in_nothing_but_the_noised_payload() {
         Table::OneClass,
         Table::Empty,
     ];
-    let addresses = free_addresses();
+    let addresses = free_addresses(placement.agents());
     let certificates = root.path().join("certs");
     let pki = pki::write(&certificates, &deployment::roles(), now).unwrap();
     for (number, table) in tables.into_iter().enumerate() {
@@ -49,8 +58,12 @@ async fn neighbouring_tables_differ_in_nothing_but_the_noised_payload() {
         std::fs::create_dir_all(&folder).unwrap();
         std::os::unix::fs::symlink(&certificates, folder.join("certs")).unwrap();
         // The coordinator's clock stands still, so a deadline never passes: a silent agent would be waited for forever.
-        let run = tokio::time::timeout(PATIENCE, mesh::run(&folder, &pki, &addresses, table, &log.0)).await;
-        let run = run.unwrap_or_else(|_| panic!("{table:?}: the loop does not end; is an agent silent?"));
+        let run =
+            tokio::time::timeout(PATIENCE, mesh::run(&folder, &pki, &addresses, placement, table, &log.0))
+                .await;
+        let run = run.unwrap_or_else(|_| {
+            panic!("{placement:?}, {table:?}: the loop does not end; is an agent silent?")
+        });
         outcomes.push((table, run));
     }
     let (_, plain) = &outcomes[0];
@@ -70,15 +83,15 @@ async fn neighbouring_tables_differ_in_nothing_but_the_noised_payload() {
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// Addresses that nobody listens at; every run uses the same.
-fn free_addresses() -> Vec<SocketAddr> {
+fn free_addresses(agents: usize) -> Vec<SocketAddr> {
     let listeners: Vec<TcpListener> =
-        (0..AGENTS).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
+        (0..agents).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
     listeners.iter().map(|listener| listener.local_addr().unwrap()).collect()
 }
 
 /// Every byte on every link, every line logged, every record kept.
 fn all_equal(plain: &Outcome, other: &Outcome) {
-    for agent in 0..AGENTS {
+    for agent in 0..plain.calls.len() {
         assert_eq!(plain.calls[agent].len(), other.calls[agent].len(), "calls of agent {agent}");
         for (call, (a, b)) in plain.calls[agent].iter().zip(&other.calls[agent]).enumerate() {
             assert_eq!(a.up.headers, b.up.headers, "request headers of call {call} of agent {agent}");
@@ -94,7 +107,7 @@ fn all_equal(plain: &Outcome, other: &Outcome) {
 }
 
 fn equal_but_for_the_noise(plain: &Outcome, other: &Outcome, table: Table) {
-    for agent in 0..AGENTS {
+    for agent in 0..plain.calls.len() {
         let (a, b) = (&plain.calls[agent], &other.calls[agent]);
         assert_eq!(a.len(), b.len(), "{table:?}: calls of agent {agent}");
         for (number, (a, b)) in a.iter().zip(b).enumerate() {
@@ -153,6 +166,12 @@ fn sizes_are_those_asked_for(calls: &[Call], place: &str) {
         let Some(assignment) = fields(&assignment.1) else { continue };
         let field = |wanted: u64| assignment.iter().find(|(n, _)| *n == wanted).map(|(_, v)| v.as_slice());
         let (Some(id), Some(document)) = (field(1), field(3)) else { continue };
+        // A secure sum's first step says what is summed.
+        let document = match Request::from_bytes(document) {
+            Ok(Request::Advertise(opening)) => opening.summed.bytes().to_vec(),
+            _ => document.to_vec(),
+        };
+        let document = document.as_slice();
         let query = ReleaseQuery::from_json(document).ok().map(|query| query.cells_total());
         let round = RoundDescriptor::from_bytes(document).ok().map(|descriptor| descriptor.len());
         if let Some(cells) = query.or(round) {

@@ -1,4 +1,4 @@
-//! One whole loop in this process: a coordinator, three agents behind taps, a plan, until all links are quiet.
+//! One whole loop in this process: a coordinator, agents behind taps, a plan, until all links are quiet.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -28,8 +28,25 @@ use tokio::task::JoinHandle;
 
 use crate::tap::{Call, Tap};
 
-/// Agents of the loop.
-pub(crate) const AGENTS: usize = 3;
+/// Whether agents add all of the noise or shares of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Placement {
+    /// All of it.
+    Local,
+    /// Shares, in secure sums.
+    SecureSum,
+}
+
+impl Placement {
+    /// Agents of the loop: a secure sum needs four.
+    pub(crate) fn agents(self) -> usize {
+        match self {
+            Self::Local => 3,
+            Self::SecureSum => 4,
+        }
+    }
+}
+
 /// Rows of each agent's table.
 pub(crate) const ROWS: usize = 120;
 /// Seed of noise, secrets and ids.
@@ -73,6 +90,7 @@ pub(crate) async fn run(
     root: &Path,
     pki: &PkiFolder,
     addresses: &[SocketAddr],
+    placement: Placement,
     table: Table,
     log: &Mutex<Vec<String>>,
 ) -> Outcome {
@@ -80,7 +98,8 @@ pub(crate) async fn run(
     log.lock().unwrap().clear();
     let base = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/nano/base.safetensors");
     let plan = PlanChoices {
-        agents: AGENTS,
+        agents: placement.agents(),
+        secure_sum: placement == Placement::SecureSum,
         corpus_rows: 600,
         pretrain_steps: 1,
         rounds: 2,
@@ -96,11 +115,16 @@ pub(crate) async fn run(
 
     let operator = OperatorClient::new(link(pki, coordinator, &deployment::operator()).await);
     let (mut taps, mut agents) = (Vec::new(), Vec::new());
-    for (at, domain) in DOMAINS.iter().take(AGENTS).enumerate() {
+    let domains = &DOMAINS[..placement.agents()];
+    let names: Vec<&str> = domains.iter().map(|domain| domain.id).collect();
+    for (at, domain) in domains.iter().enumerate() {
         let address = addresses[at];
         let tap = Tap::start(pki, &Role::agent(domain.id), address, coordinator).await;
         deployment::write_contract(&layout, domain).unwrap();
         deployment::write_policy(&layout, domain.id, &deployment::product(domain), 3.0).unwrap();
+        if placement == Placement::SecureSum {
+            deployment::write_peers(&layout, domain.id, &names).unwrap();
+        }
         deployment::write_agent(&layout, domain.id, &address.to_string()).unwrap();
         domain.write_train(&layout.train_table(domain.id), Some(ROWS)).unwrap();
         if at == 0 {
@@ -131,7 +155,7 @@ pub(crate) async fn run(
         last = Some(event);
     }
     assert_eq!(last.unwrap().phase, "done");
-    quiet(&layout, &taps).await;
+    quiet(&layout, domains, &taps).await;
     let auditor = AuditorClient::new(link(pki, coordinator, &deployment::auditor()).await);
     let report = auditor.report_input(None).await.unwrap();
     let calls = taps.iter().map(Tap::calls).collect();
@@ -186,8 +210,8 @@ async fn link(pki: &PkiFolder, coordinator: SocketAddr, role: &Role) -> tabmesh_
 }
 
 /// Waits until every agent has chosen what to serve and no link has carried a byte for a while.
-async fn quiet(layout: &Layout, taps: &[Tap]) {
-    for domain in DOMAINS.iter().take(AGENTS) {
+async fn quiet(layout: &Layout, domains: &[Domain], taps: &[Tap]) {
+    for domain in domains {
         while !layout.domain(domain.id).join("data").join("promoted.json").exists() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
+use tabmesh_federation::secagg::document::Reply;
 
 /// A covered message.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -14,6 +15,9 @@ pub(crate) enum Said {
     Vector { rest: Vec<Field>, bytes: usize },
     /// A ledger statement: product and entries, digests and mechanism figures covered.
     Ledger { product: Vec<u8>, entries: Vec<String> },
+    /// An answer to a step of a secure sum: the assignment, the step with whom it is about, and the size. Keys, seals and
+    /// signatures follow from the descriptor of the sum, and that from what was released before it.
+    Sum { assignment: Vec<u8>, step: String, bytes: usize },
     /// A request for an artefact, whose name is a digest.
     Fetch,
     /// Anything else, whole.
@@ -38,10 +42,30 @@ pub(crate) fn said(message: &[u8]) -> Said {
         let entries = fields.iter().filter(|(n, _)| *n == 2).map(|(_, entry)| covered(entry)).collect();
         return Said::Ledger { product, entries };
     }
+    if numbers == BTreeSet::from([1, 2, 3]) && lengths(3).eq([32]) {
+        let field = |number: u64| fields.iter().find(|(n, _)| *n == number).map(|(_, v)| v.clone()).unwrap();
+        let document = field(2);
+        if let Ok(reply) = Reply::from_bytes(&document) {
+            return Said::Sum { assignment: field(1), step: about(&reply), bytes: document.len() };
+        }
+    }
     if numbers == BTreeSet::from([1]) && lengths(1).eq([32]) {
         return Said::Fetch;
     }
     Said::Other(message.to_vec())
+}
+
+/// The step an answer is to, and the seats it names.
+fn about(reply: &Reply) -> String {
+    let seat = reply.seat();
+    match reply {
+        Reply::Advert(_) => format!("{seat} advert"),
+        Reply::Shares(shares) => format!("{seat} shares for {:?}", shares.sealed.keys()),
+        Reply::Consent(_) => format!("{seat} consent"),
+        Reply::Opened(opened) => {
+            format!("{seat} opens seeds of {:?}, keys of {:?}", opened.seeds.keys(), opened.keys.keys())
+        }
+    }
 }
 
 /// A ledger entry without chain hash, payload digest, query digest and the figures of its mechanism.
