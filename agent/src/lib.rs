@@ -26,6 +26,7 @@ pub mod student;
 pub mod sums;
 pub mod train;
 pub mod trees;
+pub mod witness;
 pub mod work;
 
 use std::future::Future;

@@ -14,7 +14,7 @@ use tabmesh_proto::client::{ClientError, MeshClient, SessionSender};
 use tabmesh_proto::connect::{CoordinatorAddress, Dial, connect};
 use tabmesh_proto::message::{
     AgentFrame, Assignment, AssignmentKind, AssignmentRefusal, ChainedEntry, ContractRegistration,
-    CoordinatorFrame, LedgerStatement, SumAnswer,
+    CoordinatorFrame, DocumentAnswer, LedgerStatement,
 };
 use tabmesh_proto::status::WireError;
 use tabmesh_proto::tls::ClientTls;
@@ -220,7 +220,7 @@ impl<D: Dial + Clone> Link<D> {
                 let assignment_id = assignment.id().clone();
                 match reply {
                     SumReply::Document(document) => {
-                        let answer = SumAnswer::new(assignment_id, document);
+                        let answer = DocumentAnswer::new(assignment_id, document);
                         self.settled(client.answer_sum(answer).await.map(drop))?;
                     }
                     SumReply::Vector(answer) => {
@@ -231,6 +231,13 @@ impl<D: Dial + Clone> Link<D> {
                         sender.send(AgentFrame::ArtefactReceived { assignment_id }).await?;
                     }
                 }
+            }
+            AssignmentKind::Witness => {
+                let reply = self.blocking(&assignment, |work, a, now_ms| work.witness(a, now_ms)).await;
+                let Some(document) = self.or_skip(reply, &assignment)? else { return Ok(()) };
+                self.slot(arrived).await;
+                let answer = DocumentAnswer::new(assignment.id().clone(), document);
+                self.settled(client.answer_witness(answer).await.map(drop))?;
             }
             AssignmentKind::Publish => {
                 self.work.artefacts.take(client, assignment.document()).await?;

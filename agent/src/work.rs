@@ -15,6 +15,7 @@ use tabmesh_federation::descriptor::{DescriptorError, RoundDescriptor};
 use tabmesh_federation::documents::{self, DocumentError, MAX_DOCUMENT_BYTES, PlanAnnouncement, PlanClosing};
 use tabmesh_federation::plan::{Plan, PlanError};
 use tabmesh_federation::release_plan::{QueryRefusal, check_query};
+use tabmesh_federation::witness::WitnessRequest;
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::{DebitReceipt, LedgerError, Purpose, RefusalRule};
 use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, MechanismError};
@@ -32,6 +33,7 @@ use crate::source::SourceError;
 use crate::sums::{SumError, SumStore};
 use crate::train::Trainer;
 use crate::trees::TreeError;
+use crate::witness::{Witness, WitnessError};
 
 pub use sums::SumReply;
 
@@ -90,6 +92,9 @@ pub enum WorkError {
     /// An artefact is missing or refused.
     #[error(transparent)]
     Artefact(#[from] ArtefactError),
+    /// The coordinator's audit log isn't confirmed.
+    #[error(transparent)]
+    Witness(#[from] WitnessError),
     /// The model refuses.
     #[error(transparent)]
     Model(#[from] TfmError),
@@ -138,6 +143,7 @@ pub struct Work {
     gate: Gate,
     trainer: Mutex<Option<Trainer>>,
     sums: Mutex<SumStore>,
+    witness: Witness,
 }
 
 impl Work {
@@ -156,12 +162,32 @@ impl Work {
         let data_dir = &domain.config.data_dir;
         let guard = domain.config.sum_guard.clone().unwrap_or_else(|| data_dir.join("sum.guard"));
         let sums = Mutex::new(SumStore::new(data_dir.join("sums"), guard));
-        Ok(Self { domain, artefacts, books: Mutex::new(books), gate, trainer: Mutex::new(None), sums })
+        let coordinator = domain.config.coordinator.spiffe_id.to_string();
+        let witness = Witness::new(
+            data_dir,
+            (&coordinator, &domain.coordinator_key),
+            (&domain.identity.to_string(), &domain.key),
+        )?;
+        let (books, trainer) = (Mutex::new(books), Mutex::new(None));
+        Ok(Self { domain, artefacts, books, gate, trainer, sums, witness })
     }
 
     /// The books.
     pub fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Checks a checkpoint of the coordinator's audit log and cosigns it; the answer is a document.
+    ///
+    /// # Errors
+    /// [`WorkError::Witness`] if the log was rolled back or rewritten or leaves this agent's ledger out.
+    pub fn witness(&self, assignment: &Assignment, now_ms: i64) -> Result<Vec<u8>, WorkError> {
+        let request: WitnessRequest =
+            documents::read("witness request", assignment.document(), MAX_DOCUMENT_BYTES)?;
+        let books = self.books();
+        let now_s = u64::try_from(now_ms / 1000).unwrap_or_default();
+        let reply = self.witness.judge(&request, books.product(), books.entries(), now_s)?;
+        serde_json::to_vec(&reply).map_err(|error| WorkError::Interrupted { reason: error.to_string() })
     }
 
     /// Takes a plan on by reserving its budget, or says which rule refuses it.

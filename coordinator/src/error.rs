@@ -9,6 +9,7 @@ use tabmesh_federation::selection::SelectionError;
 use tabmesh_proto::convert::ConvertError;
 use tabmesh_proto::status::WireError;
 use tabmesh_store::StoreError;
+use tabmesh_store::checkpoint::CheckpointError;
 use tabmesh_synthesis::SynthesisError;
 use tabmesh_tfm::error::TfmError;
 use thiserror::Error;
@@ -103,6 +104,9 @@ pub enum CoordinatorError {
         /// What is wrong.
         reason: String,
     },
+    /// A checkpoint of the audit log, or a cosignature on it.
+    #[error("audit log: {0}")]
+    Checkpoint(CheckpointError),
     /// A step of the pipeline can't go on.
     #[error("{0}")]
     Step(String),
@@ -122,6 +126,7 @@ impl CoordinatorError {
                 WireError::Malformed
             }
             Self::NotFound { .. } => WireError::NotFound,
+            Self::Checkpoint(_) => WireError::Signature,
             Self::Running { .. } => WireError::Conflict,
             _ => WireError::Internal,
         }

@@ -23,6 +23,7 @@ pub mod pretrain_job;
 mod report;
 mod service;
 mod sums;
+pub mod witness;
 
 use std::future::Future;
 use std::path::Path;
@@ -167,7 +168,7 @@ fn open(
     }
     let policy = policy_bundle(config.policy_bundle.as_deref())?;
     let sign = {
-        let key = Arc::clone(&key);
+        let (key, identity) = (Arc::clone(&key), identity.clone());
         Arc::new(move |id, kind, document| Ok(Assignment::sign(id, kind, document, &identity, &key)?))
             as outbox::Sign
     };
@@ -189,6 +190,8 @@ fn open(
         tuning_stop: AtomicBool::new(false),
         insecure_dev: switches.insecure_dev,
         audit: Mutex::new(audit),
+        identity,
+        witness: Mutex::new(()),
         ids: Mutex::new(ids),
         config,
         clock,

@@ -13,7 +13,7 @@ use tabmesh_privacy::ledger::Entry;
 use tabmesh_privacy::signature::SigningKey;
 use tabmesh_proto::identity::SpiffeId;
 use tabmesh_proto::message::{AssignmentRefusal, Id};
-use tabmesh_store::{BlobStore, Digest, Kind, Log, NewVersion, Records, Registry};
+use tabmesh_store::{BlobStore, Digest, Kind, Log, LogEntry, NewVersion, Records, Registry};
 
 use crate::answers::Answers;
 
@@ -68,6 +68,10 @@ pub(crate) struct Mesh {
     /// Whether development certificates and fixed seeds are accepted.
     pub(crate) insecure_dev: bool,
     pub(crate) audit: Mutex<Log>,
+    /// Its own SPIFFE id.
+    pub(crate) identity: SpiffeId,
+    /// Held while the record of the latest checkpoint is changed.
+    pub(crate) witness: Mutex<()>,
     /// Randomness for ids.
     pub(crate) ids: Mutex<Box<dyn RngCore + Send>>,
 }
@@ -93,6 +97,19 @@ impl Mesh {
         action: &'static str,
         facts: T,
     ) -> Result<Digest, CoordinatorError> {
+        Ok(self.audit_entry(actor, action, facts)?.hash)
+    }
+
+    /// As [`Self::audit`], giving the whole entry.
+    ///
+    /// # Errors
+    /// As [`Self::audit`].
+    pub(crate) fn audit_entry<T: Serialize>(
+        &self,
+        actor: &str,
+        action: &'static str,
+        facts: T,
+    ) -> Result<LogEntry, CoordinatorError> {
         #[derive(Serialize)]
         struct Entry<'a, T> {
             time_ms: i64,
@@ -102,7 +119,7 @@ impl Mesh {
         }
         let entry = Entry { time_ms: self.now_ms(), actor, action, facts };
         let bytes = serde_json::to_vec(&entry).map_err(CoordinatorError::stored("audit entry"))?;
-        Ok(self.audit_log().append(&bytes)?.hash)
+        Ok(self.audit_log().append(&bytes)?)
     }
 
     /// Length and head of the audit log.

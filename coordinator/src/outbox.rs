@@ -66,6 +66,7 @@ enum Kind {
     ClosePlan,
     Plan,
     SecureSum,
+    Witness,
 }
 
 impl Outbox {
@@ -221,6 +222,7 @@ impl From<AssignmentKind> for Kind {
             AssignmentKind::ClosePlan => Self::ClosePlan,
             AssignmentKind::Plan => Self::Plan,
             AssignmentKind::SecureSum => Self::SecureSum,
+            AssignmentKind::Witness => Self::Witness,
         }
     }
 }
@@ -234,6 +236,7 @@ impl From<Kind> for AssignmentKind {
             Kind::ClosePlan => Self::ClosePlan,
             Kind::Plan => Self::Plan,
             Kind::SecureSum => Self::SecureSum,
+            Kind::Witness => Self::Witness,
         }
     }
 }

@@ -8,6 +8,7 @@ use tabmesh_privacy::signature::{Signature, VerifyingKey};
 
 use crate::error::CoordinatorError;
 use crate::mesh::Mesh;
+use crate::witness;
 
 /// The signed report as JSON, of one product or of all.
 ///
@@ -15,7 +16,7 @@ use crate::mesh::Mesh;
 /// [`CoordinatorError`] if a mirrored ledger can't be read or doesn't verify.
 pub(crate) fn signed(mesh: &Mesh, product: Option<&str>) -> Result<Vec<u8>, CoordinatorError> {
     let now_ms = mesh.now_ms();
-    let mut products = Vec::new();
+    let (mut products, mut agents) = (Vec::new(), Vec::new());
     let mut from_ms = now_ms;
     for (agent, admitted) in mesh.catalog.all() {
         let name = &admitted.contract.name;
@@ -42,6 +43,7 @@ pub(crate) fn signed(mesh: &Mesh, product: Option<&str>) -> Result<Vec<u8>, Coor
             signature: Signature::from_bytes(signature),
             public_key: VerifyingKey::from_bytes(admitted.public_key),
         });
+        agents.push(agent.clone());
         products.push(ProductLedger { agent: agent.to_string(), product: name.clone(), entries, head });
     }
     if let Some(wanted) = product.filter(|_| products.is_empty()) {
@@ -56,6 +58,7 @@ pub(crate) fn signed(mesh: &Mesh, product: Option<&str>) -> Result<Vec<u8>, Coor
         products,
         refused: Vec::new(),
         unprotected_facts: UnprotectedFact::ALL.to_vec(),
+        audit: witness::of_report(mesh, &agents)?,
     })
     .map_err(|error| CoordinatorError::Step(format!("the report can't be built: {error}")))?;
     Ok(report.sign(&mesh.signing_key).to_json().into_bytes())

@@ -61,6 +61,7 @@ pub const ACCESS: &[(&str, &[Role])] = &[
     (SUBMIT_RELEASE, &[Role::Agent]),
     (SUBMIT_UPDATE, &[Role::Agent]),
     ("/tabmesh.v1.Mesh/AnswerSum", &[Role::Agent]),
+    ("/tabmesh.v1.Mesh/AnswerWitness", &[Role::Agent]),
     ("/tabmesh.v1.Mesh/MirrorLedger", &[Role::Agent]),
     ("/tabmesh.v1.Mesh/FetchBlob", &[Role::Agent]),
     ("/tabmesh.v1.Operator/SubmitPlan", &[Role::Operator]),

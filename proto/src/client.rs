@@ -21,8 +21,8 @@ use crate::{
     limits,
     message::{
         Admission, AgentFrame, AgentSummary, AuditStatus, BlobChunk, ContractRegistration, CoordinatorFrame,
-        Digest, Hello, Id, LedgerStatement, PlanEvent, PlanSummary, PlanValidation, Receipt,
-        SubmissionTarget, SumAnswer, Welcome,
+        Digest, DocumentAnswer, Hello, Id, LedgerStatement, PlanEvent, PlanSummary, PlanValidation, Receipt,
+        SubmissionTarget, Welcome,
     },
     pb,
     status::WireError,
@@ -251,16 +251,22 @@ impl MeshClient {
     /// Answers a step of a secure sum other than the masked vector, which goes the way of every noised vector.
     ///
     /// # Errors
-    /// [`ClientError::Answer`] for a document above [`limits::MAX_SUM_ANSWER_BYTES`], before anything is sent; any
+    /// [`ClientError::Answer`] for a document above [`limits::MAX_DOCUMENT_ANSWER_BYTES`], before anything is sent; any
     /// refusal.
-    pub async fn answer_sum(&self, answer: SumAnswer) -> Result<Receipt> {
-        let (got, max) = (answer.document.len(), limits::MAX_SUM_ANSWER_BYTES);
-        if got > max {
-            return Err(ConvertError::TooLarge { field: "document", got, max }.into());
-        }
-        let digest = answer.digest;
+    pub async fn answer_sum(&self, answer: DocumentAnswer) -> Result<Receipt> {
+        let (message, digest) = document(answer)?;
         let mut inner = self.inner.clone();
-        acknowledged(call(inner.answer_sum(pb::SumAnswer::from(answer))).await?, &digest)
+        acknowledged(call(inner.answer_sum(message)).await?, &digest)
+    }
+
+    /// Answers a checkpoint of the coordinator's audit log.
+    ///
+    /// # Errors
+    /// As [`Self::answer_sum`].
+    pub async fn answer_witness(&self, answer: DocumentAnswer) -> Result<Receipt> {
+        let (message, digest) = document(answer)?;
+        let mut inner = self.inner.clone();
+        acknowledged(call(inner.answer_witness(message)).await?, &digest)
     }
 
     /// Mirrors a piece of the ledger.
@@ -608,6 +614,16 @@ fn submission(
         payload_digest: debit.payload_digest().to_vec(),
         ledger_entry_hash: debit.hash().to_vec(),
     })
+}
+
+/// A document within its limit, with its digest.
+fn document(answer: DocumentAnswer) -> Result<(pb::DocumentAnswer, Digest)> {
+    let (got, max) = (answer.document.len(), limits::MAX_DOCUMENT_ANSWER_BYTES);
+    if got > max {
+        return Err(ConvertError::TooLarge { field: "document", got, max }.into());
+    }
+    let digest = answer.digest;
+    Ok((answer.into(), digest))
 }
 
 fn acknowledged(receipt: Receipt, digest: &Digest) -> Result<Receipt> {

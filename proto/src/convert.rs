@@ -12,8 +12,8 @@ use crate::{
     message::{
         Admission, AdmissionRefusal, AgentFrame, AgentSummary, Assignment, AssignmentKind, AssignmentRefusal,
         AuditStatus, BlobChunk, BlobRequest, ChainedEntry, ContractRegistration, CoordinatorFrame, Digest,
-        GoodbyeReason, Hello, LedgerStatement, PlanEvent, PlanFinding, PlanSummary, PlanValidation, Receipt,
-        Submission, SumAnswer, Welcome, sha256,
+        DocumentAnswer, GoodbyeReason, Hello, LedgerStatement, PlanEvent, PlanFinding, PlanSummary,
+        PlanValidation, Receipt, Submission, Welcome, sha256,
     },
     pb,
     status::WireError,
@@ -322,7 +322,7 @@ twin_enum!(goodbye_reason, "reason", GoodbyeReason, GoodbyeReason, {
     ShuttingDown, Superseded, Revoked, HeartbeatMissed, Protocol,
 });
 twin_enum!(assignment_kind, "kind", AssignmentKind, AssignmentKind, {
-    ReleaseQuery, Round, Publish, ClosePlan, Plan, SecureSum,
+    ReleaseQuery, Round, Publish, ClosePlan, Plan, SecureSum, Witness,
 });
 twin_enum!(admission_refusal, "refusals", AdmissionRefusal, AdmissionRefusal, {
     ContractUnreadable, ContractInvalid, ProductMismatch, DomainMismatch, Signature, Policy, Features, Budget,
@@ -439,11 +439,11 @@ impl TryFrom<pb::Submission> for Submission {
     }
 }
 
-impl TryFrom<pb::SumAnswer> for SumAnswer {
+impl TryFrom<pb::DocumentAnswer> for DocumentAnswer {
     type Error = ConvertError;
 
-    fn try_from(answer: pb::SumAnswer) -> Result<Self> {
-        let document = bytes("document", answer.document, limits::MAX_SUM_ANSWER_BYTES)?;
+    fn try_from(answer: pb::DocumentAnswer) -> Result<Self> {
+        let document = bytes("document", answer.document, limits::MAX_DOCUMENT_ANSWER_BYTES)?;
         let digest = array("digest", &answer.digest)?;
         if sha256(&document) != digest {
             return Err(ConvertError::DigestMismatch { field: "document" });
@@ -452,8 +452,8 @@ impl TryFrom<pb::SumAnswer> for SumAnswer {
     }
 }
 
-impl From<SumAnswer> for pb::SumAnswer {
-    fn from(answer: SumAnswer) -> Self {
+impl From<DocumentAnswer> for pb::DocumentAnswer {
+    fn from(answer: DocumentAnswer) -> Self {
         let assignment_id = answer.assignment_id.to_string();
         Self { assignment_id, document: answer.document, digest: answer.digest.to_vec() }
     }

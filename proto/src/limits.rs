@@ -25,8 +25,8 @@ pub const MAX_CONTRACT_BYTES: usize = 1 << 20;
 pub const MAX_PLAN_BYTES: usize = 1 << 20;
 /// Most bytes of one assignment's or plan record's JSON document.
 pub const MAX_DOCUMENT_BYTES: usize = 4 << 20;
-/// Most bytes of one answer to a step of a secure sum: no room for a table beside keys and shares.
-pub const MAX_SUM_ANSWER_BYTES: usize = 128 << 10;
+/// Most bytes of one answer that is a document: no room for a table beside keys, shares and signatures.
+pub const MAX_DOCUMENT_ANSWER_BYTES: usize = 128 << 10;
 /// Most entries of one ledger statement; a longer ledger is mirrored in pieces.
 pub const MAX_LEDGER_ENTRIES: usize = 1024;
 /// Most bytes of one ledger entry.

@@ -171,6 +171,8 @@ pub enum AssignmentKind {
     Plan,
     /// Take a step of a secure sum.
     SecureSum,
+    /// Check a checkpoint of the audit log against earlier ones, and cosign it.
+    Witness,
 }
 
 impl AssignmentKind {
@@ -184,6 +186,7 @@ impl AssignmentKind {
             Self::ClosePlan => "close_plan",
             Self::Plan => "plan",
             Self::SecureSum => "secure_sum",
+            Self::Witness => "witness",
         }
     }
 }
@@ -384,18 +387,18 @@ impl Submission {
     }
 }
 
-/// An answer to a step of a secure sum other than the masked vector; its document's crate owns its meaning.
+/// An answer that is a document: to a step of a secure sum, or to a checkpoint; the document's crate owns its meaning.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SumAnswer {
+pub struct DocumentAnswer {
     /// The assignment it answers.
     pub assignment_id: Id,
-    /// JSON: keys, sealed shares or a signature.
+    /// JSON: keys, sealed shares, a signature, a cosigned note.
     pub document: Vec<u8>,
     /// SHA-256 of the document, checked.
     pub digest: Digest,
 }
 
-impl SumAnswer {
+impl DocumentAnswer {
     /// Names a document by its digest.
     #[must_use]
     pub fn new(assignment_id: Id, document: Vec<u8>) -> Self {

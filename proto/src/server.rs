@@ -22,8 +22,8 @@ use crate::{
     limits,
     message::{
         Admission, AgentFrame, AgentSummary, AuditStatus, BlobChunk, BlobRequest, ContractRegistration,
-        CoordinatorFrame, Hello, Id, LedgerStatement, PlanEvent, PlanSummary, PlanValidation, Receipt,
-        Submission, SumAnswer,
+        CoordinatorFrame, DocumentAnswer, Hello, Id, LedgerStatement, PlanEvent, PlanSummary, PlanValidation,
+        Receipt, Submission,
     },
     pb::{self, auditor_server::AuditorServer, mesh_server::MeshServer, operator_server::OperatorServer},
     session,
@@ -83,7 +83,18 @@ pub trait MeshService: Send + Sync + 'static {
     ) -> impl Future<Output = Answer<Receipt>> + Send;
 
     /// Takes an answer to a step of a secure sum; durable when it answers, and the same receipt for the same answer.
-    fn answer_sum(&self, peer: SpiffeId, answer: SumAnswer) -> impl Future<Output = Answer<Receipt>> + Send;
+    fn answer_sum(
+        &self,
+        peer: SpiffeId,
+        answer: DocumentAnswer,
+    ) -> impl Future<Output = Answer<Receipt>> + Send;
+
+    /// Takes an answer to a checkpoint of the audit log; durable when it answers.
+    fn answer_witness(
+        &self,
+        peer: SpiffeId,
+        answer: DocumentAnswer,
+    ) -> impl Future<Output = Answer<Receipt>> + Send;
 
     /// Mirrors a piece of a ledger; its inner chain has been checked, its signature and its place have not.
     fn mirror_ledger(
@@ -365,10 +376,22 @@ impl<S: MeshService> pb::mesh_server::Mesh for MeshAdapter<S> {
         answer(self.service.submit_update(peer, submission).await)
     }
 
-    async fn answer_sum(&self, request: Request<pb::SumAnswer>) -> Result<Response<pb::Receipt>, Status> {
+    async fn answer_sum(
+        &self,
+        request: Request<pb::DocumentAnswer>,
+    ) -> Result<Response<pb::Receipt>, Status> {
         let (peer, message) = split(request)?;
-        let sum_answer = parsed(&peer, message.try_into())?;
-        answer(self.service.answer_sum(peer, sum_answer).await)
+        let document = parsed(&peer, message.try_into())?;
+        answer(self.service.answer_sum(peer, document).await)
+    }
+
+    async fn answer_witness(
+        &self,
+        request: Request<pb::DocumentAnswer>,
+    ) -> Result<Response<pb::Receipt>, Status> {
+        let (peer, message) = split(request)?;
+        let document = parsed(&peer, message.try_into())?;
+        answer(self.service.answer_witness(peer, document).await)
     }
 
     async fn mirror_ledger(

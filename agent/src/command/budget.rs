@@ -48,6 +48,8 @@ pub(crate) fn run(
         products: vec![ProductLedger { agent, product: contract.name, entries, head }],
         refused: Vec::new(),
         unprotected_facts: UnprotectedFact::ALL.to_vec(),
+        // The log is the coordinator's; its report has the proof.
+        audit: None,
     })
     .into_diagnostic()?;
     let signed = report.sign(&key);

@@ -1,17 +1,18 @@
 //! `tabmesh-coordinator report`: fetches the signed report, writes it, verifies files offline.
 
+use std::error::Error;
 use std::path::Path;
 use std::process::ExitCode;
 
 use anstream::println;
 use miette::{IntoDiagnostic, WrapErr, miette};
-use tabmesh_privacy::report::SignedReport;
-use tabmesh_privacy::report::{VerifyError, render_html, verify};
+use tabmesh_privacy::report::{Report, SignedReport, Verified, render_html, verify};
 use tabmesh_privacy::signature::VerifyingKey;
 use tabmesh_proto::client::AuditorClient;
 
 use super::files::{read, write};
 use crate::cli::{Output, ReportAction};
+use crate::witness::{self, Witnessed};
 
 /// Runs one of the report commands.
 pub(crate) async fn run(action: ReportAction) -> miette::Result<ExitCode> {
@@ -20,6 +21,7 @@ pub(crate) async fn run(action: ReportAction) -> miette::Result<ExitCode> {
             let auditor = AuditorClient::new(client.connect().await?);
             let bytes = auditor.report_input(product.as_deref()).await.into_diagnostic()?;
             let verified = verify(&bytes, None).into_diagnostic().wrap_err("the coordinator's report")?;
+            witness::verify(&verified.report, &verified.key).into_diagnostic()?;
             if let Some(path) = &json {
                 write(path, &bytes)?;
             }
@@ -36,12 +38,16 @@ pub(crate) async fn run(action: ReportAction) -> miette::Result<ExitCode> {
 fn check(file: &Path, key: Option<&Path>, output: Output) -> miette::Result<ExitCode> {
     let bytes = read(file)?;
     let pinned = key.map(read_key).transpose()?;
-    let outcome = verify(&bytes, pinned.as_ref());
+    let outcome = whole(&bytes, pinned.as_ref());
     match (&outcome, output) {
         (_, Output::Json) => println!("{}", summary(&outcome)),
-        (Ok(verified), Output::Text) => {
+        (Ok((verified, witnessed)), Output::Text) => {
             println!("verified: signature, {} hash chains, all totals", verified.report.ledgers.len());
             println!("signed by {}", verified.key);
+            match witnessed {
+                Some(log) => print_log(log, &verified.report),
+                None => println!("audit log: no checkpoint yet; it is witnessed after a plan"),
+            }
             if !verified.key_pinned {
                 println!(
                     "no key was pinned: anybody could have signed; pass --key with the coordinator's public key"
@@ -56,12 +62,42 @@ fn check(file: &Path, key: Option<&Path>, output: Output) -> miette::Result<Exit
     Ok(if outcome.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn summary(outcome: &Result<tabmesh_privacy::report::Verified, VerifyError>) -> serde_json::Value {
+type Whole = Result<(Verified, Option<Witnessed>), Box<dyn Error>>;
+
+/// Everything a report's file can prove: its own signature and figures, and its ledgers' place in the audit log.
+fn whole(file: &[u8], pinned: Option<&VerifyingKey>) -> Whole {
+    let verified = verify(file, pinned)?;
+    let witnessed = witness::verify(&verified.report, &verified.key)?;
+    Ok((verified, witnessed))
+}
+
+fn print_log(log: &Witnessed, report: &Report) {
+    let ledgers = report.ledgers.len();
+    println!(
+        "audit log of {} entries: cosigned by {} of {ledgers} agents, holds the ends of {} of {ledgers} ledgers",
+        log.size,
+        log.cosigned.len(),
+        log.proven.len()
+    );
+    for ledger in &report.ledgers {
+        let proven = log.proven.get(&ledger.agent).copied().unwrap_or_default();
+        let later = (ledger.entries.len() as u64).saturating_sub(proven);
+        if later > 0 {
+            println!("  {}: {later} entries came after the checkpoint", ledger.agent);
+        }
+    }
+}
+
+fn summary(outcome: &Whole) -> serde_json::Value {
     match outcome {
-        Ok(verified) => serde_json::json!({
+        Ok((verified, witnessed)) => serde_json::json!({
             "verified": true, "key": verified.key.to_string(), "key_pinned": verified.key_pinned,
             "ledgers": verified.report.ledgers.len(), "signed_heads": verified.signed_heads,
             "reproducible": verified.report.reproducible,
+            "audit_log": witnessed.as_ref().map(|log| serde_json::json!({
+                "entries": log.size, "root": log.root.to_string(), "cosigned": log.cosigned,
+                "proven_entries": log.proven,
+            })),
         }),
         Err(error) => serde_json::json!({ "verified": false, "error": error.to_string() }),
     }

@@ -29,6 +29,7 @@ use crate::catalog::Admitted;
 use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, locked};
 use crate::plans::Submitted;
+use crate::witness;
 
 /// Drives a plan to its end.
 pub(crate) async fn drive(mesh: Arc<Mesh>, digest: PlanDigest) {
@@ -65,8 +66,16 @@ pub(crate) async fn drive(mesh: Arc<Mesh>, digest: PlanDigest) {
             tracing::warn!(%collection, %error, "answers of an ended sum were not removed");
         }
     }
-    if let Err(error) = close(&mesh, digest) {
-        tracing::error!(plan = %digest, %error, "agents could not be told that the plan is over");
+    match close(&mesh, digest) {
+        Ok(Some(Closing { id, agents, patience })) => {
+            if let Err(error) = witness::after_plan(&mesh, &id, agents, patience).await {
+                tracing::error!(plan = %digest, %error, "agents could not be asked to witness the audit log");
+            }
+        }
+        Ok(None) => {}
+        Err(error) => {
+            tracing::error!(plan = %digest, %error, "agents could not be told that the plan is over");
+        }
     }
 }
 
@@ -159,16 +168,28 @@ async fn select_cohort(mesh: &Arc<Mesh>, submitted: &Submitted) -> Result<JobEve
     Ok(JobEvent::Started { roster })
 }
 
+/// A closing on its way.
+struct Closing {
+    id: Id,
+    agents: usize,
+    /// How long to wait for their answers.
+    patience: Duration,
+}
+
 /// Tells the agents of a plan that it is over, so that they refund and state their ledgers.
-fn close(mesh: &Mesh, digest: PlanDigest) -> Result<(), CoordinatorError> {
-    let Some((submitted, job)) = mesh.plans.get(digest) else { return Ok(()) };
+fn close(mesh: &Mesh, digest: PlanDigest) -> Result<Option<Closing>, CoordinatorError> {
+    let Some((submitted, job)) = mesh.plans.get(digest) else { return Ok(None) };
     let mut peers: BTreeSet<SpiffeId> =
         candidates(mesh, &submitted.plan).into_iter().map(|(id, _)| id).collect();
     peers.extend(spiffe_ids(job.roster())?);
     let document =
         serde_json::to_vec(&PlanClosing { plan: digest }).map_err(CoordinatorError::stored("closing"))?;
     let id = assignment_id(mesh, job.latest_collection())?;
-    mesh.outbox.assign(&peers.into_iter().collect::<Vec<_>>(), &id, AssignmentKind::ClosePlan, &document)
+    let peers: Vec<SpiffeId> = peers.into_iter().collect();
+    mesh.answers.expect(&id);
+    mesh.outbox.assign(&peers, &id, AssignmentKind::ClosePlan, &document)?;
+    let patience = Duration::from_secs(u64::from(submitted.plan.release.deadline_s));
+    Ok(Some(Closing { id, agents: peers.len(), patience }))
 }
 
 /// The schema that the agents of a cohort share.

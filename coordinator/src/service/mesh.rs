@@ -1,13 +1,16 @@
 //! What agents ask: sessions, registration, vectors, ledger statements, blobs.
 
+use tabmesh_federation::documents;
 use tabmesh_federation::id::{AgentId, CollectionId, Digest as NamedDigest};
 use tabmesh_federation::phase::{Outcome, Refusal};
 use tabmesh_federation::secagg::document::Reply;
 use tabmesh_federation::vector::Vector;
+use tabmesh_federation::witness::WitnessReply;
 use tabmesh_proto::identity::SpiffeId;
+use tabmesh_proto::limits::MAX_DOCUMENT_ANSWER_BYTES;
 use tabmesh_proto::message::{
-    Admission, AgentFrame, BlobRequest, ContractRegistration, Hello, Id, LedgerStatement, Receipt,
-    Submission, SumAnswer,
+    Admission, AgentFrame, BlobRequest, ContractRegistration, DocumentAnswer, Hello, Id, LedgerStatement,
+    Receipt, Submission,
 };
 use tabmesh_proto::server::{Answer, ChunkStream, InboundFrames, MeshService, OpenSession, chunk_stream};
 use tabmesh_proto::status::WireError;
@@ -22,6 +25,7 @@ use crate::mesh::Mesh;
 use crate::mirror::Stated;
 use crate::outbox::Outbox;
 use crate::sums::Refused;
+use crate::witness;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -79,7 +83,7 @@ impl MeshService for MeshCalls {
         take(&self.0, &peer, submission).await
     }
 
-    async fn answer_sum(&self, peer: SpiffeId, answer: SumAnswer) -> Answer<Receipt> {
+    async fn answer_sum(&self, peer: SpiffeId, answer: DocumentAnswer) -> Answer<Receipt> {
         let reply = Reply::from_bytes(&answer.document).map_err(|error| {
             tracing::warn!(%peer, %error, "answer refused");
             WireError::Malformed
@@ -89,6 +93,19 @@ impl MeshService for MeshCalls {
             mesh.sums.reply(id, &agent, reply, settles)
         })
         .await
+    }
+
+    async fn answer_witness(&self, peer: SpiffeId, answer: DocumentAnswer) -> Answer<Receipt> {
+        let DocumentAnswer { assignment_id, document, digest } = answer;
+        let reply: WitnessReply = documents::read("witness reply", &document, MAX_DOCUMENT_ANSWER_BYTES)
+            .map_err(|error| {
+                tracing::warn!(%peer, %error, "answer refused");
+                WireError::Malformed
+            })?;
+        let (mesh, agent, id) = (Arc::clone(&self.0), peer.clone(), assignment_id.clone());
+        let taken = tokio::task::spawn_blocking(move || witness::take(&mesh, &agent, &id, reply)).await;
+        taken.map_err(|_| WireError::Internal)?.map_err(refused(&peer, "witness"))?;
+        Ok(Receipt { receipt_id: assignment_id, digest, accepted_ms: self.0.now_ms() })
     }
 
     async fn mirror_ledger(&self, peer: SpiffeId, statement: LedgerStatement) -> Answer<Receipt> {

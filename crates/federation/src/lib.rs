@@ -25,3 +25,4 @@ pub mod screen;
 pub mod secagg;
 pub mod selection;
 pub mod vector;
+pub mod witness;

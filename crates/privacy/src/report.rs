@@ -182,6 +182,34 @@ pub struct ReportInput {
     pub refused: Vec<RefusedRequest>,
     /// Facts that leave without noise.
     pub unprotected_facts: Vec<UnprotectedFact>,
+    /// What the coordinator's audit log proves of the ledgers.
+    pub audit: Option<AuditProof>,
+}
+
+/// What the coordinator's audit log proves of the ledgers: its latest checkpoint, and where in the log their heads are.
+///
+/// This crate carries and shows it; who has the log's hashes and signatures checks it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AuditProof {
+    /// The checkpoint as a signed note with the agents' cosignatures.
+    pub note: String,
+    /// Heads, in order of agent.
+    pub heads: Vec<ProvenHead>,
+}
+
+/// A ledger's head as the audit log has it; it covers all entries before it by their chain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProvenHead {
+    /// SPIFFE id of the agent.
+    pub agent: String,
+    /// Place of the audit entry in the log.
+    pub index: u64,
+    /// The audit entry, byte for byte.
+    pub payload: String,
+    /// Hashes from the entry to the checkpoint's root, lowest first, in hexadecimal.
+    pub inclusion: Vec<String>,
 }
 
 /// A ledger entry inside a report; the payload is the stored text, byte for byte.
@@ -258,6 +286,9 @@ pub struct Report {
     pub unprotected_facts: Vec<UnprotectedFact>,
     /// The ledgers, in order of agent.
     pub ledgers: Vec<LedgerRecord>,
+    /// What the coordinator's audit log proves of them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audit: Option<AuditProof>,
 }
 
 impl Report {
@@ -291,6 +322,7 @@ impl Report {
             products,
             refused: self.refused.clone(),
             unprotected_facts: self.unprotected_facts.clone(),
+            audit: self.audit.clone(),
         }
     }
 

@@ -9,6 +9,7 @@
 //! witnesses have cosigned it, each after checking a consistency proof ([`crate::merkle::verify_consistency`]).
 
 use std::fmt;
+use std::sync::Arc;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -238,7 +239,7 @@ impl fmt::Display for VerifierKey {
 
 /// A private key with its name; never printed.
 pub struct Signer {
-    pair: Ed25519KeyPair,
+    pair: Arc<Ed25519KeyPair>,
     verifier: VerifierKey,
 }
 
@@ -249,10 +250,15 @@ impl Signer {
     /// [`CheckpointError::Key`] for other bytes or an unusable name.
     pub fn from_pkcs8(name: &str, kind: KeyKind, bytes: &[u8]) -> Result<Self, CheckpointError> {
         let pair = Ed25519KeyPair::from_pkcs8(bytes);
-        Self::new(name, kind, pair.map_err(|_| CheckpointError::Key { what: "expected PKCS#8 Ed25519" })?)
+        let pair = pair.map_err(|_| CheckpointError::Key { what: "expected PKCS#8 Ed25519" })?;
+        Self::from_pair(name, kind, Arc::new(pair))
     }
 
-    fn new(name: &str, kind: KeyKind, pair: Ed25519KeyPair) -> Result<Self, CheckpointError> {
+    /// Names a key.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Key`] for an unusable name.
+    pub fn from_pair(name: &str, kind: KeyKind, pair: Arc<Ed25519KeyPair>) -> Result<Self, CheckpointError> {
         let mut key = [0; 32];
         key.copy_from_slice(pair.public_key().as_ref());
         Ok(Self { pair, verifier: VerifierKey::new(name, kind, key)? })
@@ -339,6 +345,37 @@ impl Note {
         self.signatures.retain(|known| (&known.name, known.id) != (&signature.name, signature.id));
         self.signatures.push(signature);
         Ok(())
+    }
+
+    /// Takes over one witness's cosignature from another copy of the note, in place of an earlier one; cosignatures stand
+    /// in the order of their names behind the owner's signature, so that the order in which they came doesn't show.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Text`] for a note of another text, [`CheckpointError::Note`] beyond [`MAX_SIGNATURES`],
+    /// [`CheckpointError::Unsigned`] or
+    /// [`CheckpointError::Mismatch`] if the witness didn't sign it, [`CheckpointError::Key`] for a key of another kind.
+    pub fn take(&mut self, witness: &VerifierKey, from: &Self) -> Result<Signed, CheckpointError> {
+        if witness.kind != KeyKind::CosignatureV1 {
+            return Err(CheckpointError::Key { what: "a witness signs with a key of type 4" });
+        }
+        if from.text != self.text {
+            return Err(CheckpointError::Text { what: "the cosigned note has another text" });
+        }
+        let unsigned = || CheckpointError::Unsigned { name: witness.name.clone() };
+        let same = |s: &&NoteSignature| s.name == witness.name && s.id == witness.id();
+        let signature = from.signatures.iter().find(same).ok_or_else(unsigned)?.clone();
+        let signed = from.verify(&[witness])?.pop().ok_or_else(unsigned)?;
+        self.signatures.retain(|s| !same(&s));
+        if self.signatures.len() == MAX_SIGNATURES {
+            return Err(CheckpointError::Note { what: "too many signatures" });
+        }
+        let owners = usize::from(!self.signatures.is_empty());
+        self.signatures.push(signature);
+        self.signatures
+            .get_mut(owners..)
+            .unwrap_or_default()
+            .sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+        Ok(signed)
     }
 
     /// Reads a note. Signatures aren't checked yet.
@@ -466,6 +503,12 @@ fn cosigned(time: u64, text: &str) -> Vec<u8> {
 
 fn name_is_valid(name: &str) -> bool {
     !name.is_empty() && !name.contains(|c: char| c.is_whitespace() || c == '+' || c < ' ')
+}
+
+/// Name of a coordinator's audit log and of the key that signs its checkpoints: its SPIFFE id without the scheme.
+#[must_use]
+pub fn audit_origin(coordinator: &str) -> String {
+    format!("{}/audit", coordinator.strip_prefix("spiffe://").unwrap_or(coordinator))
 }
 
 /// Bytes of a note at most.

@@ -21,6 +21,7 @@ pub mod record;
 pub mod registry;
 
 pub use blob::{BlobStore, BlobWriter};
+pub use checkpoint::audit_origin;
 pub use digest::{Digest, Hasher};
 pub use error::{FrameDamage, StoreError};
 pub use log::{Log, LogEntry, LogHead, TornTail};

@@ -78,9 +78,9 @@ fn each_limit_is_accepted_and_one_more_is_refused() {
             ContractRegistration::try_from(registration(1, n)).map(drop)
         }),
         ("document", limits::MAX_DOCUMENT_BYTES, 1, |n| Assignment::try_from(assignment(n)).map(drop)),
-        ("document", limits::MAX_SUM_ANSWER_BYTES, 1, |n| {
-            let answer = SumAnswer::new("a".parse().unwrap(), vec![b'{'; n]);
-            SumAnswer::try_from(pb::SumAnswer::from(answer)).map(drop)
+        ("document", limits::MAX_DOCUMENT_ANSWER_BYTES, 1, |n| {
+            let answer = DocumentAnswer::new("a".parse().unwrap(), vec![b'{'; n]);
+            DocumentAnswer::try_from(pb::DocumentAnswer::from(answer)).map(drop)
         }),
         ("entries", limits::MAX_LEDGER_ENTRIES, 1, |n| LedgerStatement::try_from(chain(n, 1)).map(drop)),
         ("entry", limits::MAX_LEDGER_ENTRY_BYTES, 1, |n| LedgerStatement::try_from(chain(1, n)).map(drop)),

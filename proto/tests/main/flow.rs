@@ -17,7 +17,8 @@ use tabmesh_proto::{
     limits,
     message::{
         AgentFrame, Assignment, AssignmentKind, AssignmentRefusal, ChainedEntry, ContractRegistration,
-        CoordinatorFrame, GoodbyeReason, Hello, Id, LedgerStatement, SubmissionTarget, SumAnswer, sha256,
+        CoordinatorFrame, DocumentAnswer, GoodbyeReason, Hello, Id, LedgerStatement, SubmissionTarget,
+        sha256,
     },
     signing::public_key,
     status::WireError,
@@ -210,12 +211,16 @@ async fn an_answer_to_a_step_of_a_sum_arrives_whole_and_an_oversized_one_is_not_
     let server = Running::of(&ca).await;
     let client = MeshClient::new(server.connect(&ca.material(&[PAYMENTS])).await.unwrap());
     let id: Id = "0190-1".parse().unwrap();
-    let answer = SumAnswer::new(id.clone(), br#"{"consent":{}}"#.to_vec());
+    let answer = DocumentAnswer::new(id.clone(), br#"{"consent":{}}"#.to_vec());
     let receipt = client.answer_sum(answer.clone()).await.unwrap();
     assert_eq!(receipt.digest, sha256(&answer.document));
-    let large = SumAnswer::new(id, vec![b' '; limits::MAX_SUM_ANSWER_BYTES + 1]);
+    let large = DocumentAnswer::new(id, vec![b' '; limits::MAX_DOCUMENT_ANSWER_BYTES + 1]);
+    let large_copy = large.clone();
     assert!(matches!(client.answer_sum(large).await, Err(ClientError::Answer(_))));
-    assert_eq!(server.recorder.seen(), [Seen::Sum(answer)]);
+    assert!(matches!(client.answer_witness(large_copy).await, Err(ClientError::Answer(_))));
+    let cosigned = DocumentAnswer::new("0190-2".parse().unwrap(), br#"{"cosigned":{}}"#.to_vec());
+    client.answer_witness(cosigned.clone()).await.unwrap();
+    assert_eq!(server.recorder.seen(), [Seen::Sum(answer), Seen::Witness(cosigned)]);
 }
 
 #[tokio::test]

@@ -19,8 +19,8 @@ use tabmesh_proto::{
     identity::{DevelopmentCa, SpiffeId},
     message::{
         Admission, AgentFrame, AgentSummary, AuditStatus, BlobRequest, ContractRegistration,
-        CoordinatorFrame, Hello, Id, LedgerStatement, PlanEvent, PlanSummary, PlanValidation, Receipt,
-        Submission, SumAnswer, sha256,
+        CoordinatorFrame, DocumentAnswer, Hello, Id, LedgerStatement, PlanEvent, PlanSummary, PlanValidation,
+        Receipt, Submission, sha256,
     },
     server::{
         Answer, AuditorService, BoxStream, ChunkStream, InboundFrames, MeshService, OpenSession,
@@ -132,7 +132,8 @@ pub enum Seen {
     Contract(ContractRegistration),
     Release(Submission),
     Update(Submission),
-    Sum(SumAnswer),
+    Sum(DocumentAnswer),
+    Witness(DocumentAnswer),
     Ledger(LedgerStatement),
     Plan(Vec<u8>),
 }
@@ -251,9 +252,15 @@ impl MeshService for Shared {
         Ok(self.receipt([0; 32]))
     }
 
-    async fn answer_sum(&self, peer: SpiffeId, answer: SumAnswer) -> Answer<Receipt> {
+    async fn answer_sum(&self, peer: SpiffeId, answer: DocumentAnswer) -> Answer<Receipt> {
         let digest = answer.digest;
         self.note(&peer, Seen::Sum(answer));
+        Ok(self.receipt(digest))
+    }
+
+    async fn answer_witness(&self, peer: SpiffeId, answer: DocumentAnswer) -> Answer<Receipt> {
+        let digest = answer.digest;
+        self.note(&peer, Seen::Witness(answer));
         Ok(self.receipt(digest))
     }
 

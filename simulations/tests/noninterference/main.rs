@@ -68,6 +68,7 @@ async fn compared(placement: Placement, log: &Log) {
     }
     let (_, plain) = &outcomes[0];
     assert!(plain.calls.iter().all(|calls| vectors(calls).len() == 6), "four stages and two rounds each");
+    assert!(plain.calls.iter().all(|calls| calls.iter().any(cosigns)), "every agent witnesses the audit log");
     for (table, other) in &outcomes[1..] {
         match table {
             Table::OneMoreAtTheGate => all_equal(plain, other),
@@ -140,6 +141,11 @@ fn length_is_checked_apart(said: Said) -> Said {
         Said::Vector { rest, .. } => Said::Vector { rest, bytes: 0 },
         other => other,
     }
+}
+
+/// Whether an agent cosigns a checkpoint in this call.
+fn cosigns(call: &Call) -> bool {
+    call.up.messages.iter().any(|message| matches!(said(message), Said::Witnessed { cosigned: true, .. }))
 }
 
 /// Noised payloads by assignment.

@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 use tabmesh_federation::secagg::document::Reply;
+use tabmesh_federation::witness::WitnessReply;
 
 /// A covered message.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,6 +19,9 @@ pub(crate) enum Said {
     /// An answer to a step of a secure sum: the assignment, the step with whom it is about, and the size. Keys, seals and
     /// signatures follow from the descriptor of the sum, and that from what was released before it.
     Sum { assignment: Vec<u8>, step: String, bytes: usize },
+    /// An answer to a checkpoint of the audit log: the assignment, whether it was cosigned, and the size. The log's root and
+    /// with it the signature follow from the ledgers' hashes.
+    Witnessed { assignment: Vec<u8>, cosigned: bool, bytes: usize },
     /// A request for an artefact, whose name is a digest.
     Fetch,
     /// Anything else, whole.
@@ -47,6 +51,10 @@ pub(crate) fn said(message: &[u8]) -> Said {
         let document = field(2);
         if let Ok(reply) = Reply::from_bytes(&document) {
             return Said::Sum { assignment: field(1), step: about(&reply), bytes: document.len() };
+        }
+        if let Ok(reply) = serde_json::from_slice::<WitnessReply>(&document) {
+            let cosigned = matches!(reply, WitnessReply::Cosigned { .. });
+            return Said::Witnessed { assignment: field(1), cosigned, bytes: document.len() };
         }
     }
     if numbers == BTreeSet::from([1]) && lengths(1).eq([32]) {

@@ -46,6 +46,7 @@ pub fn build(input: ReportInput) -> Result<Report, ReportError> {
         products,
         refused: input.refused,
         unprotected_facts: input.unprotected_facts,
+        audit: input.audit,
         ledgers: histories.into_values().map(|history| history.record).collect(),
     })
 }

@@ -84,6 +84,7 @@ fn input(ledger: &Ledger<MemoryJournal>, head: Option<SignedHead>) -> ReportInpu
             rule: RefusalRule::CohortTooSmall,
         }],
         unprotected_facts: UnprotectedFact::ALL.to_vec(),
+        audit: None,
     }
 }
 

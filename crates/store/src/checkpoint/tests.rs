@@ -17,12 +17,12 @@ fn text(value: &Value) -> &str {
 fn owner(golden: &Value) -> Signer {
     let seed = hex::decode(text(&golden["checkpoints"]["private_seed_hex"])).unwrap();
     let pair = Ed25519KeyPair::from_seed_unchecked(&seed).unwrap();
-    Signer::new(text(&golden["checkpoints"]["origin"]), KeyKind::Ed25519, pair).unwrap()
+    Signer::from_pair(text(&golden["checkpoints"]["origin"]), KeyKind::Ed25519, Arc::new(pair)).unwrap()
 }
 
 fn witness(name: &str, seed: u8) -> Signer {
     let pair = Ed25519KeyPair::from_seed_unchecked(&[seed; 32]).unwrap();
-    Signer::new(name, KeyKind::CosignatureV1, pair).unwrap()
+    Signer::from_pair(name, KeyKind::CosignatureV1, Arc::new(pair)).unwrap()
 }
 
 fn open(note: &str, owner: &VerifierKey) -> Result<Checkpoint, CheckpointError> {
@@ -179,4 +179,50 @@ fn limits_hold_at_one_too_many() {
     assert!(Note::parse(padded(even).as_bytes()).is_ok());
     let got = even + 2;
     assert_eq!(Note::parse(padded(got).as_bytes()), Err(CheckpointError::TooLarge { got }));
+}
+
+#[test]
+fn cosignatures_are_collected_in_the_order_of_their_names() {
+    let golden = golden();
+    let owner = owner(&golden);
+    let root = Digest::of(b"root");
+    let checkpoint =
+        Checkpoint { origin: owner.verifier().name().to_owned(), size: 5, root, extensions: Vec::new() };
+    let plain = Note::sign(&checkpoint, &owner).unwrap();
+    let (a, b) = (witness("a.example", 1), witness("b.example", 2));
+    let signed = |witness: &Signer, time_s| {
+        let mut note = plain.clone();
+        note.cosign(witness, time_s).unwrap();
+        note
+    };
+    let collect = |order: [&Signer; 2]| {
+        let mut note = plain.clone();
+        for witness in order {
+            note.take(witness.verifier(), &signed(witness, 7)).unwrap();
+        }
+        note
+    };
+    assert_eq!(collect([&a, &b]), collect([&b, &a]));
+    let mut note = collect([&a, &b]);
+    // A later signature replaces the earlier one.
+    assert_eq!(note.take(a.verifier(), &signed(&a, 9)).unwrap().time_s, 9);
+    let (_, found) = note.open(owner.verifier(), &[a.verifier(), b.verifier()], 2).unwrap();
+    assert_eq!(found.iter().map(|s| s.time_s).collect::<Vec<_>>(), [9, 7]);
+
+    let refused = |from: &Note, by: &Signer| plain.clone().take(by.verifier(), from).unwrap_err();
+    assert!(matches!(refused(&plain, &a), CheckpointError::Unsigned { .. }));
+    assert!(matches!(refused(&signed(&b, 7), &a), CheckpointError::Unsigned { .. }));
+    assert!(matches!(refused(&plain, &owner), CheckpointError::Key { .. }));
+    let longer = Note::sign(&Checkpoint { size: 6, ..checkpoint.clone() }, &owner).unwrap();
+    assert!(matches!(refused(&longer, &a), CheckpointError::Text { .. }));
+    let mut tampered = signed(&a, 7);
+    tampered.signatures[1].bytes[20] ^= 1;
+    assert!(matches!(refused(&tampered, &a), CheckpointError::Mismatch { .. }));
+    let mut full = plain.clone();
+    for i in 1..MAX_SIGNATURES {
+        let one = witness(&format!("{i}.example"), u8::try_from(i).unwrap());
+        full.take(one.verifier(), &signed(&one, 1)).unwrap();
+    }
+    let beyond = witness("z.example", 200);
+    assert!(matches!(full.take(beyond.verifier(), &signed(&beyond, 1)), Err(CheckpointError::Note { .. })));
 }
