@@ -132,6 +132,8 @@ struct ReportFiles {
     html: PathBuf,
     json: PathBuf,
     verified: bool,
+    /// Agents that cosigned the audit log the report's ledgers are proven to be in.
+    cosigned: usize,
 }
 
 #[derive(Debug, Serialize)]
@@ -280,10 +282,14 @@ async fn report(deployment: &Deployment, root: &Path) -> Result<(Report, ReportF
     let signed: SignedReport = serde_json::from_slice(&bytes)?;
     let page = render_html(&verified.report, &signed)?;
     verify(page.as_bytes(), Some(&key)).context("the report's page does not verify")?;
+    let witnessed = tabmesh_coordinator::witness::verify(&verified.report, &key)
+        .context("the report's audit log does not verify")?
+        .context("the report has no checkpoint of the audit log")?;
+    let cosigned = witnessed.cosigned.len();
     let (html, json) = (root.join("report.html"), root.join("report.json"));
     std::fs::write(&html, page)?;
     std::fs::write(&json, bytes)?;
-    Ok((verified.report, ReportFiles { html, json, verified: true }))
+    Ok((verified.report, ReportFiles { html, json, verified: true, cosigned }))
 }
 
 fn privacy_line(section: &tabmesh_privacy::report::ProductSection) -> PrivacyLine {
@@ -347,7 +353,11 @@ fn print(outcome: &Outcome, table: &ScoreTable, deployment: &Deployment, options
         deployment.layout.root().join("prediction.json").display()
     );
     println!("  {}", outcome.prediction["response"]);
-    println!("\nprivacy-budget report, verified:");
+    println!(
+        "\nprivacy-budget report, verified; {} of {} agents cosigned the audit log its ledgers are in:",
+        outcome.report.cosigned,
+        deployment.agent_addresses.len()
+    );
     println!("  {}\n  {}", outcome.report.html.display(), outcome.report.json.display());
     println!("deployment folder: {}", deployment.layout.root().display());
     if options.dir.is_none() && !options.keep {
