@@ -12,6 +12,7 @@ use tabmesh_privacy::budget::{Delta, Epsilon};
 use tabmesh_tfm::context::{Budget, CacheKind, Plan, Precision};
 use thiserror::Error;
 
+use crate::alerts::AlertSection;
 use crate::serve::batch::Batching;
 
 /// Why a configuration or policy file is refused.
@@ -80,6 +81,10 @@ pub struct Config {
     #[serde(default)]
     #[garde(dive)]
     pub promotion: PromotionSection,
+    /// When and where the operator hears that the privacy budget runs out.
+    #[serde(default)]
+    #[garde(dive)]
+    pub alerts: AlertSection,
     /// Answers leave at multiples of so many milliseconds after their assignment arrived, 1 to 60,000.
     #[serde(default = "default_send_slot_ms")]
     #[garde(range(min = 1, max = 60_000))]
@@ -344,7 +349,8 @@ impl Config {
         fix(&mut self.tls.cert);
         fix(&mut self.tls.key);
         fix(&mut self.signing_key);
-        for path in [&mut self.peers, &mut self.sum_guard].into_iter().flatten() {
+        for path in [&mut self.peers, &mut self.sum_guard, &mut self.alerts.webhook_ca].into_iter().flatten()
+        {
             fix(path);
         }
         if let Some(path) = &mut self.serve.address_file {
@@ -432,6 +438,7 @@ serve:
   batching: {max_batch_rows: 256, max_wait_us: 500}  # 0 us: every request alone
 context: {local_rows: 512, corpus_rows: 256, cache: auto, precision: auto, held_mib: 512, build_mib: 1024}
 promotion: {trees: true, folds: 5, least_minority: 20}
+alerts: {percent: [50, 80, 95]}  # webhook: https://hooks.acme.example/budget, webhook_ca: tls/hooks-ca.pem
 ";
 
 #[cfg(test)]

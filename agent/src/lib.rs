@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod alerts;
 pub mod blend;
 pub mod books;
 pub mod calibrate;
@@ -36,6 +37,8 @@ use std::time::Duration;
 
 use miette::Diagnostic;
 use tabmesh_federation::manifest::Trust;
+use tabmesh_privacy::budget::Epsilon;
+use tabmesh_privacy::ledger::Balance;
 use tabmesh_privacy::noise::NoiseSource;
 use tabmesh_proto::connect::{ConnectError, CoordinatorAddress, Dial};
 use tabmesh_proto::identity::{DevelopmentCa, SpiffeId};
@@ -43,12 +46,13 @@ use tabmesh_proto::tls::{ClientTls, DefaultTimeProvider, TlsError, TlsFiles, Tls
 use thiserror::Error;
 use tokio::net::TcpListener;
 
+use crate::alerts::{AlertError, Alerts, Webhook};
 use crate::books::{Books, BooksError};
 use crate::config::Config;
 use crate::domain::{Domain, DomainError};
 use crate::publication::{ArtefactError, Artefacts};
 use crate::serve::log::{JsonlLog, LogError};
-use crate::serve::{Clock, Predictor, ServeConfig, ServeError};
+use crate::serve::{BudgetFacts, Clock, Predictor, ServeConfig, ServeError};
 use crate::serving::Serving;
 use crate::session::Link;
 use crate::student::{STUDENT_SUFFIX, StudentService};
@@ -80,6 +84,9 @@ pub enum AgentError {
     /// The prediction log can't be opened.
     #[error(transparent)]
     Log(#[from] LogError),
+    /// Budget alerts can't be set up.
+    #[error(transparent)]
+    Alerts(#[from] AlertError),
     /// An address of the configuration is none.
     #[error("{field}: {got:?} is not an address such as {example}")]
     Address {
@@ -196,6 +203,10 @@ impl Agent {
             Arc::clone(&self.clock),
         );
         serve.batching = config.serve.batching.into();
+        serve.budget = Some({
+            let work = Arc::clone(&self.work);
+            Arc::new(move || work.books().balance().as_ref().map(budget_facts))
+        });
         serve.tls = config.serve.tls.as_ref().map(|files| serve::TlsFiles {
             cert: files.cert.clone(),
             key: files.key.clone(),
@@ -221,7 +232,15 @@ impl Agent {
         if let Some(path) = &config.serve.address_file {
             files::replace(path, local.to_string().as_bytes()).map_err(system("writing the address file"))?;
         }
+        let webhook = match &config.alerts.webhook {
+            Some(url) => {
+                Some(Webhook::new(url, config.alerts.webhook_ca.as_deref()).map_err(AlertError::from)?)
+            }
+            None => None,
+        };
         let link = Link {
+            alerts: Arc::new(Alerts::open(&config.data_dir, &config.alerts)?),
+            webhook,
             address: self.address,
             tls: self.tls,
             dial,
@@ -248,6 +267,21 @@ impl Agent {
             served = serving => Ok(served?),
             () = link.keep() => Ok(()),
         }
+    }
+}
+
+/// A balance as a scraper sees it.
+fn budget_facts(balance: &Balance) -> BudgetFacts {
+    let figure = |epsilon: Option<Epsilon>| epsilon.map_or(0.0, Epsilon::get);
+    let charged = balance.spent.as_f64() + balance.reserved.as_f64();
+    let granted = balance.granted.as_f64();
+    BudgetFacts {
+        product: balance.product.clone(),
+        epsilon_granted: balance.grant.epsilon.get(),
+        epsilon_spent: figure(balance.epsilon_spent),
+        epsilon_charged: figure(balance.epsilon_charged),
+        // Of a grant of nothing, all is gone.
+        charged_ratio: if granted > 0.0 { charged / granted } else { 1.0 },
     }
 }
 

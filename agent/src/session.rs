@@ -21,6 +21,7 @@ use tabmesh_proto::tls::ClientTls;
 use thiserror::Error;
 use tokio::time::Instant;
 
+use crate::alerts::{Alerts, Webhook};
 use crate::publication::ArtefactError;
 use crate::serve::Clock;
 use crate::serving::Serving;
@@ -70,6 +71,10 @@ pub struct Link<D> {
     pub work: Arc<Work>,
     /// What is served.
     pub serving: Arc<Serving>,
+    /// What is said of the budget.
+    pub alerts: Arc<Alerts>,
+    /// Where that goes besides the log.
+    pub webhook: Option<Webhook>,
     /// The clock.
     pub clock: Clock,
     /// Answers leave at multiples of this after their assignment arrived.
@@ -101,6 +106,7 @@ impl<D: Dial + Clone> Link<D> {
         let client = MeshClient::new(connect(&self.address, &self.tls, self.dial.clone()).await?);
         self.register(&client).await?;
         self.mirror(&client).await?;
+        self.watch_budget().await;
         let session = client.session(env!("CARGO_PKG_VERSION")).await?;
         tracing::info!(session = %session.welcome().session_id, "connected to the coordinator");
         let (sender, mut frames) = session.split();
@@ -113,7 +119,8 @@ impl<D: Dial + Clone> Link<D> {
                 self.serving.heard();
                 match frame {
                     CoordinatorFrame::Assignment(assignment) => {
-                        self.answer(&client, &sender, assignment).await?
+                        self.answer(&client, &sender, assignment).await?;
+                        self.watch_budget().await;
                     }
                     CoordinatorFrame::HeartbeatAck => {}
                     CoordinatorFrame::Goodbye(reason) => {
@@ -127,6 +134,35 @@ impl<D: Dial + Clone> Link<D> {
         tokio::select! {
             ended = heard => ended,
             () = alive => Err(ClientError::SessionEnded.into()),
+        }
+    }
+
+    /// Says what the ledger gives cause to say; a failure here stops nothing else.
+    async fn watch_budget(&self) {
+        let (work, alerts, now_ms) = (Arc::clone(&self.work), Arc::clone(&self.alerts), (self.clock)());
+        let noticed = tokio::task::spawn_blocking(move || {
+            let balance = work.books().balance();
+            balance.map_or_else(|| Ok(Vec::new()), |balance| alerts.notice(&balance, now_ms))
+        });
+        let said = match noticed.await {
+            Ok(Ok(said)) => said,
+            Ok(Err(error)) => {
+                tracing::error!(%error, "a budget alert can't be recorded");
+                return;
+            }
+            Err(error) => {
+                tracing::error!(%error, "looking at the budget ended early");
+                return;
+            }
+        };
+        let Some(webhook) = &self.webhook else { return };
+        for alert in said {
+            let webhook = webhook.clone();
+            tokio::spawn(async move {
+                if let Err(error) = webhook.post(&alert).await {
+                    tracing::error!(%error, percent = alert.percent, "a budget alert was not taken by the webhook");
+                }
+            });
         }
     }
 

@@ -73,6 +73,9 @@ pub struct Config {
     #[serde(default = "default_heartbeat_interval_ms")]
     #[garde(range(min = 50, max = 600_000))]
     pub heartbeat_interval_ms: u64,
+    /// Loopback address at which `GET /metrics` answers a Prometheus scraper; none when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics_listen: Option<String>,
 }
 
 /// PEM files of a TLS identity.
@@ -163,6 +166,7 @@ signing_key: keys/coordinator.pk8
 base_model: models/base.safetensors
 threads: 2
 heartbeat_interval_ms: 5000
+# metrics_listen: 127.0.0.1:9464 # GET /metrics for Prometheus; rules in deploy/alerts.yaml
 ";
 
 #[cfg(test)]
@@ -180,7 +184,7 @@ mod tests {
     fn an_unknown_key_is_named_with_its_line() {
         let text = format!("{}\ncolour: blue\n", Config::example());
         let error = Config::parse(Path::new("c.yaml"), &text).unwrap_err().to_string();
-        assert!(error.contains("colour") && error.contains("12"), "{error}");
+        assert!(error.contains("colour") && error.contains("13"), "{error}");
     }
 
     #[test]

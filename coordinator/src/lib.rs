@@ -13,6 +13,7 @@ mod command;
 pub mod config;
 pub mod error;
 mod mesh;
+mod metrics;
 mod mirror;
 pub mod models;
 pub mod null_rounds;
@@ -93,7 +94,10 @@ pub async fn run<L: Listener, F: Future<Output = ()> + Send>(
         tracing::info!(plan = %digest, "resuming");
         tokio::spawn(pipeline::drive(Arc::clone(&mesh), digest));
     }
-    answer(mesh, &tls, listener, shutdown).await
+    tokio::select! {
+        answered = answer(Arc::clone(&mesh), &tls, listener, shutdown) => answered,
+        scraped = metrics::serve(mesh) => scraped,
+    }
 }
 
 /// Answers agents, operators and auditors until `shutdown`.

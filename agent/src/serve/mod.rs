@@ -22,6 +22,7 @@ mod binary;
 mod error;
 mod listen;
 pub mod log;
+mod metrics;
 pub mod oip;
 mod rest;
 mod tensor;
@@ -45,10 +46,13 @@ use self::{
     rest::{Endpoint, Model},
     tls::TlsGate,
 };
-pub use self::{error::RequestError, oip::Datatype, tls::TlsFiles};
+pub use self::{error::RequestError, metrics::BudgetFacts, oip::Datatype, tls::TlsFiles};
 
 /// Milliseconds since the Unix epoch, from the process's clock.
 pub type Clock = Arc<dyn Fn() -> i64 + Send + Sync>;
+
+/// Reads the product's budget for a scrape.
+pub type BudgetView = Arc<dyn Fn() -> Option<BudgetFacts> + Send + Sync>;
 
 /// The model in service, as the endpoint sees it. Called from many threads at once.
 pub trait Predictor: Send + Sync {
@@ -154,6 +158,8 @@ pub struct ServeConfig {
     pub max_queue: usize,
     /// How requests that arrive together are predicted together.
     pub batching: Batching,
+    /// Where the product's budget stands, for metrics.
+    pub budget: Option<BudgetView>,
     /// The process's clock.
     pub clock: Clock,
 }
@@ -179,6 +185,7 @@ impl ServeConfig {
             max_concurrency: DEFAULT_CONCURRENCY,
             max_queue: DEFAULT_QUEUE,
             batching: Batching::default(),
+            budget: None,
             clock,
         }
     }

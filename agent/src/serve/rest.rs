@@ -18,14 +18,15 @@ use axum::{
 };
 use serde::Serialize;
 use tabmesh_contract::batch::TypedBatch;
-use tokio::sync::Semaphore;
+use tokio::{sync::Semaphore, time::Instant};
 
 use super::{
-    Clock, Predictor, ServeConfig, ServeError, ServedVersion,
+    BudgetView, Clock, Predictor, ServeConfig, ServeError, ServedVersion,
     batch::{BatchError, Batcher, Served},
     binary,
     error::{RequestError, shorten},
     log::{Caller, PredictionEntry, PredictionLog},
+    metrics::{self, Metrics, ModelFacts},
     oip::{
         Datatype, Health, InferRequest, InferResponse, ModelList, ModelMetadata, ModelReady, OutputData,
         OutputTensor, Parameters, Scalar, ServerMetadata, TensorMetadata,
@@ -40,6 +41,8 @@ pub(super) struct Endpoint {
     max_rows: usize,
     max_body_bytes: usize,
     clock: Clock,
+    metrics: Metrics,
+    budget: Option<BudgetView>,
     log: Arc<dyn PredictionLog>,
     batcher: Batcher,
     /// Requests that run or wait.
@@ -81,6 +84,8 @@ impl Endpoint {
             max_rows: config.max_batch_rows,
             max_body_bytes: config.max_body_bytes,
             clock: Arc::clone(&config.clock),
+            metrics: Metrics::new(),
+            budget: config.budget.clone(),
             log,
             admission: Arc::new(Semaphore::new(config.max_concurrency + config.max_queue)),
             slots: Arc::new(Semaphore::new(config.max_concurrency)),
@@ -99,6 +104,7 @@ impl Endpoint {
             .route("/v2/health/live", get(live))
             .route("/v2/health/ready", get(ready))
             .route("/v2/models", get(models))
+            .route("/metrics", get(scrape))
             .nest("/v2/models/{model}", model.clone())
             .nest("/v2/models/{model}/versions/{version}", model)
             .fallback(async || RequestError::UnknownPath)
@@ -328,12 +334,54 @@ fn properties(version: ServedVersion) -> BTreeMap<&'static str, String> {
     properties
 }
 
+async fn scrape(State(endpoint): State<Arc<Endpoint>>) -> Response {
+    let now = (endpoint.clock)();
+    let age_s = |since_ms: i64| now.saturating_sub(since_ms).max(0) / 1_000;
+    let facts = |model: &Model| {
+        let current = model.predictor.current();
+        (model.name.clone(), current.map(|version| age_s(version.published_at_ms)))
+    };
+    let named: Vec<(String, Option<i64>)> = endpoint.models.iter().map(facts).collect();
+    let models: Vec<ModelFacts<'_>> =
+        named.iter().map(|(name, age_s)| ModelFacts { name, age_s: *age_s }).collect();
+    let contact = endpoint.models.first().and_then(|model| model.predictor.coordinator_contact());
+    // Before the first contact its time is that of the start, or none.
+    let contact = contact.filter(|contact| contact.last_ms > 0).map(|contact| age_s(contact.last_ms));
+    let budget = endpoint.budget.as_ref().and_then(|budget| budget());
+    let text = endpoint.metrics.text(&models, contact, budget.as_ref());
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response()
+}
+
 async fn infer(
     State(endpoint): State<Arc<Endpoint>>,
-    Extension(caller): Extension<Caller>,
+    caller: Extension<Caller>,
     named: Named,
     request: Request,
 ) -> Result<Response, RequestError> {
+    let began = Instant::now();
+    // A label must not grow with what callers make up.
+    let known = endpoint.models.iter().find(|model| model.name == named.model);
+    let model = known.map_or_else(|| "unknown".to_owned(), |model| model.name.clone());
+    let outcome = predicted(&endpoint, caller, named, request).await;
+    match outcome {
+        Ok((response, rows)) => {
+            endpoint.metrics.answered(&model, response.status().as_u16(), Some(rows), began.elapsed());
+            Ok(response)
+        }
+        Err(error) => {
+            endpoint.metrics.answered(&model, error.status().as_u16(), None, began.elapsed());
+            Err(error)
+        }
+    }
+}
+
+/// The answer to a prediction request, and its number of rows.
+async fn predicted(
+    endpoint: &Arc<Endpoint>,
+    Extension(caller): Extension<Caller>,
+    named: Named,
+    request: Request,
+) -> Result<(Response, usize), RequestError> {
     if let (_, model, None) = endpoint.served(&named)? {
         return Err(RequestError::NotReady { model: model.name.clone() });
     }
@@ -364,7 +412,9 @@ async fn infer(
         check_version(&named, model, &version)?;
     }
     let asked = Asked { id, wanted, model, caller, body };
-    endpoint.blocking(move |endpoint| endpoint.answer(&asked, &version, &rows)).await
+    let count = rows.len();
+    let response = endpoint.blocking(move |endpoint| endpoint.answer(&asked, &version, &rows)).await?;
+    Ok((response, count))
 }
 
 async fn read_body(request: Request, limit: usize) -> Result<Bytes, RequestError> {
