@@ -215,15 +215,15 @@ mod tests {
         let section = AlertSection::default();
         let open = || Alerts::open(folder.path(), &section).unwrap();
         let mut ledger = ledger();
-        assert_eq!(heard(&open(), &ledger), []);
+        assert_eq!(heard(&open(), &ledger), [0; 0]);
         reserve(&mut ledger, "one", 40);
-        assert_eq!(heard(&open(), &ledger), []);
+        assert_eq!(heard(&open(), &ledger), [0; 0]);
         reserve(&mut ledger, "two", 45);
         // A process that ended before it could speak speaks when it starts.
         let alerts = open();
         assert_eq!(heard(&alerts, &ledger), [50, 80]);
-        assert_eq!(heard(&alerts, &ledger), []);
-        assert_eq!(heard(&open(), &ledger), []);
+        assert_eq!(heard(&alerts, &ledger), [0; 0]);
+        assert_eq!(heard(&open(), &ledger), [0; 0]);
         reserve(&mut ledger, "three", 12);
         assert_eq!(heard(&open(), &ledger), [95]);
         let lines = std::fs::read_to_string(folder.path().join(LOG)).unwrap();
@@ -241,7 +241,7 @@ mod tests {
         assert_eq!(heard(&alerts, &ledger), [50]);
         let open = ledger.find_reservation("one", "a.orders", Purpose::Release).unwrap();
         ledger.close(&open, 3).unwrap();
-        assert_eq!(heard(&alerts, &ledger), []);
+        assert_eq!(heard(&alerts, &ledger), [0; 0]);
         reserve(&mut ledger, "two", 60);
         assert_eq!(heard(&alerts, &ledger), [50]);
     }
@@ -252,7 +252,7 @@ mod tests {
         let none = AlertSection { percent: Vec::new(), ..AlertSection::default() };
         let mut ledger = ledger();
         reserve(&mut ledger, "one", 100);
-        assert_eq!(heard(&Alerts::open(folder.path(), &none).unwrap(), &ledger), []);
+        assert_eq!(heard(&Alerts::open(folder.path(), &none).unwrap(), &ledger), [0; 0]);
         std::fs::write(folder.path().join(SAID), b"{\"charged\":").unwrap();
         assert!(matches!(Alerts::open(folder.path(), &none), Err(AlertError::File { .. })));
     }
