@@ -278,3 +278,6 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, SumError> {
         Err(source) => Err(SumError::File { path: path.to_owned(), source }),
     }
 }
+
+#[cfg(test)]
+mod tests;
