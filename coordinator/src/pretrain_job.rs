@@ -512,7 +512,7 @@ mod tests {
 
     use super::{Args, OptimiserArg, PretrainJobError, ScheduleArg, Sitting, run, shown};
     use tabmesh_tfm::{
-        ModelConfig,
+        Model, ModelConfig,
         pretrain::{Progress, Validation},
     };
 
