@@ -361,6 +361,12 @@ pub fn read_entries(folder: &Path) -> Result<Vec<ChainedEntry>, BooksError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rand::SeedableRng;
+    use tabmesh_federation::id::{CollectionId, Digest as NamedDigest, PlanDigest};
+    use tabmesh_federation::secagg::graph::Topology;
+    use tabmesh_federation::secagg::mask::{RingVector, Width};
+    use tabmesh_federation::secagg::noise::NoisePlan;
+    use tabmesh_federation::secagg::setup;
     use tabmesh_privacy::budget::{Delta, Epsilon};
 
     const PLAN: &str = "aa";
@@ -434,6 +440,76 @@ mod tests {
         books.answer(&ask(&mechanism, 1), &[1, 2, 3], 3).unwrap();
         let refused = books.answer(&ask(&mechanism, 2), &[1, 2, 3], 4);
         assert!(matches!(refused, Err(BooksError::Ledger(LedgerError::OverReserved { .. }))), "{refused:?}");
+        assert_eq!(books.payloads.list().unwrap().len(), 1);
+    }
+
+    /// A sum of five agents over three values at ρ = 0.01.
+    fn sum(rho: Rho) -> SumDescriptor {
+        let noise = NoisePlan::for_cost(1 << 20, rho, 5, 1, 1).unwrap();
+        SumDescriptor {
+            collection: CollectionId::new(1, &mut ChaCha20Rng::seed_from_u64(1), None),
+            attempt: 1,
+            payload: NamedDigest::of(b"query"),
+            model: NamedDigest::of(b"model"),
+            plan: PlanDigest::of(b"plan"),
+            roster: NamedDigest::of(b"roster"),
+            dimension: 3,
+            width: Width::Bits64,
+            max_abs: 1 << 40,
+            l2_sensitivity_squared: 1 << 20,
+            noise,
+            threshold: 4,
+            topology: Topology::Complete,
+            opened_ms: 0,
+            step_s: 10,
+            log_head: NamedDigest::of(b"head"),
+        }
+    }
+
+    #[test]
+    fn a_contribution_is_debited_under_the_digest_of_its_masked_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut books = granted(folder.path());
+        books.reserve(PLAN, Purpose::Round, rho(0.015), vec![], 2).unwrap();
+        let descriptor = sum(rho(0.01));
+        let shape = EventShape { rows_per_unit: 1, marginals: 0, dimension: 3 };
+        let event = setup::event(&descriptor, 5, shape).unwrap();
+        let digest = *NamedDigest::of(&descriptor.to_bytes()).as_bytes();
+        let ask = |digest: Digest| SumQuestion {
+            plan: PLAN,
+            purpose: Purpose::Round,
+            step: 0,
+            descriptor: &descriptor,
+            digest,
+            event: event.clone(),
+        };
+        // Whatever fails before the debit leaves neither entry nor payload.
+        let entries = books.entries().len();
+        let failed = books.contribute(&ask(digest), &[1, 2, 3], 3, |_| {
+            Err::<Private<Vec<u8>>, BooksError>(NoEntropy.into())
+        });
+        assert!(matches!(failed, Err(BooksError::Entropy(_))));
+        assert_eq!((books.entries().len(), books.payloads.list().unwrap().len()), (entries, 0));
+
+        let mask = RingVector::Wide(vec![11, 22, 33]);
+        let masked = |contribution: &Contribution| {
+            assert_eq!(contribution.debit(), entries as u64);
+            Ok::<_, BooksError>(contribution.masked(&mask, &descriptor).unwrap())
+        };
+        let (payload, receipt) = books.contribute(&ask(digest), &[1, 2, 3], 3, masked).unwrap();
+        assert_eq!((receipt.seq(), receipt.event()), (entries as u64, &event));
+        assert_eq!(*receipt.payload_digest(), payload.payload_digest());
+        assert!(books.debited(&digest));
+        drop(books);
+        // A restart gives the same bytes, free of charge.
+        let mut books = reopened(folder.path());
+        let (again, _) = books.answered(&digest).unwrap().unwrap();
+        assert_eq!(again.as_bytes(), payload.as_bytes());
+        // A second sum is more than was reserved: no debit, no payload.
+        let refused = books.contribute(&ask([9; 32]), &[1, 2, 3], 4, |contribution| {
+            Ok::<_, BooksError>(contribution.masked(&mask, &descriptor).unwrap())
+        });
+        assert!(matches!(refused, Err(BooksError::Ledger(LedgerError::OverReserved { .. }))));
         assert_eq!(books.payloads.list().unwrap().len(), 1);
     }
 

@@ -69,7 +69,8 @@ pub enum SumError {
         /// Now, UTC milliseconds.
         now_ms: i64,
     },
-    /// The sum was answered before, and its state is gone: a second answer could undo the first one's secrecy.
+    /// The sum was answered before, and is past this step or its state is gone: a second answer could undo the first
+    /// one's secrecy.
     #[error("the sum was answered before; there is no second answer")]
     AnsweredBefore,
     /// Asked for a step of a sum this agent isn't in.
@@ -278,3 +279,6 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, SumError> {
         Err(source) => Err(SumError::File { path: path.to_owned(), source }),
     }
 }
+
+#[cfg(test)]
+mod tests;

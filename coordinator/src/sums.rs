@@ -607,3 +607,6 @@ const STEPS: [Step; 5] = [Step::Advertise, Step::Share, Step::Mask, Step::Consen
 const LONGEST_WAIT_MS: u64 = 500;
 /// Records written in one commit.
 const OPS_PER_COMMIT: usize = 64;
+
+#[cfg(test)]
+mod tests;

@@ -116,10 +116,9 @@ impl Work {
         let digest = Digest::of(bytes);
         // A state of another sum that can't be taken up is no reason to stay out of this one.
         let same = store.opening().ok().flatten().is_some_and(|known| known == *opening);
-        if same
-            && let Some(Current { agent, .. }) = self.stored(store)?
-            && let Some(again) = agent.advertised()
-        {
+        if same && let Some(Current { agent, .. }) = self.stored(store)? {
+            // Past its first step a sum isn't entered again: its keys are in use.
+            let again = agent.advertised().ok_or(SumError::AnsweredBefore)?;
             return Ok(Reply::Advert(store.keep(again)?));
         }
         if self.books().debited(digest.as_bytes()) {

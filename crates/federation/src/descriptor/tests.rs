@@ -151,3 +151,30 @@ fn adapter_values_are_limited() {
     let refused = RoundDescriptor::new(sized(MAX_ADAPTER_VALUES + 1), &plan, digest);
     assert!(matches!(refused, Err(DescriptorError::Shape { what: "adapter values", .. })));
 }
+
+#[test]
+fn in_a_secure_sum_each_agents_noise_is_a_share() {
+    let agents = |n: u8| (0..n).map(|i| AgentId::new(format!("agent-{i}")).unwrap()).collect();
+    let (local, local_digest) = plan("cohort: {min_agents: 4}");
+    let (secure, digest) = plan("cohort: {min_agents: 4}\nprivacy: {noise_placement: secure_sum}");
+    let whole =
+        RoundDescriptor::new(RoundInputs { roster: agents(5), ..inputs() }, &local, local_digest).unwrap();
+    let descriptor =
+        RoundDescriptor::new(RoundInputs { roster: agents(5), ..inputs() }, &secure, digest).unwrap();
+    assert_eq!(descriptor.rho, whole.rho);
+    // One may drop out, one colludes: a third of the noise each, but for rounding up.
+    let ratio = whole.sigma_squared.as_f64() / descriptor.sigma_squared.as_f64();
+    assert!((ratio - 3.0).abs() < 1e-6, "{ratio}");
+    let mut other = descriptor.clone();
+    other.sigma_squared = whole.sigma_squared;
+    assert!(matches!(
+        other.check(&secure, &digest),
+        Err(DescriptorError::Differs { what: "sigma squared", .. })
+    ));
+    let mut more = descriptor;
+    more.roster = agents(6);
+    assert!(matches!(
+        more.check(&secure, &digest),
+        Err(DescriptorError::Differs { what: "sigma squared", .. })
+    ));
+}

@@ -1,0 +1,283 @@
+//! A whole sum with a restart after every answer, and answers that are none.
+
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
+use rand::rngs::OsRng;
+use rand::{SeedableRng, TryRngCore};
+use ring::rand::SystemRandom;
+use tabmesh_federation::id::PlanDigest;
+use tabmesh_federation::plan::SecureSumSpec;
+use tabmesh_federation::secagg::agent::{Agent, Entry as Entering, Guard, Joined, Prepared};
+use tabmesh_federation::secagg::contribution::Contribution;
+use tabmesh_federation::secagg::policy::{Expected, Policy};
+use tabmesh_federation::secagg::setup::Subject;
+use tabmesh_privacy::budget::Rho;
+use tabmesh_privacy::signature::SigningKey;
+use tabmesh_store::Memory;
+
+use super::*;
+
+const NOW_MS: i64 = 1_000_500;
+const AGENTS: usize = 4;
+const VALUES: u32 = 5;
+
+/// The stores of a coordinator, over which it is started again and again.
+struct Disk {
+    records: Arc<dyn Records>,
+    blobs: Arc<BlobStore>,
+    packs: Arc<PackStore>,
+    _folder: tempfile::TempDir,
+}
+
+impl Disk {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = Arc::new(BlobStore::open(&folder.path().join("blobs")).unwrap());
+        let packs = Arc::new(PackStore::open(&folder.path().join("packs")).unwrap());
+        Self { records: Arc::new(Memory::new()), blobs, packs, _folder: folder }
+    }
+
+    fn started(&self, now_ms: i64) -> Sums {
+        let (records, blobs) = (Arc::clone(&self.records), Arc::clone(&self.blobs));
+        Sums::new(records, blobs, Arc::clone(&self.packs), Arc::new(move || now_ms))
+    }
+}
+
+struct World {
+    id: CollectionId,
+    opened: Opened,
+    keys: Vec<Arc<SigningKey>>,
+    roster: Arc<Roster>,
+    subject: Subject,
+}
+
+fn rng(seed: u64) -> rand_chacha::ChaCha20Rng {
+    rand_chacha::ChaCha20Rng::seed_from_u64(seed)
+}
+
+fn agent_id(i: usize) -> AgentId {
+    AgentId::new(format!("spiffe://mesh/tabmesh/agent/domain-{i}/one")).unwrap()
+}
+
+impl World {
+    fn new() -> Self {
+        let key = |_| Arc::new(SigningKey::generate(&SystemRandom::new()).unwrap().1);
+        let keys: Vec<Arc<SigningKey>> = (0..AGENTS).map(key).collect();
+        let member = |(i, key): (usize, &Arc<SigningKey>)| Member {
+            agent: agent_id(i),
+            key: key.verifying_key(),
+            organisation: format!("domain-{i}"),
+        };
+        let members: Vec<Member> = keys.iter().enumerate().map(member).collect();
+        let roster = Arc::new(Roster::new(members.clone()).unwrap());
+        let id = CollectionId::new(NOW_MS, &mut rng(1), None);
+        let summed = document::Summed::Stage("{}".to_owned());
+        let expected = Expected {
+            collection: id,
+            payload: summed.digest(),
+            model: NamedDigest::of(b"model"),
+            plan: PlanDigest::of(b"plan"),
+            dimension: VALUES,
+            l2_sensitivity_squared: 1 << 20,
+        };
+        let rho = Rho::from_f64_round_down(0.01).unwrap();
+        let subject = Subject { expected, rho, plausible: 1 << 20, deadline_s: 60 };
+        let spec = SecureSumSpec { colluders: 1, dropouts: 1 };
+        let descriptor = subject.describe(spec, &roster, 1_000_000, NamedDigest::of(b"head")).unwrap();
+        let descriptor = String::from_utf8(descriptor.to_bytes()).unwrap();
+        let roster_ids = (0..AGENTS).map(agent_id).collect();
+        let opening = document::Opening { descriptor, summed, roster: roster_ids };
+        Self { id, opened: Opened { opening, members }, keys, roster, subject }
+    }
+
+    fn enter(&self, i: usize) -> (Agent, Reply) {
+        let policy = Policy {
+            min_agents: 4,
+            min_organisations: 4,
+            colluders: 1,
+            max_attempts: 1,
+            max_rho: self.subject.rho,
+            max_local_rho: Rho::from_units(u64::MAX),
+        };
+        let entering = Entering {
+            agent: &agent_id(i),
+            identity: Arc::clone(&self.keys[i]),
+            roster: Arc::clone(&self.roster),
+            policy: &policy,
+            expected: &self.subject.expected,
+            guard: Guard::default(),
+        };
+        let bytes = self.opened.opening.descriptor.as_bytes();
+        let (agent, advert) = Agent::enter(entering, bytes, &mut OsRng.unwrap_err(), NOW_MS).unwrap();
+        (agent, Reply::Advert(sent(advert)))
+    }
+
+    fn contribution(&self, i: usize) -> Contribution {
+        let bytes = self.opened.opening.descriptor.as_bytes();
+        let descriptor = SumDescriptor::from_bytes(bytes).unwrap();
+        let row = vec![i as i64 * 100; VALUES as usize];
+        Contribution::noised(&row, &descriptor, NamedDigest::of(bytes), 1, &mut rng(i as u64)).unwrap()
+    }
+}
+
+fn sent<M>(prepared: Prepared<M>) -> M {
+    let guard = prepared.guard();
+    prepared.release(guard).unwrap()
+}
+
+fn nothing() -> Op {
+    Op::delete("outbox/none")
+}
+
+/// The request that a seat gets in the current step.
+fn request(entry: &Entry, i: usize) -> Option<Request> {
+    let seat = Seat::new(u16::try_from(i).unwrap());
+    let state = locked(&entry.state);
+    let asked = state.asked.iter().find(|(seats, _)| seats.contains(&seat));
+    asked.map(|(_, document)| Request::from_bytes(document).unwrap())
+}
+
+/// An agent's answer to what it is asked, given to a coordinator that has just started.
+fn answer(world: &World, disk: &Disk, agents: &mut BTreeMap<usize, Agent>, i: usize) {
+    let sums = disk.started(NOW_MS);
+    let entry = sums.resume(world.id).unwrap();
+    let reply = match request(&entry, i).unwrap() {
+        Request::Advertise(_) => {
+            let (agent, advert) = world.enter(i);
+            agents.insert(i, agent);
+            advert
+        }
+        Request::Share(list) => {
+            let agent = agents.get_mut(&i).unwrap();
+            match sent(agent.adverts(&list, &mut OsRng.unwrap_err(), NOW_MS).unwrap()) {
+                Joined::Shares(shares) => Reply::Shares(shares),
+                Joined::Reveal(_) => panic!("a complete graph has nothing to reveal"),
+            }
+        }
+        Request::Mask(delivery) => {
+            let agent = agents.get_mut(&i).unwrap();
+            let masked = sent(agent.mask(&delivery, &world.contribution(i), NOW_MS).unwrap());
+            // Twice: a lost receipt is asked for again.
+            for _ in 0..2 {
+                sums.masked(world.id, &agent_id(i), masked.payload.clone(), masked.digest, nothing())
+                    .unwrap();
+            }
+            return;
+        }
+        Request::Consent(survivors) => {
+            let agent = agents.get_mut(&i).unwrap();
+            Reply::Consent(sent(agent.consent(&survivors, NOW_MS).unwrap()))
+        }
+        Request::Open(consents) => {
+            Reply::Opened(sent(agents.get_mut(&i).unwrap().open(&consents, NOW_MS).unwrap()))
+        }
+        Request::Ended(_) => panic!("the end asks for nothing"),
+    };
+    let stranger = sums.reply(world.id, &agent_id((i + 1) % AGENTS), reply.clone(), nothing());
+    assert!(matches!(stranger, Err(Refused::NotYours)), "{stranger:?}");
+    for _ in 0..2 {
+        sums.reply(world.id, &agent_id(i), reply.clone(), nothing()).unwrap();
+    }
+}
+
+/// Closes the current step in a coordinator that has just started at this time.
+async fn closed(world: &World, disk: &Disk, now_ms: i64) -> Option<SumEnd> {
+    let sums = disk.started(now_ms);
+    let entry = sums.resume(world.id).unwrap();
+    sums.advance(&entry).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_restart_after_every_answer_changes_nothing() {
+    let (world, disk) = (World::new(), Disk::new());
+    disk.started(NOW_MS).open(world.id, &world.opened, Vec::new()).unwrap();
+    let mut agents = BTreeMap::new();
+    let mut end = None;
+    for step in STEPS {
+        for i in 0..AGENTS {
+            // The last agent falls silent after it has shared: its masks have to be taken off.
+            if i + 1 < AGENTS || step < Step::Mask {
+                answer(&world, &disk, &mut agents, i);
+            }
+        }
+        let now_ms = if step == Step::Mask { 1_000_000 + 40_000 } else { NOW_MS };
+        end = closed(&world, &disk, now_ms).await;
+        assert_eq!(end.is_some(), step == Step::Open, "{step}");
+    }
+    let Some(SumEnd::Summed(summed)) = end else { panic!("{end:?}") };
+    let mut plain = vec![0; VALUES as usize];
+    for i in 0..AGENTS - 1 {
+        let own = world.contribution(i);
+        plain.iter_mut().zip(own.values().as_slice()).for_each(|(total, value)| *total += value);
+    }
+    assert_eq!(summed.values, plain);
+    assert_eq!(summed.survivors, (0..AGENTS - 1).map(agent_id).collect());
+    // The end is on disk; what led to it goes once the result is recorded, and late answers are refused.
+    let sums = disk.started(NOW_MS);
+    assert!(matches!(sums.ended(world.id).unwrap(), Some(SumEnd::Summed(_))));
+    sums.discard(world.id).unwrap();
+    let left: Vec<String> = disk
+        .records
+        .scan_all(b"sum/")
+        .unwrap()
+        .iter()
+        .map(|(key, _)| String::from_utf8_lossy(key).into())
+        .collect();
+    assert_eq!(left.len(), 3, "{left:?}");
+    assert!(disk.packs.list().unwrap().is_empty());
+    let late = sums.masked(world.id, &agent_id(0), vec![0; 40], NamedDigest::of(&[0; 40]), nothing());
+    assert!(matches!(late, Err(Refused::NotDue { .. })), "{late:?}");
+    let unknown = CollectionId::new(NOW_MS + 1, &mut rng(9), None);
+    let refused = sums.masked(unknown, &agent_id(0), vec![0; 40], NamedDigest::of(&[0; 40]), nothing());
+    assert!(matches!(refused, Err(Refused::Unknown)), "{refused:?}");
+    assert!(sums.knows(world.id).unwrap() && !sums.knows(unknown).unwrap());
+}
+
+#[tokio::test]
+async fn too_few_end_a_sum_by_name_and_a_cancelled_one_says_by_whom() {
+    let (world, disk) = (World::new(), Disk::new());
+    disk.started(NOW_MS).open(world.id, &world.opened, Vec::new()).unwrap();
+    let mut agents = BTreeMap::new();
+    for i in 0..2 {
+        answer(&world, &disk, &mut agents, i);
+    }
+    let end = closed(&world, &disk, 1_000_000 + 10_000).await;
+    let Some(SumEnd::Abandoned(AbandonReason::SecureSum { cause })) = end else { panic!("{end:?}") };
+    assert_eq!(cause, "step advertise: expected at least 3 agents, got 2");
+
+    let (world, disk) = (World::new(), Disk::new());
+    let sums = disk.started(NOW_MS);
+    sums.open(world.id, &world.opened, Vec::new()).unwrap();
+    sums.cancel_all("ops");
+    let end = sums.advance(&sums.resume(world.id).unwrap()).await.unwrap();
+    let by = "ops".to_owned();
+    assert!(
+        matches!(&end, Some(SumEnd::Abandoned(AbandonReason::Cancelled { by: b })) if *b == by),
+        "{end:?}"
+    );
+}
+
+#[test]
+fn late_foreign_and_forged_answers_are_refused_and_leave_nothing() {
+    let (world, disk) = (World::new(), Disk::new());
+    disk.started(NOW_MS).open(world.id, &world.opened, Vec::new()).unwrap();
+    let (_, advert) = world.enter(0);
+    let late = disk.started(1_000_000 + 10_000);
+    late.resume(world.id).unwrap();
+    let refused = late.reply(world.id, &agent_id(0), advert.clone(), nothing()).unwrap_err();
+    assert_eq!(refused.wire(), WireError::DeadlinePassed);
+    let sums = disk.started(NOW_MS);
+    sums.resume(world.id).unwrap();
+    let Reply::Advert(mut forged) = advert.clone() else { panic!("an advert") };
+    forged.seed_commitment = NamedDigest::of(b"another");
+    let refused = sums.reply(world.id, &agent_id(0), Reply::Advert(forged), nothing()).unwrap_err();
+    assert_eq!(refused.wire(), WireError::Signature);
+    let refused = sums.masked(world.id, &agent_id(0), vec![0; 40], NamedDigest::of(&[0; 40]), nothing());
+    assert_eq!(refused.unwrap_err().wire(), WireError::StalePlan);
+    let stranger = AgentId::new("spiffe://mesh/tabmesh/agent/domain-9/one").unwrap();
+    let refused = sums.masked(world.id, &stranger, vec![0; 40], NamedDigest::of(&[0; 40]), nothing());
+    assert_eq!(refused.unwrap_err().wire(), WireError::IdentityMismatch);
+    assert!(disk.records.scan_all(step_prefix(world.id, Step::Advertise).as_bytes()).unwrap().is_empty());
+    sums.reply(world.id, &agent_id(0), advert, nothing()).unwrap();
+    assert_eq!(disk.records.scan_all(step_prefix(world.id, Step::Advertise).as_bytes()).unwrap().len(), 1);
+}
