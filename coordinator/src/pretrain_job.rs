@@ -577,7 +577,7 @@ mod tests {
             out: dir.path().join("second.safetensors"),
             checkpoint: dir.path().join("second"),
             metrics: None,
-            ..args.clone()
+            ..args
         };
         let both = run(&second, &|| Duration::ZERO, &stop).unwrap();
         assert_eq!((both.steps, both.tables, both.sittings.len()), (2, 10, 2));
