@@ -7,7 +7,7 @@
 use half::{f16, slice::HalfFloatSliceExt};
 use serde::{Deserialize, Serialize};
 
-use super::kernel::{LANES, Product, dispatch, softmax_weights};
+use super::kernel::{LANES, Product, dispatch, softmax_weights, widen};
 
 /// Numbers that a cache is held in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,7 +47,7 @@ impl Numbers {
     pub(super) fn write(&mut self, at: usize, values: &[f32]) {
         match self {
             Self::F32(all) => all[at..at + values.len()].copy_from_slice(values),
-            Self::F16(all) => all[at..at + values.len()].convert_from_f32_slice(values),
+            Self::F16(all) => all[at..at + values.len()].copy_from_slice(&halves(values)),
         }
     }
 
@@ -57,7 +57,7 @@ impl Numbers {
             Self::F32(all) => all[at..at + count].to_vec(),
             Self::F16(all) => {
                 let mut values = vec![0f32; count];
-                all[at..at + count].convert_to_f32_slice(&mut values);
+                widen(&all[at..at + count], &mut values);
                 values
             }
         }
@@ -117,9 +117,7 @@ impl Heads {
         match &mut self.numbers {
             Numbers::F32(all) => put(self.sizes, &mut all[start..], first, rows),
             Numbers::F16(all) => {
-                let mut halves = vec![f16::ZERO; rows.len()];
-                halves.convert_from_f32_slice(rows);
-                put(self.sizes, &mut all[start..], first, &halves);
+                put(self.sizes, &mut all[start..], first, &halves(rows));
             }
         }
     }
@@ -172,6 +170,7 @@ impl Heads {
                             all[start..start + per_head].split_at(self.sizes.keys());
                         let strip = head_dim * LANES;
                         for (i, part) in key_strips.chunks(WIDE_BLOCK / LANES * strip).enumerate() {
+                            widened.resize(part.len(), 0.0);
                             widen(part, &mut widened);
                             let first = i * WIDE_BLOCK;
                             reading.score(queries, &widened, first, WIDE_BLOCK.min(keys - first), scores);
@@ -183,8 +182,7 @@ impl Heads {
                             for strip in value_strips.chunks_exact(keys * LANES) {
                                 let from = widened.len();
                                 widened.resize(from + count * LANES, 0.0);
-                                strip[first * LANES..][..count * LANES]
-                                    .convert_to_f32_slice(&mut widened[from..]);
+                                widen(&strip[first * LANES..][..count * LANES], &mut widened[from..]);
                             }
                             reading.gather(scores, &widened, count * LANES, first, count, out);
                         }
@@ -201,6 +199,15 @@ impl Heads {
     pub(crate) fn bytes(&self) -> usize {
         self.numbers.bytes()
     }
+}
+
+/// Values as halves; those beyond the largest become it.
+fn halves(values: &[f32]) -> Vec<f16> {
+    let most = f16::MAX.to_f32();
+    let within: Vec<f32> = values.iter().map(|v| v.clamp(-most, most)).collect();
+    let mut halves = vec![f16::ZERO; values.len()];
+    halves.convert_from_f32_slice(&within);
+    halves
 }
 
 fn put<T: Copy>(sizes: HeadSizes, into: &mut [T], first: usize, rows: &[T]) {
@@ -221,11 +228,6 @@ fn put<T: Copy>(sizes: HeadSizes, into: &mut [T], first: usize, rows: &[T]) {
             }
         }
     }
-}
-
-fn widen(from: &[f16], into: &mut Vec<f32>) {
-    into.resize(from.len(), 0.0);
-    from.convert_to_f32_slice(into);
 }
 
 /// One head read by some query rows.
