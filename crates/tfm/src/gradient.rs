@@ -10,7 +10,7 @@ mod clip;
 use candle_core::{Device, Tensor};
 
 pub use self::clip::Clip;
-use self::clip::square;
+use self::clip::{add_integers, square};
 use crate::{
     adapter::{
         Adapter, Entry,
@@ -133,7 +133,7 @@ impl Context {
     /// No units or no rows give zeros. Row indices out of range are skipped, one that a unit names twice counts once.
     ///
     /// # Errors
-    /// As [`Self::row_gradients`]; [`TfmError::TooLarge`] if the sum leaves 64 bits.
+    /// As [`Self::row_gradients`]; [`TfmError::TooLarge`] for so many units that a sum could leave 64 bits.
     pub fn clipped_sum(
         &self,
         rows: &PreparedRows,
@@ -141,17 +141,15 @@ impl Context {
         units: &[UnitGroup],
         clip: Clip,
     ) -> Result<Vec<i64>, TfmError> {
+        if !clip.sums_fit(units.len()) {
+            let limit = (i64::MAX as u64 / clip.integer_norm()) as usize;
+            return Err(TfmError::TooLarge { what: "units of a sum", got: units.len(), limit });
+        }
         let mut sum = vec![0i64; adapter.dimension()];
-        let mut integers = Vec::with_capacity(adapter.dimension());
+        let mut integers = vec![0i64; adapter.dimension()];
         self.for_each_unit(rows, adapter, units, &mut |gradient| {
             clip.integers_into(gradient, &mut integers);
-            for (total, value) in sum.iter_mut().zip(&integers) {
-                *total = total.checked_add(*value).ok_or(TfmError::TooLarge {
-                    what: "sum of gradients",
-                    got: usize::MAX,
-                    limit: i64::MAX as usize,
-                })?;
-            }
+            add_integers(&mut sum, &integers);
             Ok(())
         })?;
         Ok(sum)
@@ -264,6 +262,8 @@ struct Pass<'a> {
     rows: &'a PreparedRows,
     adapter: &'a Adapter,
     applied: Applied,
+    /// Keys and values of each in-context block, view by view, where rows have yet to read them.
+    keys_values: Vec<Vec<Tensor>>,
 }
 
 impl<'a> Pass<'a> {
@@ -275,7 +275,9 @@ impl<'a> Pass<'a> {
             let (expected, got) = (format!("{:?}", adapter.entry()), format!("{:?}", rows.entry));
             return Err(TfmError::mismatch("prepared stage", expected, got));
         }
-        Ok(Self { context, rows, adapter, applied: adapter.applied(context)? })
+        let unread = if rows.entry == Entry::Read { 0 } else { context.views() };
+        let keys_values = (0..unread).map(|view| context.keys_values(view)).collect::<Result<_, _>>()?;
+        Ok(Self { context, rows, adapter, applied: adapter.applied(context)?, keys_values })
     }
 
     fn chunks(&self) -> impl Iterator<Item = (usize, usize)> {
@@ -307,10 +309,13 @@ impl<'a> Pass<'a> {
     ) -> Result<Tensor, TfmError> {
         let context = self.context;
         let entering = self.entering(view, first, count)?;
-        let read = match self.rows.entry {
-            Entry::Cells => context.read(view, context.vectors(&path.cells(entering)?)?, path)?,
-            Entry::Vectors => context.read(view, entering, path)?,
-            Entry::Read => entering,
+        let entering = match self.rows.entry {
+            Entry::Cells => context.vectors(&path.cells(entering)?)?,
+            Entry::Vectors | Entry::Read => entering,
+        };
+        let read = match self.keys_values.get(view) {
+            Some(keys_values) => context.read_from(keys_values, entering, path)?,
+            None => entering,
         };
         context.margins(view, &read, path)
     }

@@ -1,24 +1,16 @@
 //! The inner loops: rows times a packed matrix, norms, activations and softmax weights, eight values side by side.
 //!
-//! Every loop is compiled twice, for processors with AVX2 and FMA and for any other, and the fitting one is taken at
-//! run time. What is computed for a row doesn't depend on how many rows are computed with it: each output sums its
-//! products in the same order, whatever the tile. So a batch gives the bits that single rows give.
-
-use std::any::TypeId;
+//! Every loop is compiled for the processor at hand ([`crate::simd`]). What is computed for a row doesn't depend on how
+//! many rows are computed with it: each output sums its products in the same order, whatever the tile. So a batch gives
+//! the bits that single rows give.
 
 use half::f16;
-use pulp::{Scalar256b, Simd, WithSimd};
+use pulp::{Simd, WithSimd};
 
-use crate::ops::math::{exp, normal, tanh};
-
-/// Runs loops with the widest instructions that this processor has.
-pub(super) fn dispatch<Op: WithSimd>(op: Op) -> Op::Output {
-    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-    if let Some(simd) = pulp::x86::V3::try_new() {
-        return Simd::vectorize(simd, op);
-    }
-    Scalar256b.vectorize(op)
-}
+use crate::{
+    ops::math::{exp, normal, tanh},
+    simd::{fuses, wide},
+};
 
 /// `out[r][o] += sum over k of x[r][k] * w[k][o]`, all sizes in values.
 pub(super) struct Product<'a> {
@@ -28,14 +20,26 @@ pub(super) struct Product<'a> {
     pub(super) rows: usize,
     /// Length of the sums.
     pub(super) depth: usize,
-    /// Strips of eight outputs, each `(depth, 8)`, `strip_stride` apart.
-    pub(super) strips: &'a [f32],
-    pub(super) strip_stride: usize,
-    /// Outputs per row; the last strip may be wider.
+    /// The right side by [`place`]: panels of up to [`PANEL`] outputs, each `(depth, its outputs rounded up to eight)`,
+    /// so that a row of the left side reads it from end to end.
+    pub(super) panels: &'a [f32],
+    /// Outputs per row; the last eight may be more than there are.
     pub(super) outputs: usize,
     /// Rows of the result, `out_stride` apart.
     pub(super) out: &'a mut [f32],
     pub(super) out_stride: usize,
+}
+
+/// Numbers of a packed right side.
+pub(super) fn packed(depth: usize, outputs: usize) -> usize {
+    depth * outputs.next_multiple_of(LANES)
+}
+
+/// Where input `k` of output `o` stands in a packed right side.
+pub(super) fn place(k: usize, o: usize, depth: usize, outputs: usize) -> usize {
+    let first = o - o % PANEL;
+    let width = PANEL.min(outputs.next_multiple_of(LANES) - first);
+    first * depth + k * width + o % PANEL
 }
 
 impl WithSimd for Product<'_> {
@@ -43,67 +47,78 @@ impl WithSimd for Product<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        if self.outputs <= NARROW && self.depth >= LONG {
-            self.rows_by::<S, 3, 2>(simd);
-        } else {
-            self.rows_by::<S, 6, 1>(simd);
+        if self.depth == 0 {
+            return;
+        }
+        let halved = self.outputs <= NARROW && self.depth >= LONG;
+        for (i, numbers) in self.panels.chunks(PANEL * self.depth).enumerate() {
+            let panel = Panel::<S> { vectors: S::as_simd_f32s(numbers).0, first: i * PANEL };
+            if halved {
+                self.rows_by::<S, 3, 2>(simd, panel);
+            } else {
+                self.rows_by::<S, 6, 1>(simd, panel);
+            }
         }
     }
+}
+
+/// Up to four strips of eight outputs, input by input.
+#[derive(Clone, Copy)]
+struct Panel<'a, S: Simd> {
+    vectors: &'a [S::f32s],
+    /// Its first output.
+    first: usize,
 }
 
 impl Product<'_> {
     /// All rows, `MOST` at a time, every sum in `PARTS` parts. `MOST` is 6 or 3.
     #[inline(always)]
-    fn rows_by<S: Simd, const MOST: usize, const PARTS: usize>(&mut self, simd: S) {
+    fn rows_by<S: Simd, const MOST: usize, const PARTS: usize>(&mut self, simd: S, panel: Panel<'_, S>) {
         let whole = self.rows - self.rows % MOST;
-        let strips = self.outputs.div_ceil(LANES);
+        let strips = panel.vectors.len() / self.depth;
         // A pair of strips stays in the first-level cache while all rows pass it.
         if whole > 0 {
             for first in (0..strips).step_by(2) {
                 for row in (0..whole).step_by(MOST) {
                     if first + 1 < strips {
-                        self.tile::<S, MOST, 2, PARTS>(simd, row, first);
+                        self.tile::<S, MOST, 2, PARTS>(simd, panel, row, first);
                     } else {
-                        self.tile::<S, MOST, 1, PARTS>(simd, row, first);
+                        self.tile::<S, MOST, 1, PARTS>(simd, panel, row, first);
                     }
                 }
             }
         }
         match (self.rows - whole, PARTS) {
-            (1, 1) => self.sweep::<S, 1, 8, PARTS>(simd, whole, strips),
-            (2, 1) => self.sweep::<S, 2, 4, PARTS>(simd, whole, strips),
-            (3, 1) => self.sweep::<S, 3, 4, PARTS>(simd, whole, strips),
-            (4, 1) => self.sweep::<S, 4, 2, PARTS>(simd, whole, strips),
-            (5, 1) => self.sweep::<S, 5, 2, PARTS>(simd, whole, strips),
-            (1, _) => self.sweep::<S, 1, 4, PARTS>(simd, whole, strips),
-            (2, _) => self.sweep::<S, 2, 2, PARTS>(simd, whole, strips),
+            (1, _) => self.sweep::<S, 1, 4, PARTS>(simd, panel, whole),
+            (2, 1) => self.sweep::<S, 2, 4, PARTS>(simd, panel, whole),
+            (3, 1) => self.sweep::<S, 3, 4, PARTS>(simd, panel, whole),
+            (4, 1) => self.sweep::<S, 4, 2, PARTS>(simd, panel, whole),
+            (5, 1) => self.sweep::<S, 5, 2, PARTS>(simd, panel, whole),
+            (2, _) => self.sweep::<S, 2, 2, PARTS>(simd, panel, whole),
             _ => {}
         }
     }
 
-    /// All strips for `R` rows, `V` at a time.
+    /// All strips of a panel for `R` rows, `V` at a time.
     #[inline(always)]
     fn sweep<S: Simd, const R: usize, const V: usize, const PARTS: usize>(
         &mut self,
         simd: S,
+        panel: Panel<'_, S>,
         row: usize,
-        strips: usize,
     ) {
+        let strips = panel.vectors.len() / self.depth;
         let mut at = 0;
         while strips - at >= V {
-            self.tile::<S, R, V, PARTS>(simd, row, at);
+            self.tile::<S, R, V, PARTS>(simd, panel, row, at);
             at += V;
         }
-        if V > 4 && strips - at >= 4 {
-            self.tile::<S, R, 4, PARTS>(simd, row, at);
-            at += 4;
-        }
         if V > 2 && strips - at >= 2 {
-            self.tile::<S, R, 2, PARTS>(simd, row, at);
+            self.tile::<S, R, 2, PARTS>(simd, panel, row, at);
             at += 2;
         }
         if strips > at {
-            self.tile::<S, R, 1, PARTS>(simd, row, at);
+            self.tile::<S, R, 1, PARTS>(simd, panel, row, at);
         }
     }
 
@@ -113,29 +128,36 @@ impl Product<'_> {
     fn tile<S: Simd, const R: usize, const V: usize, const PARTS: usize>(
         &mut self,
         simd: S,
+        panel: Panel<'_, S>,
         row: usize,
         strip: usize,
     ) {
-        let depth = self.depth;
-        let mut x: [&[f32]; R] = [&[]; R];
-        for (i, x) in x.iter_mut().enumerate() {
-            *x = &self.x[(row + i) * self.x_stride..][..depth];
-        }
-        let mut w: [&[S::f32s]; V] = [&[]; V];
-        for (v, w) in w.iter_mut().enumerate() {
-            *w =
-                &S::as_simd_f32s(&self.strips[(strip + v) * self.strip_stride..][..depth * LANES]).0[..depth];
+        let (depth, strips) = (self.depth, panel.vectors.len() / self.depth);
+        let mut x: [&[[f32; PARTS]]; R] = [&[]; R];
+        let mut rest: [&[f32]; R] = [&[]; R];
+        for (i, (x, rest)) in x.iter_mut().zip(&mut rest).enumerate() {
+            (*x, *rest) = self.x[(row + i) * self.x_stride..][..depth].as_chunks::<PARTS>();
+            *x = &x[..depth / PARTS];
+            *rest = &rest[..depth % PARTS];
         }
         let zero = simd.splat_f32s(0.0);
         let mut sums = [[[zero; V]; R]; PARTS];
-        let whole = depth - depth % PARTS;
-        for k in (0..whole).step_by(PARTS) {
+        let mut inputs = panel.vectors.chunks_exact(strips * PARTS);
+        for (k, vectors) in (0..depth / PARTS).zip(&mut inputs) {
             for (part, sums) in sums.iter_mut().enumerate() {
-                add_products(simd, sums, &x, &w, k + part);
+                if let Some(weights) = vectors[part * strips + strip..].first_chunk::<V>() {
+                    for (sums, x) in sums.iter_mut().zip(&x) {
+                        add_products(simd, sums, x[k][part], weights);
+                    }
+                }
             }
         }
-        for k in whole..depth {
-            add_products(simd, &mut sums[0], &x, &w, k);
+        for (k, vectors) in (0..depth % PARTS).zip(inputs.remainder().chunks_exact(strips)) {
+            if let Some(weights) = vectors[strip..].first_chunk::<V>() {
+                for (sums, x) in sums[0].iter_mut().zip(&rest) {
+                    add_products(simd, sums, x[k], weights);
+                }
+            }
         }
         for i in 0..R {
             for v in 0..V {
@@ -143,7 +165,7 @@ impl Product<'_> {
                 for part in &sums[1..] {
                     sum = simd.add_f32s(sum, part[i][v]);
                 }
-                let column = (strip + v) * LANES;
+                let column = panel.first + (strip + v) * LANES;
                 let to = &mut self.out[(row + i) * self.out_stride + column..];
                 let left = self.outputs - column;
                 if left >= LANES {
@@ -159,62 +181,40 @@ impl Product<'_> {
     }
 }
 
-/// Adds the products of input `k`.
+/// Adds the products of one input.
 #[inline(always)]
-fn add_products<S: Simd, const R: usize, const V: usize>(
-    simd: S,
-    sums: &mut [[S::f32s; V]; R],
-    x: &[&[f32]; R],
-    w: &[&[S::f32s]; V],
-    k: usize,
-) {
-    let mut weights = [simd.splat_f32s(0.0); V];
-    for (weight, w) in weights.iter_mut().zip(w) {
-        *weight = w[k];
-    }
-    for (sums, x) in sums.iter_mut().zip(x) {
-        let x = simd.splat_f32s(x[k]);
-        for (sum, weight) in sums.iter_mut().zip(&weights) {
-            *sum = fused(simd, x, *weight, *sum);
-        }
+fn add_products<S: Simd, const V: usize>(simd: S, sums: &mut [S::f32s; V], x: f32, weights: &[S::f32s; V]) {
+    let x = simd.splat_f32s(x);
+    for (sum, weight) in sums.iter_mut().zip(weights) {
+        *sum = fused(simd, x, *weight, *sum);
     }
 }
 
 /// `a * b + c`, in one rounding where the processor has the instruction.
 #[inline(always)]
 fn fused<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
-    if TypeId::of::<S>() == TypeId::of::<Scalar256b>() {
-        simd.add_f32s(simd.mul_f32s(a, b), c)
-    } else {
-        simd.mul_add_f32s(a, b, c)
-    }
+    if fuses::<S>() { simd.mul_add_f32s(a, b, c) } else { simd.add_f32s(simd.mul_f32s(a, b), c) }
 }
 
-/// `(x - mean) / sqrt(var + 1e-5) * gain + bias` of each row of `gain.len()` values.
-pub(super) fn layer_norm(x: &[f32], gain: &[f32], bias: &[f32], out: &mut [f32]) {
-    dispatch(LayerNorm { x, gain, bias, out });
-}
+wide!(
+    /// `(x - mean) / sqrt(var + 1e-5) * gain + bias` of each row of `gain.len()` values.
+    pub(super) fn layer_norm(
+        x: &'a [f32],
+        gain: &'a [f32],
+        bias: &'a [f32],
+        out: &'a mut [f32],
+    ) => layer_norm_loop
+);
 
-struct LayerNorm<'a> {
-    x: &'a [f32],
-    gain: &'a [f32],
-    bias: &'a [f32],
-    out: &'a mut [f32],
-}
-
-impl WithSimd for LayerNorm<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let width = self.gain.len();
-        for (row, to) in self.x.chunks_exact(width).zip(self.out.chunks_exact_mut(width)) {
-            let mean = lane_sum(row, 0.0, false) / width as f32;
-            let variance = lane_sum(row, mean, true) / width as f32;
-            let inverse = 1.0 / (variance + EPS).sqrt();
-            for (((o, v), g), b) in to.iter_mut().zip(row).zip(self.gain).zip(self.bias) {
-                *o = (v - mean) * inverse * g + b;
-            }
+#[inline(always)]
+fn layer_norm_loop<const FUSED: bool>(x: &[f32], gain: &[f32], bias: &[f32], out: &mut [f32]) {
+    let width = gain.len();
+    for (row, to) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+        let mean = lane_sum(row, 0.0, false) / width as f32;
+        let variance = lane_sum(row, mean, true) / width as f32;
+        let inverse = 1.0 / (variance + EPS).sqrt();
+        for (((o, v), g), b) in to.iter_mut().zip(row).zip(gain).zip(bias) {
+            *o = (v - mean) * inverse * g + b;
         }
     }
 }
@@ -241,75 +241,57 @@ fn lane_sum(values: &[f32], mean: f32, square: bool) -> f32 {
     total
 }
 
-/// `x * Phi(x)` in place.
-pub(super) fn gelu(values: &mut [f32]) {
-    dispatch(Gelu(values));
-}
+wide!(
+    /// `x * Phi(x)` in place.
+    pub(super) fn gelu(values: &'a mut [f32]) => gelu_loop
+);
 
-struct Gelu<'a>(&'a mut [f32]);
-
-impl WithSimd for Gelu<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let (chunks, rest) = self.0.as_chunks_mut::<LANES>();
-        for chunk in chunks {
-            for v in chunk.iter_mut() {
-                *v *= normal(*v).0;
-            }
-        }
-        for v in rest {
+#[inline(always)]
+fn gelu_loop<const FUSED: bool>(values: &mut [f32]) {
+    let (chunks, rest) = values.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for v in chunk.iter_mut() {
             *v *= normal(*v).0;
         }
     }
+    for v in rest {
+        *v *= normal(*v).0;
+    }
 }
 
-/// `q *= base * (1 + tanh t)`; `base` repeats along the rows.
-pub(super) fn gate(q: &mut [f32], t: &[f32], base: &[f32]) {
-    dispatch(Gate { q, t, base });
-}
+wide!(
+    /// `q *= base * (1 + tanh t)`; `base` repeats along the rows.
+    pub(super) fn gate(q: &'a mut [f32], t: &'a [f32], base: &'a [f32]) => gate_loop
+);
 
-struct Gate<'a> {
-    q: &'a mut [f32],
-    t: &'a [f32],
-    base: &'a [f32],
-}
-
-impl WithSimd for Gate<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let width = self.base.len();
-        for (q, t) in self.q.chunks_exact_mut(width).zip(self.t.chunks_exact(width)) {
-            for ((q, t), b) in q.iter_mut().zip(t).zip(self.base) {
-                *q *= b * (1.0 + tanh(*t));
-            }
+#[inline(always)]
+fn gate_loop<const FUSED: bool>(q: &mut [f32], t: &[f32], base: &[f32]) {
+    for (q, t) in q.chunks_exact_mut(base.len()).zip(t.chunks_exact(base.len())) {
+        for ((q, t), b) in q.iter_mut().zip(t).zip(base) {
+            *q *= b * (1.0 + tanh(*t));
         }
     }
 }
 
-/// Replaces each row of `width` scores by `exp(scale * (score - peak))` and stores the inverse of their sum.
-pub(super) fn softmax_weights(scores: &mut [f32], width: usize, scale: f32, inverses: &mut [f32]) {
-    dispatch(SoftmaxWeights { scores, width, scale, inverses });
-}
+wide!(
+    /// Replaces each row of `width` scores by `exp(scale * (score - peak))` and stores the inverse of their sum.
+    pub(super) fn softmax_weights(
+        scores: &'a mut [f32],
+        width: usize,
+        scale: f32,
+        inverses: &'a mut [f32],
+    ) => softmax_weights_loop
+);
 
-struct SoftmaxWeights<'a> {
-    scores: &'a mut [f32],
+#[inline(always)]
+fn softmax_weights_loop<const FUSED: bool>(
+    scores: &mut [f32],
     width: usize,
     scale: f32,
-    inverses: &'a mut [f32],
-}
-
-impl WithSimd for SoftmaxWeights<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        for (row, inverse) in self.scores.chunks_exact_mut(self.width).zip(self.inverses) {
-            *inverse = weights_of(row, self.scale);
-        }
+    inverses: &mut [f32],
+) {
+    for (row, inverse) in scores.chunks_exact_mut(width).zip(inverses) {
+        *inverse = weights_of(row, scale);
     }
 }
 
@@ -346,46 +328,34 @@ fn weights_of(row: &mut [f32], scale: f32) -> f32 {
     1.0 / total
 }
 
-/// Widens halves.
-pub(super) fn widen(from: &[f16], into: &mut [f32]) {
-    dispatch(Widen { from, into });
-}
+wide!(
+    /// Widens halves.
+    pub(super) fn widen(from: &'a [f16], into: &'a mut [f32]) => widen_loop
+);
 
-struct Widen<'a> {
-    from: &'a [f16],
-    into: &'a mut [f32],
-}
-
-impl WithSimd for Widen<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let (from, from_rest) = self.from.as_chunks::<LANES>();
-        let (into, into_rest) = self.into.as_chunks_mut::<LANES>();
-        for (from, into) in from.iter().zip(into) {
-            for (half, wide) in from.iter().zip(into) {
-                *wide = widened(*half);
-            }
-        }
-        for (half, wide) in from_rest.iter().zip(into_rest) {
-            *wide = widened(*half);
-        }
+#[inline(always)]
+fn widen_loop<const FUSED: bool>(from: &[f16], into: &mut [f32]) {
+    for (half, wide) in from.iter().zip(into) {
+        *wide = widened(*half);
     }
 }
 
-/// A half: its exponent and fraction as those of a single, which differ by a factor of `2^112`, and its sign. What isn't
-/// finite stays so.
+/// A half: with its sign extended, sign, exponent and fraction are shifted to where a single has them, whose exponent counts
+/// from 112 less. What isn't finite stays so.
 #[inline(always)]
 fn widened(half: f16) -> f32 {
-    let bits = u32::from(half.to_bits());
-    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
-    let beyond = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
-    f32::from_bits(magnitude.to_bits() | beyond | (bits & 0x8000) << 16)
+    const KEPT: i32 = 0x8fff_e000_u32 as i32;
+    const LARGEST: i32 = 0x0f80_0000;
+    let bits = (i32::from(half.to_bits() as i16) << 13) & KEPT;
+    let value = f32::from_bits(bits as u32) * f32::from_bits(0x7780_0000);
+    let beyond = if bits & LARGEST == LARGEST { 0x7f80_0000 } else { 0 };
+    f32::from_bits(value.to_bits() | beyond)
 }
 
 /// Values side by side, and outputs of a strip.
 pub(super) const LANES: usize = 8;
+/// Outputs of a panel: for one row four sums at a time, for many rows what stays in the first-level cache.
+pub(super) const PANEL: usize = 32;
 /// Outputs up to which there are too few sums to keep the processor busy, and inputs from which that costs: every
 /// sum is then computed in two parts.
 const NARROW: usize = 32;
@@ -399,22 +369,19 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha20Rng;
 
-    use super::{LANES, Product, dispatch, gelu, layer_norm, softmax_weights, widen};
+    use super::{Product, gelu, layer_norm, packed, place, softmax_weights, widen};
+    use crate::simd::dispatch;
 
     struct Case {
         x: Vec<f32>,
-        strips: Vec<f32>,
+        panels: Vec<f32>,
         out: Vec<f32>,
     }
 
     fn case(rows: usize, depth: usize, outputs: usize) -> Case {
         let mut rng = ChaCha20Rng::seed_from_u64((rows * 31 + depth * 7 + outputs) as u64);
         let mut draw = |n: usize| (0..n).map(|_| rng.random_range(-1.0..1.0f32)).collect::<Vec<_>>();
-        Case {
-            x: draw(rows * depth),
-            strips: draw(outputs.div_ceil(LANES) * depth * LANES),
-            out: draw(rows * outputs),
-        }
+        Case { x: draw(rows * depth), panels: draw(packed(depth, outputs)), out: draw(rows * outputs) }
     }
 
     fn product<'a>(
@@ -429,8 +396,7 @@ mod tests {
             x_stride: depth,
             rows,
             depth,
-            strips: &c.strips,
-            strip_stride: depth * LANES,
+            panels: &c.panels,
             outputs,
             out,
             out_stride: outputs,
@@ -450,7 +416,7 @@ mod tests {
                 Scalar256b.vectorize(product(&c, rows, depth, outputs, &mut plain));
                 for r in 0..rows {
                     for o in 0..outputs {
-                        let weight = |k: usize| c.strips[(o / LANES * depth + k) * LANES + o % LANES];
+                        let weight = |k: usize| c.panels[place(k, o, depth, outputs)];
                         let sum: f64 =
                             (0..depth).map(|k| f64::from(c.x[r * depth + k]) * f64::from(weight(k))).sum();
                         let exact = f64::from(c.out[r * outputs + o]) + sum;
@@ -466,6 +432,19 @@ mod tests {
         }
     }
 
+    /// Every weight has a place of its own, inside.
+    #[test]
+    fn places_are_distinct_and_fill_all_but_the_padding() {
+        for (depth, outputs) in [(1, 1), (3, 8), (2, 64), (5, 65), (4, 131)] {
+            let mut seen: Vec<usize> =
+                (0..depth * outputs).map(|i| place(i % depth, i / depth, depth, outputs)).collect();
+            seen.sort_unstable();
+            seen.dedup();
+            assert_eq!(seen.len(), depth * outputs);
+            assert!(seen.last().is_some_and(|last| *last < packed(depth, outputs)));
+        }
+    }
+
     /// Attack on "batched equals single": another tile for the same row must not change a bit.
     #[test]
     fn a_row_s_bits_do_not_depend_on_the_rows_beside_it() {
@@ -476,7 +455,7 @@ mod tests {
             for r in 0..rows {
                 let one = Case {
                     x: c.x[r * depth..][..depth].to_vec(),
-                    strips: c.strips.clone(),
+                    panels: c.panels.clone(),
                     out: c.out[r * outputs..][..outputs].to_vec(),
                 };
                 let mut single = one.out.clone();
