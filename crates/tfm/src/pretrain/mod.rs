@@ -20,7 +20,9 @@ use std::{
 
 use self::state::State;
 pub use self::{
-    config::{DECAY_PART, MAX_SLICE, MAX_STEPS, MAX_THREADS, Optimiser, PretrainConfig, Schedule},
+    config::{
+        DECAY_PART, MAX_SLICE, MAX_STEPS, MAX_THREADS, Optimiser, PretrainConfig, Schedule, SliceSizes,
+    },
     corpus::{Corpus, MAX_CORPUS_CONTEXT, MIN_CORPUS_ROWS},
     state::MAX_CHECKPOINT_BYTES,
     validation::Validation,
