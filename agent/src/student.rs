@@ -273,7 +273,175 @@ const RECORD: &str = "student.json";
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use std::path::Path;
+    use std::time::Duration;
+
+    use ring::rand::SystemRandom;
+    use ring::signature::Ed25519KeyPair;
+    use tabmesh_contract::batch::TypedColumn;
+    use tabmesh_federation::manifest::Trust;
+    use tabmesh_privacy::signature::VerifyingKey;
+    use tabmesh_proto::identity::SpiffeId;
+    use tabmesh_store::BlobStore;
+    use tempfile::TempDir;
+
     use super::*;
+    use crate::config::Config;
+
+    const CONTRACT: &str = "name: shop.sales
+version: '1.0.0'
+owner: shop@example.com
+schema:
+  - {name: label, type: integer, role: target, feature: sale.fraud, categories: ['0', '1']}
+  - {name: tid, type: string, role: id, unique: true}
+  - {name: amount, type: decimal, range: [0, 100], feature: sale.amount}
+  - {name: category, type: categorical, categories: [grocery, travel], feature: sale.category}
+privacy: {sensitivity: low, allow_training: true, unit: row, max_units: 100}
+source: {type: csv, path: sales.csv}
+";
+
+    /// A domain in a folder of its own, its student's service, and rows that a student can learn from.
+    struct Fixture {
+        folder: TempDir,
+        service: StudentService,
+        rows: TypedBatch,
+        preprocessing: Preprocessing,
+    }
+
+    impl Fixture {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let write = |name: &str, bytes: &[u8]| std::fs::write(folder.path().join(name), bytes).unwrap();
+            std::fs::create_dir_all(folder.path().join("keys")).unwrap();
+            write("contract.yaml", CONTRACT.as_bytes());
+            write(
+                "policy.yaml",
+                b"grant: {product: shop.sales, epsilon: '3', delta: '0.00001', signer: owner@example.com}",
+            );
+            write("keys/agent.pk8", Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap().as_ref());
+            write("keys/coordinator.pub", &[7; 32]);
+            write("agent.yaml", Config::example().as_bytes());
+            let config = Config::load(&folder.path().join("agent.yaml")).unwrap();
+            let id = SpiffeId::agent("acme.example", &config.domain, &config.name).unwrap();
+            let data = config.data_dir.clone();
+            std::fs::create_dir_all(&data).unwrap();
+            let domain = Arc::new(Domain::load(config, id, Some(1)).unwrap());
+            let rows = TypedBatch {
+                columns: vec![
+                    TypedColumn::Numeric((0..60).map(f64::from).collect()),
+                    TypedColumn::Categorical((0..60).map(|row| row % 2).collect()),
+                ],
+                labels: (0..60).map(|row| Some(u8::from(row > 25))).collect(),
+                units: vec![[0; 16]; 60],
+            };
+            let preprocessing = Preprocessing::fit(&domain.schema, &rows).unwrap();
+            let blobs = BlobStore::open(&data.join("artefacts")).unwrap();
+            blobs.put(&serde_json::to_vec(&preprocessing).unwrap()).unwrap();
+            let pinned = VerifyingKey::from_bytes([7; 32]);
+            let artefacts = Arc::new(Artefacts::open(&data, pinned, Trust::Production).unwrap());
+            let serving = Arc::new(Serving::new(domain, Arc::clone(&artefacts), Arc::new(|| 0)));
+            Self { folder, service: StudentService::new(data, artefacts, serving), rows, preprocessing }
+        }
+
+        fn data(&self) -> &Path {
+            &self.service.folder
+        }
+
+        /// A student as `distil` leaves one in the data folder.
+        fn put_student(&self, seed: u64) -> Student {
+            let schema = self.service.schema().clone();
+            let encoded = encoded(&self.preprocessing, &self.rows, &schema, &schema).unwrap();
+            let teacher: Vec<f64> = (0..60).map(|row| if row > 25 { 0.9 } else { 0.2 }).collect();
+            let fitting = Fitting { seed, hidden: 4, epochs: 20 };
+            let student = Student::fit(&encoded, &teacher, fitting, &mut |_, _| ()).unwrap();
+            let file = student.to_safetensors("a blend").unwrap();
+            let agreement = agreement(&[], &[], &[]);
+            let record = Record {
+                student: Digest::of(&file),
+                manifest: Digest::of(b"manifest"),
+                preprocessing: Digest::of(&serde_json::to_vec(&self.preprocessing).unwrap()),
+                schema,
+                teacher: "a blend".to_owned(),
+                published_ms: 5,
+                distilled_ms: 7,
+                rows: 60,
+                corpus_rows: 0,
+                gate: Agreement { same_class: 1.0, mean_distance: 0.0, ..agreement },
+            };
+            std::fs::write(self.data().join(FILE), &file).unwrap();
+            std::fs::write(self.data().join(RECORD), serde_json::to_vec(&record).unwrap()).unwrap();
+            student
+        }
+
+        /// Makes the record look as if it had been written so many seconds after the epoch.
+        fn written_at(&self, seconds: u64) {
+            let record = std::fs::File::options().write(true).open(self.data().join(RECORD)).unwrap();
+            record.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds)).unwrap();
+        }
+
+        /// What a student answers to all rows, without the service.
+        fn answers_of(&self, student: &Student) -> Vec<f32> {
+            let schema = self.service.schema();
+            let rows = encoded(&self.preprocessing, &self.rows, schema, schema).unwrap();
+            student.logits(&rows).unwrap().into_iter().map(|logit| sigmoid(logit) as f32).collect()
+        }
+
+        fn served(&self) -> Vec<f32> {
+            let answers = self.service.predict(&self.rows).unwrap();
+            assert!(answers.iter().all(|row| row.len() == 2 && (row[0] + row[1] - 1.0).abs() < 1e-6));
+            answers.iter().map(|row| row[1]).collect()
+        }
+    }
+
+    #[test]
+    fn nothing_is_served_before_a_student_is_distilled_and_then_it_is() {
+        let fixture = Fixture::new();
+        assert_eq!(fixture.service.current(), None);
+        assert_eq!(fixture.service.predict(&fixture.rows), Err(PredictError::NotReady));
+        let student = fixture.put_student(1);
+        let version = fixture.service.current().unwrap();
+        assert_eq!(version.digest, Digest::of(&student.to_safetensors("a blend").unwrap()).to_string());
+        assert_eq!((version.name.as_str(), version.published_at_ms), ("student of a blend", 5));
+        assert_eq!((version.base, version.promoted_at_ms), (Digest::of(b"manifest").to_string(), 7));
+        let served = fixture.served();
+        assert_eq!(served, fixture.answers_of(&student));
+        assert!(served[59] > served[0] + 0.2, "it follows its teacher: {} {}", served[0], served[59]);
+        let names: Vec<String> =
+            fixture.service.input_columns().into_iter().map(|column| column.name).collect();
+        assert_eq!(names, ["amount", "category"]);
+    }
+
+    /// Distilled again while the agent runs: the next request is the new one's. Taken away: nobody answers.
+    #[test]
+    fn a_new_student_is_taken_up_and_a_removed_one_is_gone() {
+        let fixture = Fixture::new();
+        let first = fixture.put_student(1);
+        fixture.written_at(1000);
+        assert_eq!(fixture.served(), fixture.answers_of(&first));
+        let second = fixture.put_student(2);
+        fixture.written_at(2000);
+        let (old, new) = (fixture.answers_of(&first), fixture.answers_of(&second));
+        assert_ne!(old, new);
+        assert_eq!(fixture.served(), new);
+        std::fs::remove_file(fixture.data().join(RECORD)).unwrap();
+        assert_eq!(fixture.service.predict(&fixture.rows), Err(PredictError::NotReady));
+        assert!(fixture.folder.path().exists());
+    }
+
+    /// Attack: weights swapped under a record that names others.
+    #[test]
+    fn weights_that_the_record_does_not_name_are_not_served() {
+        let fixture = Fixture::new();
+        fixture.put_student(1);
+        fixture.written_at(1000);
+        let other = fixture.put_student(2).to_safetensors("a blend").unwrap();
+        fixture.put_student(1);
+        std::fs::write(fixture.data().join(FILE), &other).unwrap();
+        fixture.written_at(2000);
+        assert_eq!(fixture.service.current(), None);
+        assert_eq!(fixture.service.predict(&fixture.rows), Err(PredictError::NotReady));
+    }
 
     #[test]
     fn agreement_is_counted_by_hand() {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use crate::{
-    adapter::{Adapter, path::Applied},
+    adapter::Adapter,
     error::TfmError,
     features::text_vectors,
     infer::{Cached, Engine, Held, build::Labelled, shifted},
@@ -231,36 +231,12 @@ impl Context {
         if queries.rows == 0 {
             return Ok(Vec::new());
         }
-        if applied.changes_weights()? {
-            return self.scores_along(queries, &applied);
-        }
         let mut added = plain(self.slots.as_ref(), self.model.config(), queries.columns)?;
         if let Some(delta) = applied.addend()? {
             added.iter_mut().zip(delta).for_each(|(a, d)| *a += d);
         }
-        Ok(self.engine.scores(&self.cached, &queries.values, &added))
-    }
-
-    /// Class scores with an adapter that acts behind the cells, by the path that gradients take. Several times slower
-    /// than without one.
-    fn scores_along(&self, queries: &EncodedTable, mut applied: &Applied) -> Result<Vec<f32>, TfmError> {
-        let mut averaged = Vec::with_capacity(queries.rows * self.classes);
-        for values in queries.values.chunks(CHUNK_ROWS * queries.columns) {
-            let mut sums = vec![0f32; values.len() / queries.columns * self.classes];
-            for view in 0..VIEWS {
-                let cells = applied.cells(self.cells(view, values)?)?;
-                let read = self.read(view, self.vectors(&cells)?, &mut applied)?;
-                let scores = self.model.parts.decoder.scores_along(&read, &mut applied)?.squeeze(0)?;
-                for (to, row) in sums.chunks_exact_mut(self.classes).zip(scores.to_vec2::<f32>()?) {
-                    for (class, to) in to.iter_mut().enumerate() {
-                        let score = row.get(shifted(class, view, self.classes)).copied().unwrap_or(f32::NAN);
-                        *to += score / VIEWS as f32;
-                    }
-                }
-            }
-            averaged.extend(sums);
-        }
-        Ok(averaged)
+        let change = applied.change(&self.engine)?;
+        Ok(self.engine.scores(&self.cached, &queries.values, &added, &change))
     }
 
     /// Probabilities `[class 0, class 1]` of each query row.
@@ -347,7 +323,17 @@ impl Context {
         vectors: Tensor,
         path: &mut dyn QueryPath,
     ) -> Result<Tensor, TfmError> {
-        self.model.parts.icl.cached(vectors, &self.keys_values(view)?, path)
+        self.read_from(&self.keys_values(view)?, vectors, path)
+    }
+
+    /// As [`Self::read`], from what [`Self::keys_values`] gave before.
+    pub(crate) fn read_from(
+        &self,
+        keys_values: &[Tensor],
+        vectors: Tensor,
+        path: &mut dyn QueryPath,
+    ) -> Result<Tensor, TfmError> {
+        self.model.parts.icl.cached(vectors, keys_values, path)
     }
 
     /// Logits of class 1 `(rows)` of one view from rows `(1, rows, D)` that have read, class order restored.
@@ -372,7 +358,7 @@ impl Context {
     }
 
     /// Keys and values `(1, rows, 2 D)` of each in-context block as tensors.
-    fn keys_values(&self, view: usize) -> Result<Vec<Tensor>, TfmError> {
+    pub(crate) fn keys_values(&self, view: usize) -> Result<Vec<Tensor>, TfmError> {
         let width = self.model.config().row_width();
         match &self.cached.held {
             Held::KeysValues(blocks) => {
@@ -436,6 +422,7 @@ pub(crate) mod tests {
         model::{
             Model, Tables,
             config::ModelConfig,
+            query::QueryPath as _,
             variant::{FeatureGroup, Ssmax, Variant},
         },
         table::EncodedTable,
@@ -549,6 +536,9 @@ pub(crate) mod tests {
         sums
     }
 
+    const KINDS: [Kind; 4] =
+        [Kind::FeatureTokens, Kind::Head, Kind::Lora { rank: 1 }, Kind::Core { rank: 3 }];
+
     fn plan(cache: Cache, classes: usize) -> Plan {
         let Cache { kind, precision } = cache;
         Plan { classes, kind: Some(kind), precision: Some(precision), budget: Budget::UNLIMITED }
@@ -583,18 +573,40 @@ pub(crate) mod tests {
         }
     }
 
-    /// What gradients read from each cache is what predictions read.
+    /// Logits with an adapter by the path that gradients take, on tensors.
+    fn logits_on_tensors(context: &Context, queries: &EncodedTable, adapter: &Adapter) -> Vec<f64> {
+        let applied = adapter.applied(context).unwrap();
+        let mut path = &applied;
+        let mut sums = vec![0f64; queries.rows];
+        for view in 0..VIEWS {
+            let cells = path.cells(context.cells(view, &queries.values).unwrap()).unwrap();
+            let read = context.read(view, context.vectors(&cells).unwrap(), &mut path).unwrap();
+            let margins = context.margins(view, &read, &mut path).unwrap().to_vec1::<f32>().unwrap();
+            sums.iter_mut().zip(margins).for_each(|(s, m)| *s += f64::from(m) / VIEWS as f64);
+        }
+        sums
+    }
+
+    /// What gradients read from each cache is what predictions read, for adapters of the cells, the queries and the head,
+    /// on norms with and without bias.
     #[test]
     fn the_gradient_s_path_gives_the_served_logits() {
         let (rows, queries) = (table(40, 5, 3), table(9, 5, 4));
-        let tokens = adapter(Kind::FeatureTokens, 5, 6);
-        for cache in Cache::ALL {
-            let context = Context::build_as(&model(), &rows, plan(cache, 2)).unwrap();
-            let served = context.logits(&queries, Some(&tokens)).unwrap();
-            let slow = context.scores_along(&queries, &tokens.applied(&context).unwrap()).unwrap();
-            let bound = if cache.precision == Precision::F32 { 2e-5 } else { 5e-3 };
-            for (a, b) in served.iter().zip(slow.as_chunks::<2>().0) {
-                assert!((a - f64::from(b[1] - b[0])).abs() < bound, "{cache}: {a} {b:?}");
+        for model in [Variant::default(), Variant::regressor()].map(model_of) {
+            for kind in KINDS {
+                let adapter = adapter_of(&model, kind, 5, 6);
+                for cache in Cache::ALL {
+                    let context = Context::build_as(&model, &rows, plan(cache, 2)).unwrap();
+                    let base = context.logits(&queries, None).unwrap();
+                    let served = context.logits(&queries, Some(&adapter)).unwrap();
+                    let slow = logits_on_tensors(&context, &queries, &adapter);
+                    let apart = |a: &[f64], b: &[f64]| {
+                        a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f64, f64::max)
+                    };
+                    let bound = if cache.precision == Precision::F32 { 2e-5 } else { 5e-3 };
+                    let (gap, moved) = (apart(&served, &slow), apart(&served, &base));
+                    assert!(gap < bound && moved > 1e-4, "{kind:?} {cache}: {gap} {moved}");
+                }
             }
         }
     }
@@ -657,15 +669,15 @@ pub(crate) mod tests {
     /// To the last bit, across chunks, tiles and threads.
     #[test]
     fn a_batch_gives_what_single_rows_give() {
-        let tokens = adapter(Kind::FeatureTokens, 4, 5);
-        for cache in Cache::ALL {
+        for (cache, kind) in Cache::ALL.into_iter().flat_map(|cache| KINDS.map(|kind| (cache, kind))) {
+            let adapter = adapter(kind, 4, 5);
             let context = Context::build_as(&model(), &table(150, 4, 3), plan(cache, 2)).unwrap();
             let queries = table(270, 4, 4);
-            let serving = Serving { adapter: Some(&tokens), logit_offset: 0.3 };
+            let serving = Serving { adapter: Some(&adapter), logit_offset: 0.3 };
             let batched = context.predict(&queries, serving).unwrap();
             for i in (0..queries.rows).step_by(17) {
                 let single = context.predict(&queries.take(&[i]), serving).unwrap();
-                assert_eq!(single[0][1].to_bits(), batched[i][1].to_bits(), "{cache}, row {i}");
+                assert_eq!(single[0][1].to_bits(), batched[i][1].to_bits(), "{cache}, {kind:?}, row {i}");
                 assert!((single[0][0] + single[0][1] - 1.0).abs() < 1e-12);
             }
         }

@@ -5,8 +5,12 @@
 //! before the first point that the adapter changes is computed once per context; each round runs the rest of the query
 //! path forward and back. The gradient is that of the served prediction, both views averaged, before clipping.
 
+mod clip;
+
 use candle_core::{Device, Tensor};
 
+pub use self::clip::Clip;
+use self::clip::{add_integers, square};
 use crate::{
     adapter::{
         Adapter, Entry,
@@ -50,69 +54,6 @@ pub struct GradientChunk {
 pub struct UnitGroup {
     /// Row indices; at most the declared number per unit, chosen without looking at values.
     pub rows: Vec<usize>,
-}
-
-/// L2 clip of one unit's gradient and the grid of its integer form.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Clip {
-    norm: f64,
-    scale: f64,
-}
-
-impl Clip {
-    /// A clip norm in gradient units and a power-of-two number of integer steps per gradient unit.
-    ///
-    /// # Errors
-    /// [`TfmError::BadConfig`] unless the norm is finite and above 0, the scale a power of two within
-    /// `[2^-20, 2^40]`, and the integer bound `floor(norm * scale)` within `[1, 2^40]`.
-    pub fn new(norm: f64, scale: f64) -> Result<Self, TfmError> {
-        let bad =
-            |field, expected, got: f64| Err(TfmError::BadConfig { field, expected, got: got.to_string() });
-        if !(norm.is_finite() && norm > 0.0) {
-            return bad("clip norm", "finite and above 0", norm);
-        }
-        // A power of two has an empty mantissa.
-        let power_of_two = scale.is_finite() && scale > 0.0 && scale.to_bits().trailing_zeros() >= 52;
-        if !power_of_two || !(0.5f64.powi(20)..=2f64.powi(40)).contains(&scale) {
-            return bad("gradient scale", "a power of two from 2^-20 to 2^40", scale);
-        }
-        let bound = (norm * scale).floor();
-        if !(1.0..=2f64.powi(40)).contains(&bound) {
-            return bad("clip norm times scale", "from 1 to 2^40", norm * scale);
-        }
-        Ok(Self { norm, scale })
-    }
-
-    /// The integer L2 bound of one unit, `floor(norm * scale)`: the sensitivity of the sum.
-    #[must_use]
-    pub fn integer_norm(&self) -> u64 {
-        // Between 1 and 2^40 by construction.
-        (self.norm * self.scale).floor() as u64
-    }
-
-    /// Clips a unit's gradient to the norm, scales and truncates each entry toward zero.
-    ///
-    /// A gradient with an entry that isn't finite becomes zero, so that no row can make the round fail.
-    #[must_use]
-    pub fn integers(&self, gradient: &[f64]) -> Vec<i64> {
-        let norm = gradient.iter().map(|g| g * g).sum::<f64>().sqrt();
-        if !norm.is_finite() {
-            return vec![0; gradient.len()];
-        }
-        let bound = self.integer_norm();
-        let limit = u128::from(bound) * u128::from(bound);
-        let mut factor = self.scale * (bound as f64 / self.scale / norm).min(1.0);
-        loop {
-            let integers: Vec<i64> = gradient.iter().map(|g| (g * factor).trunc() as i64).collect();
-            let square: u128 =
-                integers.iter().map(|v| u128::from(v.unsigned_abs()) * u128::from(v.unsigned_abs())).sum();
-            if square <= limit {
-                return integers;
-            }
-            // Rounding of the factor left the norm a hair too large.
-            factor *= 1.0 - 1e-12;
-        }
-    }
 }
 
 impl Context {
@@ -189,10 +130,10 @@ impl Context {
 
     /// Sum over units of clipped integer gradients, in the order of the adapter's values.
     ///
-    /// No units or no rows give zeros. Row indices out of range are skipped.
+    /// No units or no rows give zeros. Row indices out of range are skipped, one that a unit names twice counts once.
     ///
     /// # Errors
-    /// As [`Self::row_gradients`]; [`TfmError::TooLarge`] if the sum leaves 64 bits.
+    /// As [`Self::row_gradients`]; [`TfmError::TooLarge`] for so many units that a sum could leave 64 bits.
     pub fn clipped_sum(
         &self,
         rows: &PreparedRows,
@@ -200,15 +141,15 @@ impl Context {
         units: &[UnitGroup],
         clip: Clip,
     ) -> Result<Vec<i64>, TfmError> {
+        if !clip.sums_fit(units.len()) {
+            let limit = (i64::MAX as u64 / clip.integer_norm()) as usize;
+            return Err(TfmError::TooLarge { what: "units of a sum", got: units.len(), limit });
+        }
         let mut sum = vec![0i64; adapter.dimension()];
+        let mut integers = vec![0i64; adapter.dimension()];
         self.for_each_unit(rows, adapter, units, &mut |gradient| {
-            for (total, value) in sum.iter_mut().zip(clip.integers(gradient)) {
-                *total = total.checked_add(value).ok_or(TfmError::TooLarge {
-                    what: "sum of gradients",
-                    got: usize::MAX,
-                    limit: i64::MAX as usize,
-                })?;
-            }
+            clip.integers_into(gradient, &mut integers);
+            add_integers(&mut sum, &integers);
             Ok(())
         })?;
         Ok(sum)
@@ -229,7 +170,7 @@ impl Context {
     ) -> Result<f64, TfmError> {
         let mut norms = Vec::with_capacity(units.len());
         self.for_each_unit(rows, adapter, units, &mut |gradient| {
-            norms.push(gradient.iter().map(|g| g * g).sum::<f64>().sqrt());
+            norms.push(square(gradient).sqrt());
             Ok(())
         })?;
         norms.sort_by(f64::total_cmp);
@@ -246,31 +187,42 @@ impl Context {
         f: &mut dyn FnMut(&[f64]) -> Result<(), TfmError>,
     ) -> Result<(), TfmError> {
         let size = adapter.dimension();
+        let pass = Pass::new(self, rows, adapter)?;
         // Units end with their last row; what is open at a time is bounded by rows that units spread apart.
         let mut last_row = vec![None; units.len()];
         let mut owners: Vec<Vec<usize>> = vec![Vec::new(); rows.rows];
         for (unit, group) in units.iter().enumerate() {
             for &row in group.rows.iter().filter(|r| **r < rows.rows) {
-                owners[row].push(unit);
+                // A row that a unit names twice is one row of it.
+                if owners[row].last() != Some(&unit) {
+                    owners[row].push(unit);
+                }
                 last_row[unit] = last_row[unit].max(Some(row));
             }
         }
         let mut open: std::collections::BTreeMap<usize, Vec<f64>> = std::collections::BTreeMap::new();
-        for chunk in self.row_gradients(rows, adapter)? {
-            let chunk = chunk?;
-            for (i, gradient) in chunk.gradients.chunks_exact(size).enumerate() {
-                let row = chunk.first_row + i;
-                for &unit in &owners[row] {
-                    let sum = open.entry(unit).or_insert_with(|| vec![0.0; size]);
-                    for (s, g) in sum.iter_mut().zip(gradient) {
-                        *s += f64::from(*g);
-                    }
-                }
-                for &unit in &owners[row] {
-                    if last_row[unit] == Some(row)
-                        && let Some(sum) = open.remove(&unit)
-                    {
-                        f(&sum)?;
+        let (mut gradient, mut alone) = (vec![0f32; size], vec![0f64; size]);
+        for (first, count) in pass.chunks() {
+            let (played, _) = pass.back(first, count)?;
+            for (row, owners) in owners.iter().enumerate().skip(first).take(count) {
+                gradient.fill(0.0);
+                pass.add_row(&played, row - first, &mut gradient);
+                for &unit in owners {
+                    let last = last_row[unit] == Some(row);
+                    match (open.remove(&unit), last) {
+                        (None, true) => {
+                            alone.iter_mut().zip(&gradient).for_each(|(a, g)| *a = f64::from(*g));
+                            f(&alone)?;
+                        }
+                        (held, last) => {
+                            let mut sum = held.unwrap_or_else(|| vec![0.0; size]);
+                            sum.iter_mut().zip(&gradient).for_each(|(s, g)| *s += f64::from(*g));
+                            if last {
+                                f(&sum)?;
+                            } else {
+                                open.insert(unit, sum);
+                            }
+                        }
                     }
                 }
             }
@@ -310,6 +262,8 @@ struct Pass<'a> {
     rows: &'a PreparedRows,
     adapter: &'a Adapter,
     applied: Applied,
+    /// Keys and values of each in-context block, view by view, where rows have yet to read them.
+    keys_values: Vec<Vec<Tensor>>,
 }
 
 impl<'a> Pass<'a> {
@@ -321,7 +275,9 @@ impl<'a> Pass<'a> {
             let (expected, got) = (format!("{:?}", adapter.entry()), format!("{:?}", rows.entry));
             return Err(TfmError::mismatch("prepared stage", expected, got));
         }
-        Ok(Self { context, rows, adapter, applied: adapter.applied(context)? })
+        let unread = if rows.entry == Entry::Read { 0 } else { context.views() };
+        let keys_values = (0..unread).map(|view| context.keys_values(view)).collect::<Result<_, _>>()?;
+        Ok(Self { context, rows, adapter, applied: adapter.applied(context)?, keys_values })
     }
 
     fn chunks(&self) -> impl Iterator<Item = (usize, usize)> {
@@ -353,10 +309,13 @@ impl<'a> Pass<'a> {
     ) -> Result<Tensor, TfmError> {
         let context = self.context;
         let entering = self.entering(view, first, count)?;
-        let read = match self.rows.entry {
-            Entry::Cells => context.read(view, context.vectors(&path.cells(entering)?)?, path)?,
-            Entry::Vectors => context.read(view, entering, path)?,
-            Entry::Read => entering,
+        let entering = match self.rows.entry {
+            Entry::Cells => context.vectors(&path.cells(entering)?)?,
+            Entry::Vectors | Entry::Read => entering,
+        };
+        let read = match self.keys_values.get(view) {
+            Some(keys_values) => context.read_from(keys_values, entering, path)?,
+            None => entering,
         };
         context.margins(view, &read, path)
     }
@@ -437,8 +396,6 @@ const GRADIENT_ROWS: usize = 192;
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-    use proptest::prelude::*;
-
     use super::{Clip, UnitGroup};
     use crate::{
         adapter::Kind,
@@ -458,7 +415,9 @@ mod tests {
             adapter(Kind::FeatureTokens, 3, 7),
         );
         let prepared = context.prepare(&rows, &at).unwrap();
-        let units: Vec<UnitGroup> = (0..150).map(|u| UnitGroup { rows: vec![u, 399 - u, 10_000] }).collect();
+        // A row out of range is skipped, one named twice counts once.
+        let units: Vec<UnitGroup> =
+            (0..150).map(|u| UnitGroup { rows: vec![u, 399 - u, 10_000, u] }).collect();
         let chunks = context.row_gradients(&prepared, &at).unwrap();
         let flat: Vec<f32> = chunks.flat_map(|chunk| chunk.unwrap().gradients).collect();
         let row = |i: usize| flat[i * 24..(i + 1) * 24].iter().map(|g| f64::from(*g));
@@ -489,35 +448,5 @@ mod tests {
         let prepared = context.prepare(&table(4, 3, 6), &adapter(Kind::Head, 3, 7)).unwrap();
         let refused = context.row_gradients(&prepared, &adapter(Kind::FeatureTokens, 3, 7)).err();
         assert!(matches!(refused, Some(TfmError::Mismatch { what: "prepared stage", .. })));
-    }
-
-    #[test]
-    fn clip_refuses_grids_that_are_not_powers_of_two() {
-        assert!(Clip::new(1.0, 1024.0).is_ok() && Clip::new(1.0, 0.5f64.powi(3)).is_err());
-        for (norm, scale) in
-            [(1.0, 1000.0), (0.0, 1024.0), (f64::NAN, 1024.0), (1.0, 2f64.powi(41)), (1e-9, 1024.0)]
-        {
-            assert!(Clip::new(norm, scale).is_err(), "{norm} {scale}");
-        }
-        assert_eq!(Clip::new(1.0, 1024.0).unwrap().integers(&[f64::NAN, 1.0]), [0, 0]);
-        assert_eq!(Clip::new(1.0, 4.0).unwrap().integers(&[0.3, -0.3]), [1, -1]);
-    }
-
-    proptest! {
-        /// Whatever the gradient, the integer norm keeps the bound that the noise is calibrated to.
-        #[test]
-        fn integer_norm_never_exceeds_the_bound(
-            gradient in prop::collection::vec(-1e6f64..1e6, 1..60),
-            norm in 1e-3f64..1e3,
-            power in 4i32..30,
-        ) {
-            let Ok(clip) = Clip::new(norm, 2f64.powi(power)) else { return Ok(()) };
-            let square: u128 = clip
-                .integers(&gradient)
-                .iter()
-                .map(|v| u128::from(v.unsigned_abs()).pow(2))
-                .sum();
-            prop_assert!(square <= u128::from(clip.integer_norm()).pow(2));
-        }
     }
 }

@@ -22,6 +22,7 @@ pub mod preprocess;
 pub mod pretrain;
 pub mod prior;
 pub mod regression;
+pub(crate) mod simd;
 pub mod student;
 pub mod table;
 

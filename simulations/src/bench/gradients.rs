@@ -187,7 +187,7 @@ fn cost(run: &dyn Fn() -> Result<()>) -> Result<f64> {
 }
 
 /// Processor seconds of this process, all threads.
-fn cpu_seconds() -> Result<f64> {
+pub(super) fn cpu_seconds() -> Result<f64> {
     let text =
         std::fs::read_to_string("/proc/self/stat").context("processor time is read from /proc/self/stat")?;
     // The command name may hold spaces, so fields are counted after its closing bracket.

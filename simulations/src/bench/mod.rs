@@ -5,6 +5,7 @@ pub mod golden;
 mod golden_tables;
 pub mod gradients;
 pub mod merkle;
+pub mod pretrain;
 pub mod raw_table;
 pub mod rounds;
 pub mod sampler;
@@ -65,6 +66,8 @@ pub enum Bench {
     /// clipped and summed as integers, as an agent answers a round. What no value of the adapter changes is computed once
     /// before, as it is over the rounds of a plan.
     Gradients(gradients::Args),
+    /// How many tables a second of processor time does pre-training learn from? One thread, the shipped sizes.
+    Pretrain(pretrain::Args),
     /// Draws noise vectors and prints draws per second of processor time.
     Sampler {
         /// Coordinates of a vector.
@@ -94,6 +97,7 @@ pub fn run(bench: Bench, output: Output) -> anyhow::Result<ExitCode> {
         Bench::Accountant { vectors } => accountant::run(&vectors, output)?,
         Bench::Serving(args) => serving::run(&args, output)?,
         Bench::Gradients(args) => gradients::run(&args, output)?,
+        Bench::Pretrain(args) => pretrain::run(&args, output)?,
         Bench::Sampler { dimension } => sampler::run(dimension, output)?,
         Bench::Secagg(options) => secagg::run(&options, output)?,
         Bench::Merkle { entries } => merkle::run(entries, output)?,

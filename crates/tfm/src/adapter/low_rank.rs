@@ -5,10 +5,7 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::{
-    MAX_RANK,
-    path::{Applied, all_nought},
-};
+use super::{MAX_RANK, path::Applied};
 use crate::{context::Context, error::TfmError, model::config::ModelConfig, ops::linear::linear};
 
 /// The two factors of one block.
@@ -29,9 +26,9 @@ impl LowRank {
         })
     }
 
-    /// Whether it adds nothing, whatever it reads.
-    pub(super) fn is_nothing(&self) -> Result<bool, TfmError> {
-        Ok(all_nought(&self.down)? || all_nought(&self.up)?)
+    /// Both factors, row by row.
+    pub(super) fn factors(&self) -> Result<(Vec<f32>, Vec<f32>), TfmError> {
+        Ok((self.down.flatten_all()?.to_vec1()?, self.up.flatten_all()?.to_vec1()?))
     }
 
     /// What is added to the queries of normed rows `(batch, rows, D)`.

@@ -10,6 +10,10 @@ use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use super::low_rank::LowRank;
 use crate::{
     error::TfmError,
+    infer::{
+        Engine,
+        change::{Change, HeadAddend},
+    },
     model::query::QueryPath,
     ops::{linear::linear, norm::layer_norm},
 };
@@ -44,27 +48,22 @@ pub(super) struct HeadChange {
 }
 
 impl Applied {
-    /// Whether anything but cells is changed; an adapter as it starts changes nothing.
-    pub(crate) fn changes_weights(&self) -> Result<bool, TfmError> {
-        for change in &self.queries {
-            if !change.is_nothing()? {
-                return Ok(true);
-            }
+    /// What is changed behind the cells, as serving reads it.
+    pub(crate) fn change(&self, engine: &Engine) -> Result<Change, TfmError> {
+        if let Some(HeadChange { gain, bias, output }) = &self.head {
+            let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+            let bias = bias.as_ref().map(values).transpose()?.unwrap_or_default();
+            let addend = HeadAddend { gain: values(gain)?, bias, output: values(output)? };
+            return Ok(engine.head_change(&addend));
         }
-        let Some(HeadChange { gain, bias, output }) = &self.head else { return Ok(false) };
-        let bias = bias.as_ref().map_or(Ok(true), all_nought)?;
-        Ok(!(bias && all_nought(gain)? && all_nought(output)?))
+        let factors = self.queries.iter().map(LowRank::factors).collect::<Result<Vec<_>, _>>()?;
+        Ok(Change::of_queries(&factors, engine.vector()))
     }
 
     /// What is added to cells, as numbers `(slots, E)`.
     pub(crate) fn addend(&self) -> Result<Option<Vec<f32>>, TfmError> {
         Ok(self.cells.as_ref().map(|Cells { delta, .. }| delta.flatten_all()?.to_vec1()).transpose()?)
     }
-}
-
-/// Whether a tensor has no entry but nought.
-pub(super) fn all_nought(tensor: &Tensor) -> Result<bool, TfmError> {
-    Ok(tensor.flatten_all()?.to_vec1::<f32>()?.iter().all(|value| *value == 0.0))
 }
 
 impl QueryPath for &Applied {

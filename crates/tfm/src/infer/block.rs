@@ -1,6 +1,7 @@
 //! The attention block of all three stages, on slices.
 
 use super::{
+    change::Factors,
     heads::Heads,
     kernel::{gate, gelu},
     matrix::{Matrix, Norm},
@@ -86,7 +87,23 @@ impl Block {
 
     /// Lets residual rows, split evenly among consecutive batches from `first` on, read their batch's keys and values.
     pub(super) fn read(&self, rows: &mut [f32], heads: &Heads, first: usize, batches: usize, base: &[f32]) {
-        let mut queries = self.queries(&self.normed(rows));
+        self.read_changed(rows, heads, (first, batches), base, None);
+    }
+
+    /// As [`Self::read`] of `(first, batches)`, with a change of the rows' queries.
+    pub(super) fn read_changed(
+        &self,
+        rows: &mut [f32],
+        heads: &Heads,
+        (first, batches): (usize, usize),
+        base: &[f32],
+        change: Option<&Factors>,
+    ) {
+        let normed = self.normed(rows);
+        let mut queries = self.queries(&normed);
+        if let Some(change) = change {
+            change.add_to(&normed, &mut queries);
+        }
         self.scale(&mut queries, base);
         let mut read = vec![0f32; rows.len()];
         let size = (rows.len() / batches).max(1);

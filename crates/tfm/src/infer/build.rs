@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::{
     CELL_ROWS, Cached, Engine, Held,
     block::Block,
+    change::Factors,
     heads::{HeadSizes, Heads, Numbers, Precision},
     shifted,
     size::{Cache, CacheKind},
@@ -124,7 +125,7 @@ impl Engine {
         for (i, ((block, heads), base)) in self.icl.blocks.iter().zip(blocks).zip(bases).enumerate() {
             self.put_context(block, &vectors, heads, view);
             if i < last {
-                Self::advance(block, &mut vectors, self.vector, heads, view, base);
+                self.advance(block, &mut vectors, (heads, view), base, None);
             }
         }
     }
@@ -142,16 +143,17 @@ impl Engine {
         }
     }
 
-    /// Lets rows read the context through one block.
+    /// Lets rows read a batch's context through one block, query rows with a change of their queries.
     pub(super) fn advance(
+        &self,
         block: &Block,
         rows: &mut [f32],
-        width: usize,
-        heads: &Heads,
-        batch: usize,
+        (heads, batch): (&Heads, usize),
         base: &[f32],
+        change: Option<&Factors>,
     ) {
-        rows.par_chunks_mut(ICL_ROWS * width).for_each(|rows| block.read(rows, heads, batch, 1, base));
+        rows.par_chunks_mut(ICL_ROWS * self.vector)
+            .for_each(|rows| block.read_changed(rows, heads, (batch, 1), base, change));
     }
 
     /// Room for one view's keys and values of one in-context block.

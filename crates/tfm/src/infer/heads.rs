@@ -1,13 +1,14 @@
 //! Keys and values of attention heads in the order that the loops read them, in single or half precision.
 //!
-//! A head's keys stand in strips of eight keys `(ceil(keys / 8), head_dim, 8)`, its values in strips of eight features
-//! `(ceil(head_dim / 8), keys, 8)`; places beyond the last key or feature are zero. Halves are widened block by block
+//! A head's keys stand in panels of 32 keys, feature by feature, its values in panels of 32 features, key by key; places
+//! beyond the last key or feature are zero. So one query reads both from end to end. Halves are widened block by block
 //! into a buffer that stays in the processor's cache, so they cost half the memory traffic and nothing else.
 
 use half::{f16, slice::HalfFloatSliceExt};
 use serde::{Deserialize, Serialize};
 
-use super::kernel::{LANES, Product, dispatch, softmax_weights};
+use super::kernel::{PANEL, Product, packed, place, softmax_weights, widen};
+use crate::simd::dispatch;
 
 /// Numbers that a cache is held in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,7 +48,7 @@ impl Numbers {
     pub(super) fn write(&mut self, at: usize, values: &[f32]) {
         match self {
             Self::F32(all) => all[at..at + values.len()].copy_from_slice(values),
-            Self::F16(all) => all[at..at + values.len()].convert_from_f32_slice(values),
+            Self::F16(all) => all[at..at + values.len()].copy_from_slice(&halves(values)),
         }
     }
 
@@ -57,7 +58,7 @@ impl Numbers {
             Self::F32(all) => all[at..at + count].to_vec(),
             Self::F16(all) => {
                 let mut values = vec![0f32; count];
-                all[at..at + count].convert_to_f32_slice(&mut values);
+                widen(&all[at..at + count], &mut values);
                 values
             }
         }
@@ -82,12 +83,12 @@ pub(super) struct HeadSizes {
 impl HeadSizes {
     /// Numbers of the keys of one head.
     fn keys(self) -> usize {
-        self.keys.next_multiple_of(LANES) * self.head_dim
+        packed(self.head_dim, self.keys)
     }
 
     /// Numbers of the values of one head.
     fn values(self) -> usize {
-        self.keys * self.head_dim.next_multiple_of(LANES)
+        packed(self.keys, self.head_dim)
     }
 
     /// Numbers of all heads.
@@ -117,9 +118,7 @@ impl Heads {
         match &mut self.numbers {
             Numbers::F32(all) => put(self.sizes, &mut all[start..], first, rows),
             Numbers::F16(all) => {
-                let mut halves = vec![f16::ZERO; rows.len()];
-                halves.convert_from_f32_slice(rows);
-                put(self.sizes, &mut all[start..], first, &halves);
+                put(self.sizes, &mut all[start..], first, &halves(rows));
             }
         }
     }
@@ -131,11 +130,11 @@ impl Heads {
         let packed = self.numbers.read(batch * self.sizes.numbers(), self.sizes.numbers());
         let mut rows = vec![0f32; keys * 2 * width];
         for (h, head) in packed.chunks_exact(self.sizes.numbers() / heads).enumerate() {
-            let (key_strips, value_strips) = head.split_at(self.sizes.keys());
+            let (key_panels, value_panels) = head.split_at(self.sizes.keys());
             for (j, row) in rows.chunks_exact_mut(2 * width).enumerate() {
                 for d in 0..head_dim {
-                    row[h * head_dim + d] = key_strips[(j / LANES * head_dim + d) * LANES + j % LANES];
-                    row[width + h * head_dim + d] = value_strips[(d / LANES * keys + j) * LANES + d % LANES];
+                    row[h * head_dim + d] = key_panels[place(d, j, head_dim, keys)];
+                    row[width + h * head_dim + d] = value_panels[place(j, d, keys, head_dim)];
                 }
             }
         }
@@ -161,17 +160,17 @@ impl Heads {
                 let reading = Reading { sizes: self.sizes, rows, width, at: h * head_dim };
                 match &self.numbers {
                     Numbers::F32(all) => {
-                        let (key_strips, value_strips) =
+                        let (key_panels, value_panels) =
                             all[start..start + per_head].split_at(self.sizes.keys());
-                        reading.score(queries, key_strips, 0, keys, scores);
+                        reading.score(queries, key_panels, 0, keys, scores);
                         softmax_weights(scores, keys, scale, &mut inverses);
-                        reading.gather(scores, value_strips, keys * LANES, 0, keys, out);
+                        reading.gather(scores, value_panels, 0, keys, out);
                     }
                     Numbers::F16(all) => {
-                        let (key_strips, value_strips) =
+                        let (key_panels, value_panels) =
                             all[start..start + per_head].split_at(self.sizes.keys());
-                        let strip = head_dim * LANES;
-                        for (i, part) in key_strips.chunks(WIDE_BLOCK / LANES * strip).enumerate() {
+                        for (i, part) in key_panels.chunks(WIDE_BLOCK * head_dim).enumerate() {
+                            widened.resize(part.len(), 0.0);
                             widen(part, &mut widened);
                             let first = i * WIDE_BLOCK;
                             reading.score(queries, &widened, first, WIDE_BLOCK.min(keys - first), scores);
@@ -180,13 +179,12 @@ impl Heads {
                         for first in (0..keys).step_by(WIDE_BLOCK) {
                             let count = WIDE_BLOCK.min(keys - first);
                             widened.clear();
-                            for strip in value_strips.chunks_exact(keys * LANES) {
-                                let from = widened.len();
-                                widened.resize(from + count * LANES, 0.0);
-                                strip[first * LANES..][..count * LANES]
-                                    .convert_to_f32_slice(&mut widened[from..]);
+                            for panel in value_panels.chunks(keys * PANEL) {
+                                let (from, features) = (widened.len(), panel.len() / keys);
+                                widened.resize(from + count * features, 0.0);
+                                widen(&panel[first * features..][..count * features], &mut widened[from..]);
                             }
-                            reading.gather(scores, &widened, count * LANES, first, count, out);
+                            reading.gather(scores, &widened, first, count, out);
                         }
                     }
                 }
@@ -203,6 +201,15 @@ impl Heads {
     }
 }
 
+/// Values as halves; those beyond the largest become it.
+fn halves(values: &[f32]) -> Vec<f16> {
+    let most = f16::MAX.to_f32();
+    let within: Vec<f32> = values.iter().map(|v| v.clamp(-most, most)).collect();
+    let mut halves = vec![f16::ZERO; values.len()];
+    halves.convert_from_f32_slice(&within);
+    halves
+}
+
 fn put<T: Copy>(sizes: HeadSizes, into: &mut [T], first: usize, rows: &[T]) {
     let HeadSizes { heads, head_dim, keys } = sizes;
     let width = sizes.width();
@@ -211,21 +218,15 @@ fn put<T: Copy>(sizes: HeadSizes, into: &mut [T], first: usize, rows: &[T]) {
         let per_head = into.chunks_exact_mut(sizes.numbers() / heads);
         for ((key, value), head) in key.chunks_exact(head_dim).zip(value.chunks_exact(head_dim)).zip(per_head)
         {
-            let (key_strips, value_strips) = head.split_at_mut(sizes.keys());
-            let strip = &mut key_strips[j / LANES * head_dim * LANES..][..head_dim * LANES];
-            for (to, k) in strip.iter_mut().skip(j % LANES).step_by(LANES).zip(key) {
-                *to = *k;
+            let (key_panels, value_panels) = head.split_at_mut(sizes.keys());
+            for (d, k) in key.iter().enumerate() {
+                key_panels[place(d, j, head_dim, keys)] = *k;
             }
-            for (part, strip) in value.chunks(LANES).zip(value_strips.chunks_exact_mut(keys * LANES)) {
-                strip[j * LANES..][..part.len()].copy_from_slice(part);
+            for (first, part) in (0..head_dim).step_by(PANEL).zip(value.chunks(PANEL)) {
+                value_panels[place(j, first, keys, head_dim)..][..part.len()].copy_from_slice(part);
             }
         }
     }
-}
-
-fn widen(from: &[f16], into: &mut Vec<f32>) {
-    into.resize(from.len(), 0.0);
-    from.convert_to_f32_slice(into);
 }
 
 /// One head read by some query rows.
@@ -240,14 +241,13 @@ struct Reading {
 
 impl Reading {
     /// Inner products with `count` keys from `first` on, added to scores `(rows, keys)`.
-    fn score(self, queries: &[f32], strips: &[f32], first: usize, count: usize, scores: &mut [f32]) {
+    fn score(self, queries: &[f32], panels: &[f32], first: usize, count: usize, scores: &mut [f32]) {
         dispatch(Product {
             x: &queries[self.at..],
             x_stride: self.width,
             rows: self.rows,
             depth: self.sizes.head_dim,
-            strips,
-            strip_stride: self.sizes.head_dim * LANES,
+            panels,
             outputs: count,
             out: &mut scores[first..],
             out_stride: self.sizes.keys,
@@ -255,22 +255,13 @@ impl Reading {
     }
 
     /// Values of `count` keys from `first` on, weighted and added to rows `(rows, width)`.
-    fn gather(
-        self,
-        weights: &[f32],
-        strips: &[f32],
-        strip_stride: usize,
-        first: usize,
-        count: usize,
-        out: &mut [f32],
-    ) {
+    fn gather(self, weights: &[f32], panels: &[f32], first: usize, count: usize, out: &mut [f32]) {
         dispatch(Product {
             x: &weights[first..],
             x_stride: self.sizes.keys,
             rows: self.rows,
             depth: count,
-            strips,
-            strip_stride,
+            panels,
             outputs: self.sizes.head_dim,
             out: &mut out[self.at..],
             out_stride: self.width,
@@ -280,7 +271,7 @@ impl Reading {
 
 /// Query rows whose scores are held at a time.
 pub(super) const QUERY_BLOCK: usize = 24;
-/// Keys that are widened at a time; a multiple of eight.
+/// Keys that are widened at a time; a multiple of a panel.
 pub(super) const WIDE_BLOCK: usize = 128;
 
 #[cfg(test)]
@@ -332,6 +323,7 @@ mod tests {
             (4, 32, WIDE_BLOCK + 3, 1),
             (2, 12, 2 * WIDE_BLOCK, QUERY_BLOCK + 2),
             (1, 2, 1, 7),
+            (2, 72, WIDE_BLOCK + 70, 3),
         ] {
             let sizes = HeadSizes { heads, head_dim, keys };
             let (kv, q) = (noise(1, 2 * 2 * sizes.width() * keys), noise(2, queries * sizes.width()));

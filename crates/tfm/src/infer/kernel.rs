@@ -1,23 +1,16 @@
 //! The inner loops: rows times a packed matrix, norms, activations and softmax weights, eight values side by side.
 //!
-//! Every loop is compiled twice, for processors with AVX2 and FMA and for any other, and the fitting one is taken at
-//! run time. What is computed for a row doesn't depend on how many rows are computed with it: each output sums its
-//! products in the order of the inputs, whatever the tile. So a batch gives the bits that single rows give.
+//! Every loop is compiled for the processor at hand ([`crate::simd`]). What is computed for a row doesn't depend on how
+//! many rows are computed with it: each output sums its products in the same order, whatever the tile. So a batch gives
+//! the bits that single rows give.
 
-use std::any::TypeId;
+use half::f16;
+use pulp::{Simd, WithSimd};
 
-use pulp::{Scalar256b, Simd, WithSimd};
-
-use crate::ops::math::{exp, normal, tanh};
-
-/// Runs loops with the widest instructions that this processor has.
-pub(super) fn dispatch<Op: WithSimd>(op: Op) -> Op::Output {
-    #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-    if let Some(simd) = pulp::x86::V3::try_new() {
-        return Simd::vectorize(simd, op);
-    }
-    Scalar256b.vectorize(op)
-}
+use crate::{
+    ops::math::{exp, normal, tanh},
+    simd::{fuses, wide},
+};
 
 /// `out[r][o] += sum over k of x[r][k] * w[k][o]`, all sizes in values.
 pub(super) struct Product<'a> {
@@ -27,14 +20,32 @@ pub(super) struct Product<'a> {
     pub(super) rows: usize,
     /// Length of the sums.
     pub(super) depth: usize,
-    /// Strips of eight outputs, each `(depth, 8)`, `strip_stride` apart.
-    pub(super) strips: &'a [f32],
-    pub(super) strip_stride: usize,
-    /// Outputs per row; the last strip may be wider.
+    /// The right side by [`place`]: panels of up to [`PANEL`] outputs, each `(depth, its outputs)`, so that a row of the
+    /// left side reads it from end to end.
+    pub(super) panels: &'a [f32],
+    /// Outputs per row; the last eight may be more than there are.
     pub(super) outputs: usize,
     /// Rows of the result, `out_stride` apart.
     pub(super) out: &'a mut [f32],
     pub(super) out_stride: usize,
+}
+
+/// Numbers of a packed right side.
+pub(super) fn packed(depth: usize, outputs: usize) -> usize {
+    depth * padded(outputs)
+}
+
+/// Where input `k` of output `o` stands in a packed right side.
+pub(super) fn place(k: usize, o: usize, depth: usize, outputs: usize) -> usize {
+    let first = o - o % PANEL;
+    let width = PANEL.min(padded(outputs) - first);
+    first * depth + k * width + o % PANEL
+}
+
+/// Outputs with those of no use: the last panel has one, two or four strips, for which there are loops.
+fn padded(outputs: usize) -> usize {
+    let strips = outputs.div_ceil(LANES);
+    LANES * if strips % 4 == 3 { strips + 1 } else { strips }
 }
 
 impl WithSimd for Product<'_> {
@@ -42,92 +53,150 @@ impl WithSimd for Product<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let whole = self.rows - self.rows % MOST_ROWS;
-        let strips = self.outputs.div_ceil(LANES);
-        // A pair of strips stays in the first-level cache while all rows pass it.
-        if whole > 0 {
-            for first in (0..strips).step_by(2) {
-                for row in (0..whole).step_by(MOST_ROWS) {
-                    if first + 1 < strips {
-                        self.tile::<S, MOST_ROWS, 2>(simd, row, first);
-                    } else {
-                        self.tile::<S, MOST_ROWS, 1>(simd, row, first);
-                    }
-                }
-            }
+        if self.depth == 0 {
+            return;
         }
-        match self.rows - whole {
-            1 => self.sweep::<S, 1, 8>(simd, whole, strips),
-            2 => self.sweep::<S, 2, 4>(simd, whole, strips),
-            3 => self.sweep::<S, 3, 4>(simd, whole, strips),
-            4 => self.sweep::<S, 4, 2>(simd, whole, strips),
-            5 => self.sweep::<S, 5, 2>(simd, whole, strips),
-            _ => {}
+        let panels = self.panels;
+        for (i, numbers) in panels.chunks(PANEL * self.depth).enumerate() {
+            let (vectors, first) = (S::as_simd_f32s(numbers).0, i * PANEL);
+            match vectors.len() / self.depth {
+                1 => self.panel::<S, 1>(simd, vectors.as_chunks().0, first),
+                2 => self.panel::<S, 2>(simd, vectors.as_chunks().0, first),
+                _ => self.panel::<S, 4>(simd, vectors.as_chunks().0, first),
+            }
         }
     }
 }
 
 impl Product<'_> {
-    /// All strips for `R` rows, `V` at a time.
+    /// All rows with one panel of `W` strips, input by input, whose first output is `first`.
     #[inline(always)]
-    fn sweep<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, row: usize, strips: usize) {
-        let mut at = 0;
-        while strips - at >= V {
-            self.tile::<S, R, V>(simd, row, at);
-            at += V;
+    fn panel<S: Simd, const W: usize>(&mut self, simd: S, panel: &[[S::f32s; W]], first: usize) {
+        // Where there are few outputs, every sum is computed in two parts.
+        if self.outputs <= NARROW && self.depth >= LONG {
+            self.halves::<S, W>(simd, panel, first);
+            return;
         }
-        if V > 4 && strips - at >= 4 {
-            self.tile::<S, R, 4>(simd, row, at);
-            at += 4;
+        let whole = self.rows - self.rows % 6;
+        // A pair of strips is read for six rows at a time.
+        for row in (0..whole).step_by(6) {
+            self.row_tiles::<S, W, 6, 2, 1>(simd, panel, first, row);
         }
-        if V > 2 && strips - at >= 2 {
-            self.tile::<S, R, 2>(simd, row, at);
-            at += 2;
-        }
-        if strips > at {
-            self.tile::<S, R, 1>(simd, row, at);
+        match self.rows - whole {
+            1 => self.row_tiles::<S, W, 1, 4, 1>(simd, panel, first, whole),
+            2 => self.row_tiles::<S, W, 2, 4, 1>(simd, panel, first, whole),
+            3 => self.row_tiles::<S, W, 3, 4, 1>(simd, panel, first, whole),
+            4 => self.row_tiles::<S, W, 4, 2, 1>(simd, panel, first, whole),
+            5 => self.row_tiles::<S, W, 5, 2, 1>(simd, panel, first, whole),
+            _ => {}
         }
     }
 
-    /// `R` rows times `V` strips, sums in registers.
     #[inline(always)]
-    fn tile<S: Simd, const R: usize, const V: usize>(&mut self, simd: S, row: usize, strip: usize) {
+    fn halves<S: Simd, const W: usize>(&mut self, simd: S, panel: &[[S::f32s; W]], first: usize) {
+        let whole = self.rows - self.rows % 3;
+        for row in (0..whole).step_by(3) {
+            self.row_tiles::<S, W, 3, 2, 2>(simd, panel, first, row);
+        }
+        match self.rows - whole {
+            1 => self.row_tiles::<S, W, 1, 4, 2>(simd, panel, first, whole),
+            2 => self.row_tiles::<S, W, 2, 2, 2>(simd, panel, first, whole),
+            _ => {}
+        }
+    }
+
+    /// `R` rows with all strips of a panel, at most `V` at a time.
+    #[inline(always)]
+    fn row_tiles<S: Simd, const W: usize, const R: usize, const V: usize, const PARTS: usize>(
+        &mut self,
+        simd: S,
+        panel: &[[S::f32s; W]],
+        first: usize,
+        row: usize,
+    ) {
+        match (W, V) {
+            (1, _) => self.tile::<S, W, R, 1, PARTS>(simd, panel, first, row, 0),
+            (2, _) => self.tile::<S, W, R, 2, PARTS>(simd, panel, first, row, 0),
+            (_, 2) => {
+                self.tile::<S, W, R, 2, PARTS>(simd, panel, first, row, 0);
+                self.tile::<S, W, R, 2, PARTS>(simd, panel, first, row, 2);
+            }
+            _ => self.tile::<S, W, R, 4, PARTS>(simd, panel, first, row, 0),
+        }
+    }
+
+    /// `R` rows times `V` strips from `strip` on, sums in registers: of every `PARTS`-th product, so that one sum needn't wait
+    /// for the one before.
+    #[inline(always)]
+    fn tile<S: Simd, const W: usize, const R: usize, const V: usize, const PARTS: usize>(
+        &mut self,
+        simd: S,
+        panel: &[[S::f32s; W]],
+        first: usize,
+        row: usize,
+        strip: usize,
+    ) {
         let depth = self.depth;
+        // Equal lengths, so that nothing is checked within the loops.
+        let panel = &panel[..depth];
         let mut x: [&[f32]; R] = [&[]; R];
         for (i, x) in x.iter_mut().enumerate() {
             *x = &self.x[(row + i) * self.x_stride..][..depth];
         }
-        let mut w: [&[S::f32s]; V] = [&[]; V];
-        for (v, w) in w.iter_mut().enumerate() {
-            *w =
-                &S::as_simd_f32s(&self.strips[(strip + v) * self.strip_stride..][..depth * LANES]).0[..depth];
-        }
-        let mut sums = [[simd.splat_f32s(0.0); V]; R];
-        for (i, sums) in sums.iter_mut().enumerate() {
-            for (v, sum) in sums.iter_mut().enumerate() {
-                let column = (strip + v) * LANES;
-                let from = &self.out[(row + i) * self.out_stride + column..];
-                *sum = simd.partial_load_f32s(&from[..LANES.min(self.outputs - column)]);
+        let zero = simd.splat_f32s(0.0);
+        let mut sums = [[[zero; V]; R]; PARTS];
+        let whole = depth - depth % PARTS;
+        for k in (0..whole).step_by(PARTS) {
+            for (part, sums) in sums.iter_mut().enumerate() {
+                add_products(simd, sums, &x, panel, strip, k + part);
             }
         }
-        for k in 0..depth {
-            let mut weights = [simd.splat_f32s(0.0); V];
-            for (weight, w) in weights.iter_mut().zip(&w) {
-                *weight = w[k];
-            }
-            for (sums, x) in sums.iter_mut().zip(&x) {
-                let x = simd.splat_f32s(x[k]);
-                for (sum, weight) in sums.iter_mut().zip(&weights) {
-                    *sum = fused(simd, x, *weight, *sum);
+        for k in whole..depth {
+            add_products(simd, &mut sums[0], &x, panel, strip, k);
+        }
+        for i in 0..R {
+            for v in 0..V {
+                let mut sum = sums[0][i][v];
+                for part in &sums[1..] {
+                    sum = simd.add_f32s(sum, part[i][v]);
+                }
+                let column = first + (strip + v) * LANES;
+                let left = self.outputs.saturating_sub(column);
+                if left == 0 {
+                    continue;
+                }
+                let to = &mut self.out[(row + i) * self.out_stride + column..];
+                if left >= LANES {
+                    if let Some(to) = S::as_mut_simd_f32s(&mut to[..LANES]).0.first_mut() {
+                        *to = simd.add_f32s(*to, sum);
+                    }
+                } else {
+                    let before = simd.partial_load_f32s(&to[..left]);
+                    simd.partial_store_f32s(&mut to[..left], simd.add_f32s(before, sum));
                 }
             }
         }
-        for (i, sums) in sums.iter().enumerate() {
-            for (v, sum) in sums.iter().enumerate() {
-                let column = (strip + v) * LANES;
-                let to = &mut self.out[(row + i) * self.out_stride + column..];
-                simd.partial_store_f32s(&mut to[..LANES.min(self.outputs - column)], *sum);
-            }
+    }
+}
+
+/// Adds the products of input `k`.
+#[inline(always)]
+fn add_products<S: Simd, const W: usize, const R: usize, const V: usize>(
+    simd: S,
+    sums: &mut [[S::f32s; V]; R],
+    x: &[&[f32]; R],
+    panel: &[[S::f32s; W]],
+    strip: usize,
+    k: usize,
+) {
+    let mut weights = [simd.splat_f32s(0.0); V];
+    for (v, weight) in weights.iter_mut().enumerate() {
+        *weight = panel[k][strip + v];
+    }
+    for (sums, x) in sums.iter_mut().zip(x) {
+        let x = simd.splat_f32s(x[k]);
+        for (sum, weight) in sums.iter_mut().zip(&weights) {
+            *sum = fused(simd, x, *weight, *sum);
         }
     }
 }
@@ -135,24 +204,25 @@ impl Product<'_> {
 /// `a * b + c`, in one rounding where the processor has the instruction.
 #[inline(always)]
 fn fused<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
-    if TypeId::of::<S>() == TypeId::of::<Scalar256b>() {
-        simd.add_f32s(simd.mul_f32s(a, b), c)
-    } else {
-        simd.mul_add_f32s(a, b, c)
-    }
+    if fuses::<S>() { simd.mul_add_f32s(a, b, c) } else { simd.add_f32s(simd.mul_f32s(a, b), c) }
 }
 
-/// `(x - mean) / sqrt(var + 1e-5) * gain + bias` of each row of `gain.len()` values.
-pub(super) fn layer_norm(x: &[f32], gain: &[f32], bias: &[f32], out: &mut [f32]) {
-    dispatch(|| layer_norm_loop(x, gain, bias, out));
-}
+wide!(
+    /// `(x - mean) / sqrt(var + 1e-5) * gain + bias` of each row of `gain.len()` values.
+    pub(super) fn layer_norm(
+        x: &'a [f32],
+        gain: &'a [f32],
+        bias: &'a [f32],
+        out: &'a mut [f32],
+    ) => layer_norm_loop
+);
 
 #[inline(always)]
-fn layer_norm_loop(x: &[f32], gain: &[f32], bias: &[f32], out: &mut [f32]) {
+fn layer_norm_loop<const FUSED: bool>(x: &[f32], gain: &[f32], bias: &[f32], out: &mut [f32]) {
     let width = gain.len();
     for (row, to) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-        let mean = lane_sum(row, |v| v) / width as f32;
-        let variance = lane_sum(row, |v| (v - mean) * (v - mean)) / width as f32;
+        let mean = lane_sum(row, 0.0, false) / width as f32;
+        let variance = lane_sum(row, mean, true) / width as f32;
         let inverse = 1.0 / (variance + EPS).sqrt();
         for (((o, v), g), b) in to.iter_mut().zip(row).zip(gain).zip(bias) {
             *o = (v - mean) * inverse * g + b;
@@ -160,14 +230,15 @@ fn layer_norm_loop(x: &[f32], gain: &[f32], bias: &[f32], out: &mut [f32]) {
     }
 }
 
-/// Sum of `f` over the values, in eight lanes.
+/// Sum of the values less `mean`, or of their squares, in eight lanes.
 #[inline(always)]
-fn lane_sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+fn lane_sum(values: &[f32], mean: f32, square: bool) -> f32 {
     let mut lanes = [0f32; LANES];
     let (chunks, rest) = values.as_chunks::<LANES>();
     for chunk in chunks {
         for (lane, v) in lanes.iter_mut().zip(chunk) {
-            *lane += f(*v);
+            let v = v - mean;
+            *lane += if square { v * v } else { v };
         }
     }
     let mut total = 0f32;
@@ -175,18 +246,19 @@ fn lane_sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
         total += lane;
     }
     for v in rest {
-        total += f(*v);
+        let v = v - mean;
+        total += if square { v * v } else { v };
     }
     total
 }
 
-/// `x * Phi(x)` in place.
-pub(super) fn gelu(values: &mut [f32]) {
-    dispatch(|| gelu_loop(values));
-}
+wide!(
+    /// `x * Phi(x)` in place.
+    pub(super) fn gelu(values: &'a mut [f32]) => gelu_loop
+);
 
 #[inline(always)]
-fn gelu_loop(values: &mut [f32]) {
+fn gelu_loop<const FUSED: bool>(values: &mut [f32]) {
     let (chunks, rest) = values.as_chunks_mut::<LANES>();
     for chunk in chunks {
         for v in chunk.iter_mut() {
@@ -198,13 +270,13 @@ fn gelu_loop(values: &mut [f32]) {
     }
 }
 
-/// `q *= base * (1 + tanh t)`; `base` repeats along the rows.
-pub(super) fn gate(q: &mut [f32], t: &[f32], base: &[f32]) {
-    dispatch(|| gate_loop(q, t, base));
-}
+wide!(
+    /// `q *= base * (1 + tanh t)`; `base` repeats along the rows.
+    pub(super) fn gate(q: &'a mut [f32], t: &'a [f32], base: &'a [f32]) => gate_loop
+);
 
 #[inline(always)]
-fn gate_loop(q: &mut [f32], t: &[f32], base: &[f32]) {
+fn gate_loop<const FUSED: bool>(q: &mut [f32], t: &[f32], base: &[f32]) {
     for (q, t) in q.chunks_exact_mut(base.len()).zip(t.chunks_exact(base.len())) {
         for ((q, t), b) in q.iter_mut().zip(t).zip(base) {
             *q *= b * (1.0 + tanh(*t));
@@ -212,17 +284,30 @@ fn gate_loop(q: &mut [f32], t: &[f32], base: &[f32]) {
     }
 }
 
-/// Replaces each row of `width` scores by `exp(scale * (score - peak))` and stores the inverse of their sum.
-pub(super) fn softmax_weights(scores: &mut [f32], width: usize, scale: f32, inverses: &mut [f32]) {
-    dispatch(|| {
-        for (row, inverse) in scores.chunks_exact_mut(width).zip(inverses) {
-            *inverse = weights_loop(row, scale);
-        }
-    });
+wide!(
+    /// Replaces each row of `width` scores by `exp(scale * (score - peak))` and stores the inverse of their sum.
+    pub(super) fn softmax_weights(
+        scores: &'a mut [f32],
+        width: usize,
+        scale: f32,
+        inverses: &'a mut [f32],
+    ) => softmax_weights_loop
+);
+
+#[inline(always)]
+fn softmax_weights_loop<const FUSED: bool>(
+    scores: &mut [f32],
+    width: usize,
+    scale: f32,
+    inverses: &mut [f32],
+) {
+    for (row, inverse) in scores.chunks_exact_mut(width).zip(inverses) {
+        *inverse = weights_of(row, scale);
+    }
 }
 
 #[inline(always)]
-fn weights_loop(row: &mut [f32], scale: f32) -> f32 {
+fn weights_of(row: &mut [f32], scale: f32) -> f32 {
     let mut peaks = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
@@ -254,34 +339,60 @@ fn weights_loop(row: &mut [f32], scale: f32) -> f32 {
     1.0 / total
 }
 
+wide!(
+    /// Widens halves.
+    pub(super) fn widen(from: &'a [f16], into: &'a mut [f32]) => widen_loop
+);
+
+#[inline(always)]
+fn widen_loop<const FUSED: bool>(from: &[f16], into: &mut [f32]) {
+    for (half, wide) in from.iter().zip(into) {
+        *wide = widened(*half);
+    }
+}
+
+/// A half: with its sign extended, sign, exponent and fraction are shifted to where a single has them, whose exponent counts
+/// from 112 less. What isn't finite stays so.
+#[inline(always)]
+fn widened(half: f16) -> f32 {
+    const KEPT: i32 = 0x8fff_e000_u32 as i32;
+    const LARGEST: i32 = 0x0f80_0000;
+    let bits = (i32::from(half.to_bits() as i16) << 13) & KEPT;
+    let value = f32::from_bits(bits as u32) * f32::from_bits(0x7780_0000);
+    let beyond = if bits & LARGEST == LARGEST { 0x7f80_0000 } else { 0 };
+    f32::from_bits(value.to_bits() | beyond)
+}
+
 /// Values side by side, and outputs of a strip.
 pub(super) const LANES: usize = 8;
-/// Rows of a tile: twelve sums, two weights and one value fill sixteen registers.
-const MOST_ROWS: usize = 6;
+/// Outputs of a panel: for one row four sums at a time, for many rows what stays in the first-level cache.
+pub(super) const PANEL: usize = 32;
+/// Outputs up to which there are too few sums to keep the processor busy, and inputs from which that costs: every
+/// sum is then computed in two parts.
+const NARROW: usize = 32;
+const LONG: usize = 64;
 const EPS: f32 = 1e-5;
 
 #[cfg(test)]
 mod tests {
+    use half::f16;
     use pulp::{Scalar256b, Simd};
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha20Rng;
 
-    use super::{LANES, Product, dispatch, gelu, layer_norm, softmax_weights};
+    use super::{Product, gelu, layer_norm, packed, place, softmax_weights, widen};
+    use crate::simd::dispatch;
 
     struct Case {
         x: Vec<f32>,
-        strips: Vec<f32>,
+        panels: Vec<f32>,
         out: Vec<f32>,
     }
 
     fn case(rows: usize, depth: usize, outputs: usize) -> Case {
         let mut rng = ChaCha20Rng::seed_from_u64((rows * 31 + depth * 7 + outputs) as u64);
         let mut draw = |n: usize| (0..n).map(|_| rng.random_range(-1.0..1.0f32)).collect::<Vec<_>>();
-        Case {
-            x: draw(rows * depth),
-            strips: draw(outputs.div_ceil(LANES) * depth * LANES),
-            out: draw(rows * outputs),
-        }
+        Case { x: draw(rows * depth), panels: draw(packed(depth, outputs)), out: draw(rows * outputs) }
     }
 
     fn product<'a>(
@@ -296,8 +407,7 @@ mod tests {
             x_stride: depth,
             rows,
             depth,
-            strips: &c.strips,
-            strip_stride: depth * LANES,
+            panels: &c.panels,
             outputs,
             out,
             out_stride: outputs,
@@ -308,14 +418,16 @@ mod tests {
     #[test]
     fn products_equal_plain_sums_in_every_tile() {
         for rows in [1usize, 2, 3, 4, 5, 6, 7, 13] {
-            for (depth, outputs) in [(1usize, 1usize), (5, 7), (32, 64), (33, 131), (16, 24), (9, 40)] {
+            for (depth, outputs) in
+                [(1usize, 1usize), (5, 7), (32, 64), (33, 131), (16, 24), (9, 40), (201, 29), (64, 8), (70, 16)]
+            {
                 let c = case(rows, depth, outputs);
                 let (mut wide, mut plain) = (c.out.clone(), c.out.clone());
                 dispatch(product(&c, rows, depth, outputs, &mut wide));
                 Scalar256b.vectorize(product(&c, rows, depth, outputs, &mut plain));
                 for r in 0..rows {
                     for o in 0..outputs {
-                        let weight = |k: usize| c.strips[(o / LANES * depth + k) * LANES + o % LANES];
+                        let weight = |k: usize| c.panels[place(k, o, depth, outputs)];
                         let sum: f64 =
                             (0..depth).map(|k| f64::from(c.x[r * depth + k]) * f64::from(weight(k))).sum();
                         let exact = f64::from(c.out[r * outputs + o]) + sum;
@@ -331,22 +443,48 @@ mod tests {
         }
     }
 
+    /// Every weight has a place of its own, inside.
+    #[test]
+    fn places_are_distinct_and_fill_all_but_the_padding() {
+        for (depth, outputs) in [(1, 1), (3, 8), (2, 64), (5, 65), (4, 131), (3, 20)] {
+            let mut seen: Vec<usize> =
+                (0..depth * outputs).map(|i| place(i % depth, i / depth, depth, outputs)).collect();
+            seen.sort_unstable();
+            seen.dedup();
+            assert_eq!(seen.len(), depth * outputs);
+            assert!(seen.last().is_some_and(|last| *last < packed(depth, outputs)));
+        }
+    }
+
     /// Attack on "batched equals single": another tile for the same row must not change a bit.
     #[test]
     fn a_row_s_bits_do_not_depend_on_the_rows_beside_it() {
-        let (rows, depth, outputs) = (17, 37, 75);
-        let c = case(rows, depth, outputs);
-        let mut all = c.out.clone();
-        dispatch(product(&c, rows, depth, outputs, &mut all));
-        for r in 0..rows {
-            let one = Case {
-                x: c.x[r * depth..][..depth].to_vec(),
-                strips: c.strips.clone(),
-                out: c.out[r * outputs..][..outputs].to_vec(),
-            };
-            let mut single = one.out.clone();
-            dispatch(product(&one, 1, depth, outputs, &mut single));
-            assert_eq!(single, all[r * outputs..][..outputs], "row {r}");
+        for (rows, depth, outputs) in [(17, 37, 75), (17, 131, 32), (11, 64, 5)] {
+            let c = case(rows, depth, outputs);
+            let mut all = c.out.clone();
+            dispatch(product(&c, rows, depth, outputs, &mut all));
+            for r in 0..rows {
+                let one = Case {
+                    x: c.x[r * depth..][..depth].to_vec(),
+                    panels: c.panels.clone(),
+                    out: c.out[r * outputs..][..outputs].to_vec(),
+                };
+                let mut single = one.out.clone();
+                dispatch(product(&one, 1, depth, outputs, &mut single));
+                assert_eq!(single, all[r * outputs..][..outputs], "row {r} of {rows}, {depth}, {outputs}");
+            }
+        }
+    }
+
+    /// Every half there is, against the conversion of the crate that defines them.
+    #[test]
+    fn all_halves_widen_to_their_value() {
+        let halves: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        let mut wide = vec![f32::NAN; halves.len()];
+        widen(&halves, &mut wide);
+        for (half, wide) in halves.iter().zip(&wide) {
+            let same = half.to_f32().to_bits() == wide.to_bits() || half.is_nan() && wide.is_nan();
+            assert!(same, "{half:?}: {wide}");
         }
     }
 

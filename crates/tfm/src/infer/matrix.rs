@@ -1,11 +1,12 @@
 //! Weights of an affine map or a norm, copied out of the model once in the order that the loops read them.
 
-use super::kernel::{LANES, Product, dispatch, layer_norm};
+use super::kernel::{Product, layer_norm, packed, place};
+use crate::simd::dispatch;
 
-/// An affine map `x W^T + b` with its weights in strips of eight outputs.
+/// An affine map `x W^T + b` with its weights in panels of outputs.
 pub(super) struct Matrix {
-    /// `(ceil(output / 8), input, 8)`; outputs beyond the last are zero.
-    strips: Vec<f32>,
+    /// As [`Product`] reads them; outputs beyond the last are zero.
+    panels: Vec<f32>,
     bias: Vec<f32>,
     input: usize,
 }
@@ -13,14 +14,20 @@ pub(super) struct Matrix {
 impl Matrix {
     /// From a weight `(output, input)`, row by row, and a bias `(output)`.
     pub(super) fn new(weight: &[f32], bias: Vec<f32>, input: usize) -> Self {
-        let mut strips = vec![0f32; bias.len().div_ceil(LANES) * input * LANES];
+        let mut panels = vec![0f32; packed(input, bias.len())];
         for (o, row) in weight.chunks_exact(input).enumerate() {
-            let strip = &mut strips[o / LANES * input * LANES..];
             for (k, w) in row.iter().enumerate() {
-                strip[k * LANES + o % LANES] = *w;
+                panels[place(k, o, input, bias.len())] = *w;
             }
         }
-        Self { strips, bias, input }
+        Self { panels, bias, input }
+    }
+
+    /// The map with an addend `(output, input)` of its weight.
+    pub(super) fn plus(&self, weight: &[f32]) -> Self {
+        let mut addend = Self::new(weight, vec![0.0; self.bias.len()], self.input);
+        addend.panels.iter_mut().zip(&self.panels).for_each(|(a, w)| *a += w);
+        Self { bias: self.bias.clone(), ..addend }
     }
 
     /// Values a row comes out with.
@@ -52,8 +59,7 @@ impl Matrix {
             x_stride: self.input,
             rows,
             depth: self.input,
-            strips: &self.strips,
-            strip_stride: self.input * LANES,
+            panels: &self.panels,
             outputs: self.bias.len(),
             out,
             out_stride: self.bias.len(),
@@ -62,7 +68,7 @@ impl Matrix {
 
     /// Bytes held.
     pub(super) fn bytes(&self) -> usize {
-        (self.strips.len() + self.bias.len()) * size_of::<f32>()
+        (self.panels.len() + self.bias.len()) * size_of::<f32>()
     }
 }
 
@@ -75,6 +81,15 @@ pub(super) struct Norm {
 impl Norm {
     pub(super) fn new(gain: Vec<f32>, bias: Vec<f32>) -> Self {
         Self { gain, bias }
+    }
+
+    /// The norm with addends of gain and bias, each as long as the norm's or empty.
+    pub(super) fn plus(&self, gain: &[f32], bias: &[f32]) -> Self {
+        let sum = |own: &[f32], addend: &[f32]| {
+            let addend = addend.iter().chain(std::iter::repeat(&0.0));
+            own.iter().zip(addend).map(|(o, a)| o + a).collect()
+        };
+        Self { gain: sum(&self.gain, gain), bias: sum(&self.bias, bias) }
     }
 
     /// The normed rows.
@@ -104,5 +119,8 @@ mod tests {
         matrix.add_to(&x, &mut sums);
         assert_eq!(sums, [113.0, 127.0, 141.0, 113.0, 125.0, 137.0]);
         assert_eq!((matrix.output(), matrix.bytes()), (3, (2 * 8 + 3) * 4));
+        // Twice the first weight of each output more: 2 x0 on top of the above.
+        let more = matrix.plus(&[2.0, 0.0, 2.0, 0.0, 2.0, 0.0]);
+        assert_eq!(more.of(&x), [15.0, 29.0, 43.0, 11.0, 23.0, 35.0]);
     }
 }

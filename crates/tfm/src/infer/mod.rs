@@ -9,6 +9,7 @@
 
 mod block;
 pub(crate) mod build;
+pub(crate) mod change;
 pub(crate) mod heads;
 mod kernel;
 mod matrix;
@@ -19,6 +20,7 @@ mod stages;
 use rayon::prelude::*;
 
 use self::{
+    change::{Change, HeadAddend},
     heads::{Heads, Numbers},
     named::Named,
     stages::{Column, Decoder, Icl, Row},
@@ -76,23 +78,35 @@ impl Engine {
         })
     }
 
+    /// Width of a row's vector, `D`.
+    pub(crate) fn vector(&self) -> usize {
+        self.vector
+    }
+
     /// Bytes of the copied weights.
     pub(crate) fn bytes(&self) -> usize {
         self.column.bytes() + self.row.bytes() + self.icl.bytes() + self.decoder.bytes()
     }
 
+    /// The change of the query side that addends of final norm and decoder are.
+    pub(crate) fn head_change(&self, addend: &HeadAddend) -> Change {
+        self.decoder.change(addend)
+    }
+
     /// Class scores `(rows, K)` of query rows `(rows, columns)`, averaged over the views with the classes put back.
     ///
-    /// `added (slots, E)` is added to every row's cells.
-    pub(crate) fn scores(&self, cached: &Cached, values: &[f32], added: &[f32]) -> Vec<f32> {
+    /// `added (slots, E)` is added to every row's cells, the query side is the model's with `change`.
+    pub(crate) fn scores(&self, cached: &Cached, values: &[f32], added: &[f32], change: &Change) -> Vec<f32> {
         match &cached.held {
             Held::KeysValues(blocks) => {
                 let chunk = |values: &[f32]| {
                     let mut rows = self.vectors(cached, values, added);
-                    for ((block, heads), base) in self.icl.blocks.iter().zip(blocks).zip(&cached.bases) {
-                        block.read(&mut rows, heads, 0, cached.views, base);
+                    let read = self.icl.blocks.iter().zip(blocks).zip(&cached.bases);
+                    for (i, ((block, heads), base)) in read.enumerate() {
+                        let batches = (0, cached.views);
+                        block.read_changed(&mut rows, heads, batches, base, change.queries(i));
                     }
-                    self.averaged(cached, &rows)
+                    self.averaged(cached, &rows, change)
                 };
                 if values.len() <= QUERY_ROWS * cached.columns {
                     return chunk(values);
@@ -103,13 +117,20 @@ impl Engine {
             }
             Held::Vectors(vectors) => {
                 let chunks = values.chunks(REREAD_ROWS * cached.columns);
-                chunks.flat_map(|values| self.reread(cached, vectors, values, added)).collect()
+                chunks.flat_map(|values| self.reread(cached, vectors, values, added, change)).collect()
             }
         }
     }
 
     /// As [`Self::scores`], where each block's keys and values are computed and dropped again.
-    fn reread(&self, cached: &Cached, vectors: &Numbers, values: &[f32], added: &[f32]) -> Vec<f32> {
+    fn reread(
+        &self,
+        cached: &Cached,
+        vectors: &Numbers,
+        values: &[f32],
+        added: &[f32],
+        change: &Change,
+    ) -> Vec<f32> {
         let mut queries = self.vectors(cached, values, added);
         let (per_view, size) = (queries.len() / cached.views, cached.rows * self.vector);
         for (view, queries) in queries.chunks_exact_mut(per_view.max(1)).enumerate() {
@@ -117,13 +138,13 @@ impl Engine {
             let mut heads = self.icl_heads(cached.rows);
             for (i, (block, base)) in self.icl.blocks.iter().zip(&cached.bases).enumerate() {
                 self.put_context(block, &context, &mut heads, 0);
-                Self::advance(block, queries, self.vector, &heads, 0, base);
+                self.advance(block, queries, (&heads, 0), base, change.queries(i));
                 if i + 1 < self.icl.blocks.len() {
-                    Self::advance(block, &mut context, self.vector, &heads, 0, base);
+                    self.advance(block, &mut context, (&heads, 0), base, None);
                 }
             }
         }
-        self.averaged(cached, &queries)
+        self.averaged(cached, &queries, change)
     }
 
     /// Row vectors `(views, rows, D)` of query rows.
@@ -180,9 +201,9 @@ impl Engine {
     }
 
     /// Class scores `(rows, K)` from rows `(views, rows, D)` after the last block.
-    fn averaged(&self, cached: &Cached, rows: &[f32]) -> Vec<f32> {
+    fn averaged(&self, cached: &Cached, rows: &[f32], change: &Change) -> Vec<f32> {
         let (classes, outputs) = (cached.classes, self.decoder.outputs());
-        let scores = self.decoder.scores(rows);
+        let scores = self.decoder.scores(rows, change.head());
         let count = scores.len() / outputs / cached.views;
         let mut averages = vec![0f32; count * classes];
         for (view, scores) in scores.chunks_exact((count * outputs).max(1)).enumerate() {

@@ -5,6 +5,7 @@
 
 use super::{
     block::Block,
+    change::{Change, Head, HeadAddend},
     heads::{HeadSizes, Heads, Precision},
     kernel::gelu,
     matrix::{Matrix, Norm},
@@ -269,11 +270,16 @@ impl Decoder {
         self.output.output()
     }
 
-    /// Class scores `(n, outputs)` of row vectors `(n, D)`.
-    pub(super) fn scores(&self, rows: &[f32]) -> Vec<f32> {
-        let mut hidden = self.hidden.of(&self.norm.of(rows));
+    /// Class scores `(n, outputs)` of row vectors `(n, D)`, with another norm and last layer if given.
+    pub(super) fn scores(&self, rows: &[f32], head: Option<&Head>) -> Vec<f32> {
+        let (norm, output) = head.map_or((&self.norm, &self.output), |head| (&head.norm, &head.output));
+        let mut hidden = self.hidden.of(&norm.of(rows));
         gelu(&mut hidden);
-        self.output.of(&hidden)
+        output.of(&hidden)
+    }
+
+    pub(super) fn change(&self, HeadAddend { gain, bias, output }: &HeadAddend) -> Change {
+        Change::of_head(self.norm.plus(gain, bias), self.output.plus(output))
     }
 
     pub(super) fn bytes(&self) -> usize {

@@ -6,6 +6,7 @@ use super::{
     math::{normal, tanh},
     rows_and_width, values, wanted, with_values,
 };
+use crate::simd::wide;
 
 /// `x * Phi(x)`.
 pub(crate) fn gelu(x: &Tensor) -> Result<Tensor> {
@@ -26,10 +27,8 @@ impl CustomOp1 for Gelu {
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = values(x, lx)?;
-        let mut out = vec![0f32; x.len()];
-        for (o, &v) in out.iter_mut().zip(x) {
-            *o = v * normal(v).0;
-        }
+        let mut out = x.to_vec();
+        gelu_in_place(&mut out);
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
 
@@ -40,11 +39,8 @@ impl CustomOp1 for Gelu {
         let grad = grad.contiguous()?;
         let dx = with_values(x, |xs| {
             with_values(&grad, |gs| {
-                let mut dx = vec![0f32; xs.len()];
-                for ((d, &v), &g) in dx.iter_mut().zip(xs).zip(gs) {
-                    let (cdf, density) = normal(v);
-                    *d = g * (cdf + v * density);
-                }
+                let mut dx = xs.to_vec();
+                gelu_backward(gs, &mut dx);
                 Ok(dx)
             })
         })?;
@@ -70,13 +66,8 @@ impl CustomOp3 for Gate {
     ) -> Result<(CpuStorage, Shape)> {
         let (_, width) = rows_and_width(lq)?;
         let (q, t, base) = (values(q, lq)?, values(t, lt)?, values(b, lb)?);
-        let mut out = vec![0f32; q.len()];
-        let rows = q.chunks_exact(width).zip(t.chunks_exact(width)).zip(out.chunks_exact_mut(width));
-        for ((q, t), to) in rows {
-            for (((o, q), t), b) in to.iter_mut().zip(q).zip(t).zip(base) {
-                *o = q * b * (1.0 + tanh(*t));
-            }
-        }
+        let mut out = q.to_vec();
+        gate_in_place(&mut out, t, base, width);
         Ok((CpuStorage::F32(out), lq.shape().clone()))
     }
 
@@ -96,17 +87,7 @@ impl CustomOp3 for Gate {
             with_values(t, |ts| {
                 with_values(base, |base| {
                     with_values(&grad, |gs| {
-                        let sources = qs.chunks_exact(width).zip(ts.chunks_exact(width));
-                        let sinks = dq.chunks_exact_mut(width).zip(dt.chunks_exact_mut(width));
-                        for (((q, t), g), (dq, dt)) in sources.zip(gs.chunks_exact(width)).zip(sinks) {
-                            for i in 0..width {
-                                let h = tanh(t[i]);
-                                let scaled = g[i] * base[i];
-                                dq[i] = scaled * (1.0 + h);
-                                dt[i] = scaled * q[i] * (1.0 - h * h);
-                                db[i] += g[i] * q[i] * (1.0 + h);
-                            }
-                        }
+                        gate_backward((qs, ts, gs), base, &mut dq, &mut dt, &mut db);
                         Ok(())
                     })
                 })
@@ -117,5 +98,73 @@ impl CustomOp3 for Gate {
         let dt = if wanted(t) { Some(Tensor::from_vec(dt, t.shape(), device)?) } else { None };
         let db = if wanted(base) { Some(Tensor::from_vec(db, width, device)?) } else { None };
         Ok((dq, dt, db))
+    }
+}
+
+wide!(pub(super) fn gelu_in_place(values: &'a mut [f32]) => gelu_loop);
+
+#[inline(always)]
+fn gelu_loop<const FUSED: bool>(values: &mut [f32]) {
+    for v in values {
+        *v *= normal(*v).0;
+    }
+}
+
+wide!(
+    /// Turns inputs into gradients.
+    fn gelu_backward(grad: &'a [f32], values: &'a mut [f32]) => gelu_backward_loop
+);
+
+#[inline(always)]
+fn gelu_backward_loop<const FUSED: bool>(grad: &[f32], values: &mut [f32]) {
+    for (v, g) in values.iter_mut().zip(grad) {
+        let (cdf, density) = normal(*v);
+        *v = g * (cdf + *v * density);
+    }
+}
+
+wide!(fn gate_in_place(q: &'a mut [f32], t: &'a [f32], base: &'a [f32], width: usize) => gate_loop);
+
+#[inline(always)]
+fn gate_loop<const FUSED: bool>(q: &mut [f32], t: &[f32], base: &[f32], width: usize) {
+    for (q, t) in q.chunks_exact_mut(width).zip(t.chunks_exact(width)) {
+        for ((q, t), b) in q.iter_mut().zip(t).zip(base) {
+            *q = *q * b * (1.0 + tanh(*t));
+        }
+    }
+}
+
+wide!(
+    /// Gradients of all three operands from queries, gates and the gradient of the result.
+    fn gate_backward(
+        sources: (&'a [f32], &'a [f32], &'a [f32]),
+        base: &'a [f32],
+        dq: &'a mut [f32],
+        dt: &'a mut [f32],
+        db: &'a mut [f32],
+    ) => gate_backward_loop
+);
+
+#[inline(always)]
+fn gate_backward_loop<const FUSED: bool>(
+    (qs, ts, gs): (&[f32], &[f32], &[f32]),
+    base: &[f32],
+    dq: &mut [f32],
+    dt: &mut [f32],
+    db: &mut [f32],
+) {
+    let width = base.len();
+    let sources = qs.chunks_exact(width).zip(ts.chunks_exact(width)).zip(gs.chunks_exact(width));
+    let sinks = dq.chunks_exact_mut(width).zip(dt.chunks_exact_mut(width));
+    for (((q, t), g), (dq, dt)) in sources.zip(sinks) {
+        let sources = q.iter().zip(t).zip(g).zip(base);
+        let sinks = dq.iter_mut().zip(dt).zip(db.iter_mut());
+        for ((((q, t), g), b), ((dq, dt), db)) in sources.zip(sinks) {
+            let h = tanh(*t);
+            let scaled = g * b;
+            *dq = scaled * (1.0 + h);
+            *dt = scaled * q * (1.0 - h * h);
+            *db += g * q * (1.0 + h);
+        }
     }
 }

@@ -1,8 +1,10 @@
 //! Multi-head attention core `softmax(Q K^T / sqrt(head_dim)) V` on interleaved heads, without transposed copies.
 //!
-//! Probabilities are recomputed in the backward pass, so nothing of size `queries x keys` is kept. Few keys (cells of
-//! a row, inducing points) and few queries (inducing points that read a column) run in register loops; long sequences
-//! (rows of a table) in blocked products.
+//! Few keys (cells of a row, inducing points) and few queries (inducing points that read a column) run in register loops;
+//! long sequences (rows of a table) in blocked products. Probabilities are computed again in the backward pass, so that
+//! nothing of size `queries x keys` is kept, unless that is little.
+
+use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, backend::BackendStorage, bail};
 
@@ -11,16 +13,22 @@ use super::{
     math::{dot, softmax},
     values, wanted, with_values,
 };
+use crate::simd::{fused, wide};
 
 /// Attends from `q (batch or 1, queries, d)` to `kv (batch, keys, 2 d)` (keys, then values, side by side).
 ///
 /// A `q` of batch 1 is shared by all batches. Returns `(batch, queries, d)`.
 pub(crate) fn attention(q: &Tensor, kv: &Tensor, heads: usize) -> Result<Tensor> {
-    q.contiguous()?.apply_op2(&kv.contiguous()?, Attention { heads })
+    let sizes = Sizes::of(q.dims(), kv.dims(), heads)?;
+    let kept = (wanted(q) || wanted(kv)) && sizes.kernel() == Kernel::Products && sizes.scores() <= MOST_KEPT;
+    let kept = kept.then(OnceLock::new);
+    q.contiguous()?.apply_op2(&kv.contiguous()?, Attention { heads, kept })
 }
 
 struct Attention {
     heads: usize,
+    /// Probabilities `(rows, keys)` of each batch, block of queries and head, from the forward pass for the backward pass.
+    kept: Option<OnceLock<Vec<CpuStorage>>>,
 }
 
 /// Sizes of one call.
@@ -43,6 +51,10 @@ impl Sizes {
             bail!("attention operands don't fit: q {q:?}, kv {kv:?}, {heads} heads")
         }
         Ok(Self { batch, shared_query: query_batch != batch, queries, keys, width, heads })
+    }
+
+    fn scores(self) -> usize {
+        self.batch * self.heads * self.queries * self.keys
     }
 
     fn head_dim(self) -> usize {
@@ -98,7 +110,12 @@ impl CustomOp2 for Attention {
         let sizes = Sizes::of(lq.dims(), lkv.dims(), self.heads)?;
         let mut out = vec![0f32; sizes.batch * sizes.queries * sizes.width];
         if sizes.kernel() == Kernel::Products {
-            blocked::forward(sizes, (q, lq.start_offset()), (kv, lkv.start_offset()), &mut out)?;
+            let (q, kv) = ((q, lq.start_offset()), (kv, lkv.start_offset()));
+            let mut kept = self.kept.as_ref().map(|_| Vec::new());
+            blocked::forward(sizes, q, kv, &mut out, kept.as_mut())?;
+            if let (Some(place), Some(kept)) = (&self.kept, kept) {
+                place.get_or_init(|| kept);
+            }
         } else {
             let few_keys = sizes.kernel() == Kernel::FewKeys;
             let (q, kv) = (values(q, lq)?, values(kv, lkv)?);
@@ -130,7 +147,8 @@ impl CustomOp2 for Attention {
         let mut dq = vec![0f32; q.elem_count()];
         let mut dkv = vec![0f32; if want_kv { kv.elem_count() } else { 0 }];
         if sizes.kernel() == Kernel::Products {
-            blocked::backward(sizes, q, kv, &grad, &mut dq, want_kv.then_some(&mut dkv))?;
+            let kept = self.kept.as_ref().and_then(OnceLock::get).map(Vec::as_slice);
+            blocked::backward(sizes, (q, kv, &grad), kept, &mut dq, want_kv.then_some(&mut dkv))?;
         } else {
             with_values(q, |q| {
                 with_values(kv, |kv| {
@@ -167,7 +185,7 @@ pub(super) fn lane<const HD: usize>(values: &[f32], at: usize) -> [f32; HD] {
 }
 
 /// Copies `keys` vectors of one head, `stride` apart, into `(HD, keys)` order.
-#[inline]
+#[inline(always)]
 fn transpose<const HD: usize>(source: &[f32], start: usize, stride: usize, keys: usize, into: &mut [f32]) {
     for j in 0..keys {
         let vector = lane::<HD>(source, start + j * stride);
@@ -178,19 +196,19 @@ fn transpose<const HD: usize>(source: &[f32], start: usize, stride: usize, keys:
 }
 
 /// `out[j] = sum_d vector[d] * transposed[d][j]`.
-#[inline]
-fn project<const HD: usize>(vector: &[f32; HD], transposed: &[f32], out: &mut [f32]) {
+#[inline(always)]
+fn project<const FUSED: bool, const HD: usize>(vector: &[f32; HD], transposed: &[f32], out: &mut [f32]) {
     out.fill(0.0);
     for (v, row) in vector.iter().zip(transposed.chunks_exact(out.len())) {
         for (o, k) in out.iter_mut().zip(row) {
-            *o += v * k;
+            *o = fused::<FUSED>(*v, *k, *o);
         }
     }
 }
 
 /// `out[j] = vector . key j`, keys where they lie: for so few queries that turning all keys would cost more.
-#[inline]
-fn project_in_place<const HD: usize>(
+#[inline(always)]
+fn project_in_place<const FUSED: bool, const HD: usize>(
     vector: &[f32; HD],
     kv: &[f32],
     start: usize,
@@ -202,14 +220,17 @@ fn project_in_place<const HD: usize>(
         let mut sums = [0f32; PARTS];
         for (v, k) in vector.chunks_exact(PARTS).zip(key.chunks_exact(PARTS)) {
             for (sum, (v, k)) in sums.iter_mut().zip(v.iter().zip(k)) {
-                *sum += v * k;
+                *sum = fused::<FUSED>(*v, *k, *sum);
             }
         }
         *o = sums.iter().sum();
     }
 }
 
-fn small_forward<const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mut [f32]) {
+wide!(fn small_forward<const HD>(s: Sizes, q: &'a [f32], kv: &'a [f32], out: &'a mut [f32]) => small_forward_loop);
+
+#[inline(always)]
+fn small_forward_loop<const FUSED: bool, const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mut [f32]) {
     let (scale, stride) = (s.scale(), 2 * s.width);
     let lone = s.queries < LONE_QUERIES;
     let mut keys = vec![0f32; if lone { 0 } else { HD * s.keys }];
@@ -225,16 +246,16 @@ fn small_forward<const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mut [f3
             for i in 0..s.queries {
                 let at = i * s.width + h * HD;
                 if lone {
-                    project_in_place::<HD>(&lane(q, at), kv, h * HD, stride, &mut scores);
+                    project_in_place::<FUSED, HD>(&lane(q, at), kv, h * HD, stride, &mut scores);
                 } else {
-                    project::<HD>(&lane(q, at), &keys, &mut scores);
+                    project::<FUSED, HD>(&lane(q, at), &keys, &mut scores);
                 }
                 softmax(&mut scores, scale);
                 let mut sum = [0f32; HD];
                 for (p, row) in scores.iter().zip(kv.chunks_exact(stride)) {
                     let v = lane::<HD>(row, s.width + h * HD);
                     for (a, v) in sum.iter_mut().zip(&v) {
-                        *a += p * v;
+                        *a = fused::<FUSED>(*p, *v, *a);
                     }
                 }
                 out[at..at + HD].copy_from_slice(&sum);
@@ -243,7 +264,19 @@ fn small_forward<const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mut [f3
     }
 }
 
-fn small_backward<const HD: usize>(
+wide!(
+    fn small_backward<const HD>(
+        s: Sizes,
+        q: &'a [f32],
+        kv: &'a [f32],
+        grad: &'a [f32],
+        dq: &'a mut [f32],
+        dkv: Option<&'a mut [f32]>,
+    ) => small_backward_loop
+);
+
+#[inline(always)]
+fn small_backward_loop<const FUSED: bool, const HD: usize>(
     s: Sizes,
     q: &[f32],
     kv: &[f32],
@@ -265,9 +298,9 @@ fn small_backward<const HD: usize>(
                 let at = i * s.width + h * HD;
                 let query = lane::<HD>(q, q_start + at);
                 let out_grad = lane::<HD>(grad, g_start + at);
-                project::<HD>(&query, &keys, &mut p);
+                project::<FUSED, HD>(&query, &keys, &mut p);
                 softmax(&mut p, scale);
-                project::<HD>(&out_grad, &vals, &mut ds);
+                project::<FUSED, HD>(&out_grad, &vals, &mut ds);
                 let mean = dot(&p, &ds);
                 for (d, p) in ds.iter_mut().zip(&p) {
                     *d = p * (*d - mean) * scale;
@@ -276,7 +309,7 @@ fn small_backward<const HD: usize>(
                 for (d, row) in ds.iter().zip(kv.chunks_exact(stride)) {
                     let k = lane::<HD>(row, h * HD);
                     for (a, k) in dquery.iter_mut().zip(&k) {
-                        *a += d * k;
+                        *a = fused::<FUSED>(*d, *k, *a);
                     }
                 }
                 for (a, d) in dq[q_start + at..][..HD].iter_mut().zip(&dquery) {
@@ -291,8 +324,8 @@ fn small_backward<const HD: usize>(
                             .zip(&mut dv[h * HD..][..HD])
                             .zip(query.iter().zip(&out_grad))
                         {
-                            *a += d * q;
-                            *c += p * g;
+                            *a = fused::<FUSED>(*d, *q, *a);
+                            *c = fused::<FUSED>(*p, *g, *c);
                         }
                     }
                 }
@@ -301,23 +334,49 @@ fn small_backward<const HD: usize>(
     }
 }
 
-/// Attention over long sequences by matrix products, one batch and one block of queries at a time.
+wide!(
+    /// Replaces rows of `width` scores by their softmax.
+    fn softmax_rows(scores: &'a mut [f32], width: usize, scale: f32) => softmax_rows_loop
+);
+
+#[inline(always)]
+fn softmax_rows_loop<const FUSED: bool>(scores: &mut [f32], width: usize, scale: f32) {
+    for row in scores.chunks_exact_mut(width) {
+        softmax(row, scale);
+    }
+}
+
+wide!(
+    /// Turns gradients by probabilities, rows of `width`, into those by scores.
+    fn softmax_slopes(gradients: &'a mut [f32], p: &'a [f32], width: usize, scale: f32) => softmax_slopes_loop
+);
+
+#[inline(always)]
+fn softmax_slopes_loop<const FUSED: bool>(gradients: &mut [f32], p: &[f32], width: usize, scale: f32) {
+    for (d, p) in gradients.chunks_exact_mut(width).zip(p.chunks_exact(width)) {
+        let mean = dot(d, p);
+        for (d, p) in d.iter_mut().zip(p) {
+            *d = p * (*d - mean) * scale;
+        }
+    }
+}
+
+/// Attention over long sequences by matrix products, one batch, one block of queries and one head at a time: what is
+/// worked on fits into the second-level cache.
 mod blocked {
     use super::{
-        super::{math::dot, math::softmax, with_values},
-        BackendStorage, CpuStorage, Layout, Result, Sizes, Tensor, bail,
+        super::with_values, BackendStorage, CpuStorage, Layout, Result, Sizes, Tensor, bail, softmax_rows,
+        softmax_slopes,
     };
 
-    /// `(heads, rows, head_dim)` view of interleaved heads.
+    /// `(1, rows, head_dim)` view of one of interleaved heads.
     fn rows_view(s: Sizes, rows: usize, row_stride: usize, start: usize) -> Layout {
-        let hd = s.head_dim();
-        Layout::new((s.heads, rows, hd).into(), vec![hd, row_stride, 1], start)
+        Layout::new((1, rows, s.head_dim()).into(), vec![0, row_stride, 1], start)
     }
 
-    /// `(heads, head_dim, rows)` view of interleaved heads.
+    /// `(1, head_dim, rows)` view of one of interleaved heads.
     fn transposed_view(s: Sizes, rows: usize, row_stride: usize, start: usize) -> Layout {
-        let hd = s.head_dim();
-        Layout::new((s.heads, hd, rows).into(), vec![hd, 1, row_stride], start)
+        Layout::new((1, s.head_dim(), rows).into(), vec![0, 1, row_stride], start)
     }
 
     fn floats(storage: &mut CpuStorage) -> Result<&mut Vec<f32>> {
@@ -327,38 +386,43 @@ mod blocked {
         }
     }
 
-    /// Adds or writes `(heads, rows, head_dim)` values into interleaved rows.
-    fn scatter(s: Sizes, source: &[f32], rows: usize, row_stride: usize, into: &mut [f32]) {
+    fn slice(storage: &CpuStorage) -> Result<&[f32]> {
+        match storage {
+            CpuStorage::F32(v) => Ok(v),
+            _ => bail!("product is not f32"),
+        }
+    }
+
+    /// Adds `(rows, head_dim)` values to one head of interleaved rows.
+    fn scatter(s: Sizes, source: &[f32], row_stride: usize, into: &mut [f32]) {
         let hd = s.head_dim();
-        for (h, head) in source.chunks_exact(rows * hd).enumerate() {
-            for (i, vector) in head.chunks_exact(hd).enumerate() {
-                for (o, v) in into[i * row_stride + h * hd..][..hd].iter_mut().zip(vector) {
-                    *o += v;
-                }
+        for (i, vector) in source.chunks_exact(hd).enumerate() {
+            for (o, v) in into[i * row_stride..][..hd].iter_mut().zip(vector) {
+                *o += v;
             }
         }
     }
 
-    fn blocks(s: Sizes) -> impl Iterator<Item = (usize, usize)> {
-        (0..s.queries).step_by(QUERY_BLOCK).map(move |i| (i, QUERY_BLOCK.min(s.queries - i)))
+    /// First query and number of queries of each block, head by head.
+    fn parts(s: Sizes) -> impl Iterator<Item = (usize, usize, usize)> {
+        let blocks = (0..s.queries).step_by(QUERY_BLOCK).map(move |i| (i, QUERY_BLOCK.min(s.queries - i)));
+        blocks.flat_map(move |(first, rows)| (0..s.heads).map(move |head| (first, rows, head)))
     }
 
+    /// Probabilities `(rows, keys)` of one head, whose first feature is at these places.
     fn probabilities(
         s: Sizes,
         q: (&CpuStorage, usize),
         kv: (&CpuStorage, usize),
         rows: usize,
     ) -> Result<CpuStorage> {
-        let (hd, stride) = (s.head_dim(), 2 * s.width);
         let mut p = q.0.matmul(
             kv.0,
-            (s.heads, rows, s.keys, hd),
+            (1, rows, s.keys, s.head_dim()),
             &rows_view(s, rows, s.width, q.1),
-            &transposed_view(s, s.keys, stride, kv.1),
+            &transposed_view(s, s.keys, 2 * s.width, kv.1),
         )?;
-        for row in floats(&mut p)?.chunks_exact_mut(s.keys) {
-            softmax(row, s.scale());
-        }
+        softmax_rows(floats(&mut p)?, s.keys, s.scale());
         Ok(p)
     }
 
@@ -367,31 +431,36 @@ mod blocked {
         q: (&CpuStorage, usize),
         kv: (&CpuStorage, usize),
         out: &mut [f32],
+        mut kept: Option<&mut Vec<CpuStorage>>,
     ) -> Result<()> {
         let (hd, stride) = (s.head_dim(), 2 * s.width);
         for b in 0..s.batch {
-            let kv_start = kv.1 + b * s.keys * stride;
-            for (first, rows) in blocks(s) {
-                let q_start = q.1 + s.query_start(b) + first * s.width;
+            for (first, rows, head) in parts(s) {
+                let at = head * hd;
+                let kv_start = kv.1 + b * s.keys * stride + at;
+                let q_start = q.1 + s.query_start(b) + first * s.width + at;
                 let p = probabilities(s, (q.0, q_start), (kv.0, kv_start), rows)?;
                 let mut o = p.matmul(
                     kv.0,
-                    (s.heads, rows, hd, s.keys),
-                    &Layout::contiguous((s.heads, rows, s.keys)),
+                    (1, rows, hd, s.keys),
+                    &Layout::contiguous((1, rows, s.keys)),
                     &rows_view(s, s.keys, stride, kv_start + s.width),
                 )?;
-                let to = &mut out[(b * s.queries + first) * s.width..];
-                scatter(s, floats(&mut o)?, rows, s.width, to);
+                scatter(s, floats(&mut o)?, s.width, &mut out[(b * s.queries + first) * s.width + at..]);
+                if let Some(kept) = &mut kept {
+                    kept.push(p);
+                }
             }
         }
         Ok(())
     }
 
+    /// Gradients of queries and, where wanted, of keys and values; `kept` are the forward pass's probabilities, if it
+    /// kept them.
     pub(super) fn backward(
         s: Sizes,
-        q: &Tensor,
-        kv: &Tensor,
-        grad: &Tensor,
+        (q, kv, grad): (&Tensor, &Tensor, &Tensor),
+        kept: Option<&[CpuStorage]>,
         dq: &mut [f32],
         mut dkv: Option<&mut Vec<f32>>,
     ) -> Result<()> {
@@ -400,42 +469,42 @@ mod blocked {
         let q = with_values(q, |v| Ok(CpuStorage::F32(v.to_vec())))?;
         let kv = with_values(kv, |v| Ok(CpuStorage::F32(v.to_vec())))?;
         let grad = with_values(grad, |v| Ok(CpuStorage::F32(v.to_vec())))?;
+        let mut kept = kept.map(<[CpuStorage]>::iter);
         for b in 0..s.batch {
-            let kv_start = b * s.keys * stride;
-            for (first, rows) in blocks(s) {
-                let q_start = s.query_start(b) + first * s.width;
-                let g_start = (b * s.queries + first) * s.width;
-                let mut p = probabilities(s, (&q, q_start), (&kv, kv_start), rows)?;
+            for (first, rows, head) in parts(s) {
+                let at = head * hd;
+                let kv_start = b * s.keys * stride + at;
+                let q_start = s.query_start(b) + first * s.width + at;
+                let g_start = (b * s.queries + first) * s.width + at;
+                let again;
+                let p = match kept.as_mut().and_then(Iterator::next) {
+                    Some(p) => p,
+                    None => {
+                        again = probabilities(s, (&q, q_start), (&kv, kv_start), rows)?;
+                        &again
+                    }
+                };
                 let mut ds = grad.matmul(
                     &kv,
-                    (s.heads, rows, s.keys, hd),
+                    (1, rows, s.keys, hd),
                     &rows_view(s, rows, s.width, g_start),
                     &transposed_view(s, s.keys, stride, kv_start + s.width),
                 )?;
-                let scale = s.scale();
-                for (d, p) in
-                    floats(&mut ds)?.chunks_exact_mut(s.keys).zip(floats(&mut p)?.chunks_exact(s.keys))
-                {
-                    let mean = dot(d, p);
-                    for (d, p) in d.iter_mut().zip(p) {
-                        *d = p * (*d - mean) * scale;
-                    }
-                }
+                softmax_slopes(floats(&mut ds)?, slice(p)?, s.keys, s.scale());
                 let mut block = ds.matmul(
                     &kv,
-                    (s.heads, rows, hd, s.keys),
-                    &Layout::contiguous((s.heads, rows, s.keys)),
+                    (1, rows, hd, s.keys),
+                    &Layout::contiguous((1, rows, s.keys)),
                     &rows_view(s, s.keys, stride, kv_start),
                 )?;
-                scatter(s, floats(&mut block)?, rows, s.width, &mut dq[q_start..]);
+                scatter(s, floats(&mut block)?, s.width, &mut dq[q_start..]);
                 if let Some(dkv) = dkv.as_deref_mut() {
-                    let turned =
-                        Layout::new((s.heads, s.keys, rows).into(), vec![rows * s.keys, 1, s.keys], 0);
-                    let size = (s.heads, s.keys, hd, rows);
+                    let turned = Layout::new((1, s.keys, rows).into(), vec![0, 1, s.keys], 0);
+                    let size = (1, s.keys, hd, rows);
                     let mut dk = ds.matmul(&q, size, &turned, &rows_view(s, rows, s.width, q_start))?;
                     let mut dv = p.matmul(&grad, size, &turned, &rows_view(s, rows, s.width, g_start))?;
-                    scatter(s, floats(&mut dk)?, s.keys, stride, &mut dkv[kv_start..]);
-                    scatter(s, floats(&mut dv)?, s.keys, stride, &mut dkv[kv_start + s.width..]);
+                    scatter(s, floats(&mut dk)?, stride, &mut dkv[kv_start..]);
+                    scatter(s, floats(&mut dv)?, stride, &mut dkv[kv_start + s.width..]);
                 }
             }
         }
@@ -445,6 +514,8 @@ mod blocked {
     const QUERY_BLOCK: usize = 128;
 }
 
+/// Most probabilities that are kept between the passes: 4 MiB.
+const MOST_KEPT: usize = 1 << 20;
 const BLOCKED_FROM: usize = 24;
 /// Queries below which keys stay where they lie.
 const LONE_QUERIES: usize = 8;
@@ -456,7 +527,7 @@ pub(in crate::ops) mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use candle_core::{Device, Tensor, Var};
 
-    use super::attention;
+    use super::{MOST_KEPT, attention};
     use crate::ops::{activation, linear::linear, norm::layer_norm, rope};
 
     /// Values of a fixed linear congruential sequence in `[-1, 1)`.
@@ -526,6 +597,26 @@ pub(in crate::ops) mod tests {
         });
         check(&[(noise(16, &[40]) * 3.0).unwrap()], |t| activation::gelu(&t[0]).unwrap());
         check(&[noise(17, &[2, 5, 12])], |t| rope::rotate(&t[0], 2, &[1.0, 0.1]).unwrap());
+    }
+
+    /// Two batches are too much to keep, each alone isn't: gradients are the same to the last bit.
+    #[test]
+    fn kept_and_recomputed_probabilities_give_equal_gradients() {
+        let (queries, keys) = (600, 450);
+        assert!((2 * 2 * queries * keys) > MOST_KEPT && 2 * queries * keys <= MOST_KEPT);
+        let (q, kv) = (noise(30, &[2, queries, 24]), noise(31, &[2, keys, 48]));
+        let weights = noise(32, &[2, queries, 24]);
+        let gradients = |first: usize, count: usize| -> Vec<Vec<f32>> {
+            let of = |t: &Tensor| t.narrow(0, first, count).unwrap().contiguous().unwrap();
+            let vars = [Var::from_tensor(&of(&q)).unwrap(), Var::from_tensor(&of(&kv)).unwrap()];
+            let out = attention(vars[0].as_tensor(), vars[1].as_tensor(), 2).unwrap();
+            let grads = (out * of(&weights)).unwrap().sum_all().unwrap().backward().unwrap();
+            vars.iter().map(|var| grads.get(var).unwrap().flatten_all().unwrap().to_vec1().unwrap()).collect()
+        };
+        let (both, alone) = (gradients(0, 2), [gradients(0, 1), gradients(1, 1)]);
+        for (i, both) in both.iter().enumerate() {
+            assert_eq!(both, &[alone[0][i].clone(), alone[1][i].clone()].concat());
+        }
     }
 
     /// All kernels against the textbook formula built from basic operations.

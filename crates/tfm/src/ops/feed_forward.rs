@@ -9,10 +9,13 @@ use candle_core::{
 };
 
 use super::{
+    activation::gelu_in_place,
+    linear::{add_rows_to, add_to_rows},
     math::{dot, normal, sum},
     norm::moments,
     rows_and_width, values, wanted,
 };
+use crate::simd::wide;
 
 /// Applies the block to `x (.., width)`: `norm` is gain and bias `(width)`, `first` weight `(hidden, width)` and bias,
 /// `second` weight `(width, hidden)` and bias.
@@ -65,16 +68,8 @@ impl FeedForward {
     fn norm(self, rows: &[f32], weights: &[f32]) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
         let (gain, bias) = (&weights[..self.width], &weights[self.bias()..self.first()]);
         let (mut hat, mut normed) = (vec![0f32; rows.len()], vec![0f32; rows.len()]);
-        let mut inverses = Vec::with_capacity(rows.len() / self.width);
-        let sinks = hat.chunks_exact_mut(self.width).zip(normed.chunks_exact_mut(self.width));
-        for (row, (hat, normed)) in rows.chunks_exact(self.width).zip(sinks) {
-            let (mean, inverse) = moments(row);
-            inverses.push(inverse);
-            for ((((h, n), v), g), b) in hat.iter_mut().zip(normed).zip(row).zip(gain).zip(bias) {
-                *h = (v - mean) * inverse;
-                *n = *h * g + b;
-            }
-        }
+        let mut inverses = vec![0f32; rows.len() / self.width];
+        standardise(rows, (gain, bias), &mut hat, &mut normed, &mut inverses);
         (hat, normed, inverses)
     }
 
@@ -87,11 +82,7 @@ impl FeedForward {
         let mut hidden = floats(normed.matmul(weights.0, size, &plain, &turned)?)?;
         let start = weights.1 + self.first_bias();
         let bias = &slice(weights.0)?[start..start + self.hidden];
-        for row in hidden.chunks_exact_mut(self.hidden) {
-            for (h, b) in row.iter_mut().zip(bias) {
-                *h += b;
-            }
-        }
+        add_to_rows(&mut hidden, bias);
         Ok(hidden)
     }
 }
@@ -140,15 +131,13 @@ impl CustomOp2 for FeedForward {
             let count = rows.len() / width;
             let normed = CpuStorage::F32(self.norm(rows, weights).1);
             let mut hidden = self.hidden(&normed, (w, start), count)?;
-            for h in &mut hidden {
-                *h *= normal(*h).0;
-            }
+            gelu_in_place(&mut hidden);
             let size = (1, count, width, self.hidden);
             let plain = Layout::contiguous((count, self.hidden));
             let read = floats(CpuStorage::F32(hidden).matmul(w, size, &plain, &turned)?)?;
-            for (row, read) in rows.chunks_exact(width).zip(read.chunks_exact(width)) {
-                out.extend(row.iter().zip(read).zip(last_bias).map(|((x, r), b)| x + r + b));
-            }
+            let from = out.len();
+            out.extend_from_slice(rows);
+            add_both(&mut out[from..], &read, last_bias);
         }
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
@@ -198,28 +187,18 @@ impl FeedForward {
             let normed = CpuStorage::F32(normed);
             let mut slopes = self.hidden(&normed, (w.0, start), count)?;
             let mut active = vec![0f32; slopes.len()];
-            for (s, a) in slopes.iter_mut().zip(&mut active) {
-                let (cdf, density) = normal(*s);
-                *a = *s * cdf;
-                *s = cdf + *s * density;
-            }
+            activate(&mut slopes, &mut active);
             let back = Layout::contiguous_with_offset((width, hidden), start + self.second());
             let incoming = Layout::contiguous_with_offset((count, width), at);
             let mut dhidden = floats(grad.0.matmul(w.0, (1, count, hidden, width), &incoming, &back)?)?;
-            for (d, s) in dhidden.iter_mut().zip(&slopes) {
-                *d *= s;
-            }
+            multiply(&mut dhidden, &slopes);
             let active = CpuStorage::F32(active);
             if want_weights {
                 let turned = Layout::new((width, count).into(), vec![1, width], at);
                 let part = floats(grad.0.matmul(&active, (1, width, hidden, count), &turned, &wide)?)?;
                 add_to(&mut dw[self.second()..], &part);
-                for row in gradient.chunks_exact(width) {
-                    add_to(&mut dw[self.second_bias()..], row);
-                }
-                for row in dhidden.chunks_exact(hidden) {
-                    add_to(&mut dw[self.first_bias()..self.second()], row);
-                }
+                add_rows_to(&mut dw[self.second_bias()..], gradient);
+                add_rows_to(&mut dw[self.first_bias()..self.second()], &dhidden);
             }
             let dhidden = CpuStorage::F32(dhidden);
             if want_weights {
@@ -229,29 +208,136 @@ impl FeedForward {
             }
             let back = Layout::contiguous_with_offset((hidden, width), start + self.first());
             let dnormed = floats(dhidden.matmul(w.0, (1, count, width, hidden), &wide, &back)?)?;
-            let mut scaled = vec![0f32; width];
-            let sources = hat.chunks_exact(width).zip(dnormed.chunks_exact(width));
-            for (((hat, dn), inverse), g) in sources.zip(&inverses).zip(gradient.chunks_exact(width)) {
-                if want_weights {
-                    let (dgain, rest) = dw.split_at_mut(width);
-                    for (((dg, db), d), h) in dgain.iter_mut().zip(rest).zip(dn).zip(hat) {
-                        *dg += d * h;
-                        *db += d;
-                    }
-                }
-                if want_rows {
-                    for ((s, d), gain) in scaled.iter_mut().zip(dn).zip(weights) {
-                        *s = d * gain;
-                    }
-                    let n = width as f32;
-                    let (a, c) = (sum(&scaled) / n, dot(&scaled, hat) / n);
-                    let terms = scaled.iter().zip(hat).zip(g);
-                    dx.extend(terms.map(|((s, h), g)| g + (s - a - h * c) * inverse));
-                }
+            if want_weights {
+                let (dgain, dbias) = dw[..2 * width].split_at_mut(width);
+                add_affine(dgain, dbias, &dnormed, &hat);
+            }
+            if want_rows {
+                let from = dx.len();
+                dx.extend_from_slice(gradient);
+                add_row_gradients(&mut dx[from..], &dnormed, &hat, &inverses, &weights[..width]);
             }
             at += rows.len();
         }
         Ok((dx, dw))
+    }
+}
+
+wide!(
+    /// Standardised and normed rows, and the inverse deviation of each.
+    fn standardise(
+        rows: &'a [f32],
+        affine: (&'a [f32], &'a [f32]),
+        hat: &'a mut [f32],
+        normed: &'a mut [f32],
+        inverses: &'a mut [f32],
+    ) => standardise_loop
+);
+
+#[inline(always)]
+fn standardise_loop<const FUSED: bool>(
+    rows: &[f32],
+    (gain, bias): (&[f32], &[f32]),
+    hat: &mut [f32],
+    normed: &mut [f32],
+    inverses: &mut [f32],
+) {
+    let width = gain.len();
+    let sinks = hat.chunks_exact_mut(width).zip(normed.chunks_exact_mut(width)).zip(inverses);
+    for (row, ((hat, normed), kept)) in rows.chunks_exact(width).zip(sinks) {
+        let (mean, inverse) = moments(row);
+        *kept = inverse;
+        for ((((h, n), v), g), b) in hat.iter_mut().zip(normed).zip(row).zip(gain).zip(bias) {
+            *h = (v - mean) * inverse;
+            *n = *h * g + b;
+        }
+    }
+}
+
+wide!(
+    /// Adds what was read, and a bias, to rows.
+    fn add_both(rows: &'a mut [f32], read: &'a [f32], bias: &'a [f32]) => add_both_loop
+);
+
+#[inline(always)]
+fn add_both_loop<const FUSED: bool>(rows: &mut [f32], read: &[f32], bias: &[f32]) {
+    for (row, read) in rows.chunks_exact_mut(bias.len()).zip(read.chunks_exact(bias.len())) {
+        for ((x, r), b) in row.iter_mut().zip(read).zip(bias) {
+            *x = *x + r + b;
+        }
+    }
+}
+
+wide!(
+    /// Replaces inputs of the activation by its slopes, and stores its results.
+    fn activate(slopes: &'a mut [f32], active: &'a mut [f32]) => activate_loop
+);
+
+#[inline(always)]
+fn activate_loop<const FUSED: bool>(slopes: &mut [f32], active: &mut [f32]) {
+    for (s, a) in slopes.iter_mut().zip(active) {
+        let (cdf, density) = normal(*s);
+        *a = *s * cdf;
+        *s = cdf + *s * density;
+    }
+}
+
+wide!(fn multiply(values: &'a mut [f32], by: &'a [f32]) => multiply_loop);
+
+#[inline(always)]
+fn multiply_loop<const FUSED: bool>(values: &mut [f32], by: &[f32]) {
+    for (v, b) in values.iter_mut().zip(by) {
+        *v *= b;
+    }
+}
+
+wide!(
+    /// Adds the gradients of gain and bias.
+    fn add_affine(dgain: &'a mut [f32], dbias: &'a mut [f32], dnormed: &'a [f32], hat: &'a [f32]) => add_affine_loop
+);
+
+#[inline(always)]
+fn add_affine_loop<const FUSED: bool>(dgain: &mut [f32], dbias: &mut [f32], dnormed: &[f32], hat: &[f32]) {
+    let width = dgain.len();
+    for (dn, hat) in dnormed.chunks_exact(width).zip(hat.chunks_exact(width)) {
+        for (((dg, db), d), h) in dgain.iter_mut().zip(dbias.iter_mut()).zip(dn).zip(hat) {
+            *dg += d * h;
+            *db += d;
+        }
+    }
+}
+
+wide!(
+    /// Adds what flows back through the norm.
+    fn add_row_gradients(
+        dx: &'a mut [f32],
+        dnormed: &'a [f32],
+        hat: &'a [f32],
+        inverses: &'a [f32],
+        gain: &'a [f32],
+    ) => add_row_gradients_loop
+);
+
+#[inline(always)]
+fn add_row_gradients_loop<const FUSED: bool>(
+    dx: &mut [f32],
+    dnormed: &[f32],
+    hat: &[f32],
+    inverses: &[f32],
+    gain: &[f32],
+) {
+    let width = gain.len();
+    let mut scaled = vec![0f32; width];
+    let sources = hat.chunks_exact(width).zip(dnormed.chunks_exact(width)).zip(inverses);
+    for (((hat, dn), inverse), dx) in sources.zip(dx.chunks_exact_mut(width)) {
+        for ((s, d), gain) in scaled.iter_mut().zip(dn).zip(gain) {
+            *s = d * gain;
+        }
+        let n = width as f32;
+        let (a, c) = (sum(&scaled) / n, dot(&scaled, hat) / n);
+        for ((x, s), h) in dx.iter_mut().zip(&scaled).zip(hat) {
+            *x += (s - a - h * c) * inverse;
+        }
     }
 }
 

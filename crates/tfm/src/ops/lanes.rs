@@ -8,6 +8,7 @@ use super::{
     attention::{Sizes, lane},
     math::exp,
 };
+use crate::simd::{fused, wide};
 
 /// Reads eight queries of one head as `(HD, lane)`; lanes beyond `count` are 0.
 #[inline(always)]
@@ -31,19 +32,16 @@ fn rows<const HD: usize>(values: &[f32], at: usize, stride: usize, count: usize)
     out
 }
 
-/// `a * b + c`, in one rounding where the target has the instruction.
-#[inline(always)]
-fn fused(a: f32, b: f32, c: f32) -> f32 {
-    if cfg!(target_feature = "fma") { a.mul_add(b, c) } else { a * b + c }
-}
-
 /// Inner products of eight queries with one vector.
 #[inline(always)]
-fn products<const HD: usize>(queries: &[[f32; LANES]; HD], vector: &[f32; HD]) -> [f32; LANES] {
+fn products<const FUSED: bool, const HD: usize>(
+    queries: &[[f32; LANES]; HD],
+    vector: &[f32; HD],
+) -> [f32; LANES] {
     let mut out = [0f32; LANES];
     for (query, v) in queries.iter().zip(vector) {
         for (o, q) in out.iter_mut().zip(query) {
-            *o = fused(*q, *v, *o);
+            *o = fused::<FUSED>(*q, *v, *o);
         }
     }
     out
@@ -51,7 +49,7 @@ fn products<const HD: usize>(queries: &[[f32; LANES]; HD], vector: &[f32; HD]) -
 
 /// Probabilities `(key, lane)` of eight queries.
 #[inline(always)]
-fn probabilities<const HD: usize>(
+fn probabilities<const FUSED: bool, const HD: usize>(
     queries: &[[f32; LANES]; HD],
     kv: &[f32],
     stride: usize,
@@ -61,7 +59,7 @@ fn probabilities<const HD: usize>(
 ) {
     let mut peak = [f32::NEG_INFINITY; LANES];
     for (scores, row) in p.iter_mut().zip(kv.chunks_exact(stride)) {
-        *scores = products(queries, &lane::<HD>(row, at));
+        *scores = products::<FUSED, HD>(queries, &lane::<HD>(row, at));
         for (m, s) in peak.iter_mut().zip(scores.iter()) {
             // A NaN stays out of the peak; it reappears through `exp` below.
             *m = if *s > *m { *s } else { *m };
@@ -82,7 +80,10 @@ fn probabilities<const HD: usize>(
     }
 }
 
-pub(super) fn forward<const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mut [f32]) {
+wide!(pub(super) fn forward<const HD>(s: Sizes, q: &'a [f32], kv: &'a [f32], out: &'a mut [f32]) => forward_loop);
+
+#[inline(always)]
+fn forward_loop<const FUSED: bool, const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mut [f32]) {
     let (scale, stride) = (s.scale(), 2 * s.width);
     let mut p = vec![[0f32; LANES]; s.keys];
     for b in 0..s.batch {
@@ -93,13 +94,13 @@ pub(super) fn forward<const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mu
             for first in (0..s.queries).step_by(LANES) {
                 let (at, count) = (first * s.width + h * HD, LANES.min(s.queries - first));
                 let queries = turned(&rows::<HD>(q, at, s.width, count));
-                probabilities(&queries, kv, stride, h * HD, scale, &mut p);
+                probabilities::<FUSED, HD>(&queries, kv, stride, h * HD, scale, &mut p);
                 let mut sums = [[0f32; LANES]; HD];
                 for (p, row) in p.iter().zip(kv.chunks_exact(stride)) {
                     let v = lane::<HD>(row, s.width + h * HD);
                     for (sum, v) in sums.iter_mut().zip(&v) {
                         for (o, p) in sum.iter_mut().zip(p) {
-                            *o = fused(*p, *v, *o);
+                            *o = fused::<FUSED>(*p, *v, *o);
                         }
                     }
                 }
@@ -113,7 +114,19 @@ pub(super) fn forward<const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mu
     }
 }
 
-pub(super) fn backward<const HD: usize>(
+wide!(
+    pub(super) fn backward<const HD>(
+        s: Sizes,
+        q: &'a [f32],
+        kv: &'a [f32],
+        grad: &'a [f32],
+        dq: &'a mut [f32],
+        dkv: Option<&'a mut [f32]>,
+    ) => backward_loop
+);
+
+#[inline(always)]
+fn backward_loop<const FUSED: bool, const HD: usize>(
     s: Sizes,
     q: &[f32],
     kv: &[f32],
@@ -132,12 +145,12 @@ pub(super) fn backward<const HD: usize>(
                 let query_rows = rows::<HD>(q, q_start + at, s.width, count);
                 let grad_rows = rows::<HD>(grad, g_start + at, s.width, count);
                 let (queries, grads) = (turned(&query_rows), turned(&grad_rows));
-                probabilities(&queries, kv, stride, h * HD, scale, &mut p);
+                probabilities::<FUSED, HD>(&queries, kv, stride, h * HD, scale, &mut p);
                 let mut mean = [0f32; LANES];
                 for ((ds, p), row) in ds.iter_mut().zip(&p).zip(kv.chunks_exact(stride)) {
-                    *ds = products(&grads, &lane::<HD>(row, s.width + h * HD));
+                    *ds = products::<FUSED, HD>(&grads, &lane::<HD>(row, s.width + h * HD));
                     for ((m, d), p) in mean.iter_mut().zip(ds.iter()).zip(p) {
-                        *m = fused(*d, *p, *m);
+                        *m = fused::<FUSED>(*d, *p, *m);
                     }
                 }
                 let mut dqueries = [[0f32; LANES]; HD];
@@ -148,7 +161,7 @@ pub(super) fn backward<const HD: usize>(
                     let k = lane::<HD>(row, h * HD);
                     for (sum, k) in dqueries.iter_mut().zip(&k) {
                         for (o, d) in sum.iter_mut().zip(ds.iter()) {
-                            *o = fused(*d, *k, *o);
+                            *o = fused::<FUSED>(*d, *k, *o);
                         }
                     }
                 }
@@ -161,8 +174,8 @@ pub(super) fn backward<const HD: usize>(
                     let sinks = dkv[b * s.keys * stride..][..s.keys * stride].chunks_exact_mut(stride);
                     for ((row, ds), p) in sinks.zip(&ds).zip(&p) {
                         let (dk, dv) = row.split_at_mut(s.width);
-                        add_weighted(&mut dk[h * HD..h * HD + HD], ds, &query_rows);
-                        add_weighted(&mut dv[h * HD..h * HD + HD], p, &grad_rows);
+                        add_weighted::<FUSED, HD>(&mut dk[h * HD..h * HD + HD], ds, &query_rows);
+                        add_weighted::<FUSED, HD>(&mut dv[h * HD..h * HD + HD], p, &grad_rows);
                     }
                 }
             }
@@ -172,11 +185,15 @@ pub(super) fn backward<const HD: usize>(
 
 /// `to += sum over lanes of weight * row`.
 #[inline(always)]
-fn add_weighted<const HD: usize>(to: &mut [f32], weights: &[f32; LANES], rows: &[[f32; HD]; LANES]) {
+fn add_weighted<const FUSED: bool, const HD: usize>(
+    to: &mut [f32],
+    weights: &[f32; LANES],
+    rows: &[[f32; HD]; LANES],
+) {
     let mut sum = lane::<HD>(to, 0);
     for (w, row) in weights.iter().zip(rows) {
         for (s, v) in sum.iter_mut().zip(row) {
-            *s = fused(*w, *v, *s);
+            *s = fused::<FUSED>(*w, *v, *s);
         }
     }
     to.copy_from_slice(&sum);

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor, backend::BackendStorage};
 
 use super::{rows_and_width, values, wanted, with_values};
+use crate::simd::wide;
 
 /// `x (.., in)`, `weight (out, in)`, `bias (out)` to `(.., out)`.
 pub(crate) fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
@@ -32,11 +33,7 @@ impl CustomOp3 for Linear {
         let right = Layout::new((input, output).into(), vec![1, input], lw.start_offset());
         let mut product = x.matmul(w, (1, rows, output, input), &left, &right)?;
         if let CpuStorage::F32(out) = &mut product {
-            for row in out.chunks_exact_mut(output) {
-                for (o, b) in row.iter_mut().zip(bias) {
-                    *o += b;
-                }
-            }
+            add_to_rows(out, bias);
         }
         let mut dims = lx.dims().to_vec();
         if let Some(last) = dims.last_mut() {
@@ -66,12 +63,36 @@ impl CustomOp3 for Linear {
 pub(super) fn column_sums(grad: &Tensor, width: usize) -> Result<Tensor> {
     let sums = with_values(grad, |g| {
         let mut sums = vec![0f32; width];
-        for row in g.chunks_exact(width) {
-            for (s, v) in sums.iter_mut().zip(row) {
-                *s += v;
-            }
-        }
+        add_rows_to(&mut sums, g);
         Ok(sums)
     })?;
     Tensor::from_vec(sums, width, grad.device())
+}
+
+wide!(
+    /// Adds a vector to each row.
+    pub(super) fn add_to_rows(rows: &'a mut [f32], vector: &'a [f32]) => add_to_rows_loop
+);
+
+#[inline(always)]
+fn add_to_rows_loop<const FUSED: bool>(rows: &mut [f32], vector: &[f32]) {
+    for row in rows.chunks_exact_mut(vector.len()) {
+        for (r, v) in row.iter_mut().zip(vector) {
+            *r += v;
+        }
+    }
+}
+
+wide!(
+    /// Adds each row to a vector.
+    pub(super) fn add_rows_to(vector: &'a mut [f32], rows: &'a [f32]) => add_rows_to_loop
+);
+
+#[inline(always)]
+fn add_rows_to_loop<const FUSED: bool>(vector: &mut [f32], rows: &[f32]) {
+    for row in rows.chunks_exact(vector.len()) {
+        for (v, r) in vector.iter_mut().zip(row) {
+            *v += r;
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! Scalar and slice arithmetic that the compiler can vectorise: exponential, error function, sums.
 //!
+//! What is to be inlined into loops for wide processors says so (see [`crate::simd`]).
+//!
 //! The standard library's `exp` and `erf` are scalar calls; these are branch-free polynomials that stay within
 //! 3e-7 of the exact value, which is below the rounding of the surrounding single-precision sums. A `NaN` input
 //! stays `NaN`, so a diverged training run is seen and not hidden.
@@ -46,7 +48,7 @@ pub(crate) fn normal(x: f32) -> (f32, f32) {
 }
 
 /// Sum in eight independent lanes.
-#[inline]
+#[inline(always)]
 pub(crate) fn sum(values: &[f32]) -> f32 {
     let mut lanes = [0f32; 8];
     let (chunks, rest) = values.as_chunks::<8>();
@@ -59,7 +61,7 @@ pub(crate) fn sum(values: &[f32]) -> f32 {
 }
 
 /// Inner product in eight independent lanes.
-#[inline]
+#[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0f32; 8];
     let (ca, ra) = a.as_chunks::<8>();
@@ -73,11 +75,18 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// Replaces `scores` by `softmax(scale * scores)` in place.
-#[inline]
+#[inline(always)]
 pub(crate) fn softmax(scores: &mut [f32], scale: f32) {
+    let mut peaks = [f32::NEG_INFINITY; 8];
+    let (chunks, rest) = scores.as_chunks::<8>();
+    for chunk in chunks {
+        for (peak, s) in peaks.iter_mut().zip(chunk) {
+            // Comparison order keeps a NaN out of the peak; it reappears through `exp` below.
+            *peak = if *s > *peak { *s } else { *peak };
+        }
+    }
     let mut peak = f32::NEG_INFINITY;
-    for &s in scores.iter() {
-        // Comparison order keeps a NaN out of `peak`; it reappears through `exp` below.
+    for &s in peaks.iter().chain(rest) {
         peak = if s > peak { s } else { peak };
     }
     for s in scores.iter_mut() {

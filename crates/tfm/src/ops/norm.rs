@@ -6,6 +6,7 @@ use super::{
     math::{dot, sum},
     rows_and_width, values, wanted, with_values,
 };
+use crate::simd::wide;
 
 /// `(x - mean) / sqrt(var + eps) * gain + bias` over the last dimension of `x`.
 pub(crate) fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor) -> Result<Tensor> {
@@ -15,7 +16,7 @@ pub(crate) fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor) -> Result<Ten
 struct LayerNorm;
 
 /// Mean and inverse deviation of one row.
-#[inline]
+#[inline(always)]
 pub(super) fn moments(row: &[f32]) -> (f32, f32) {
     let width = row.len() as f32;
     let mean = sum(row) / width;
@@ -48,12 +49,7 @@ impl CustomOp3 for LayerNorm {
         let (_, width) = rows_and_width(lx)?;
         let (x, gain, bias) = (values(x, lx)?, values(g, lg)?, values(b, lb)?);
         let mut out = vec![0f32; x.len()];
-        for (row, to) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-            let (mean, inverse) = moments(row);
-            for (((o, v), g), b) in to.iter_mut().zip(row).zip(gain).zip(bias) {
-                *o = (v - mean) * inverse * g + b;
-            }
-        }
+        forward(x, width, gain, bias, &mut out);
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
 
@@ -73,31 +69,8 @@ impl CustomOp3 for LayerNorm {
         with_values(x, |xs| {
             with_values(&grad, |gs| {
                 with_values(gain, |gain| {
-                    let (mut hat, mut scaled) = (vec![0f32; width], vec![0f32; width]);
-                    for (i, (row, gr)) in xs.chunks_exact(width).zip(gs.chunks_exact(width)).enumerate() {
-                        let (mean, inverse) = moments(row);
-                        for (((h, s), (v, g)), w) in
-                            hat.iter_mut().zip(scaled.iter_mut()).zip(row.iter().zip(gr)).zip(gain)
-                        {
-                            *h = (v - mean) * inverse;
-                            *s = g * w;
-                        }
-                        if want_affine {
-                            for (((dg, db), g), h) in dgain.iter_mut().zip(dbias.iter_mut()).zip(gr).zip(&hat)
-                            {
-                                *dg += g * h;
-                                *db += g;
-                            }
-                        }
-                        if want_x {
-                            let n = width as f32;
-                            let (a, c) = (sum(&scaled) / n, dot(&scaled, &hat) / n);
-                            let to = &mut dx[i * width..(i + 1) * width];
-                            for ((o, s), h) in to.iter_mut().zip(&scaled).zip(&hat) {
-                                *o = (s - a - h * c) * inverse;
-                            }
-                        }
-                    }
+                    let affine = want_affine.then_some((&mut dgain[..], &mut dbias[..]));
+                    backward(xs, gs, gain, want_x.then_some(&mut dx[..]), affine);
                     Ok(())
                 })
             })
@@ -107,6 +80,62 @@ impl CustomOp3 for LayerNorm {
         let dg = if wanted(gain) { Some(Tensor::from_vec(dgain, width, device)?) } else { None };
         let db = if wanted(bias) { Some(Tensor::from_vec(dbias, width, device)?) } else { None };
         Ok((dx, dg, db))
+    }
+}
+
+wide!(fn forward(x: &'a [f32], width: usize, gain: &'a [f32], bias: &'a [f32], out: &'a mut [f32]) => forward_loop);
+
+#[inline(always)]
+fn forward_loop<const FUSED: bool>(x: &[f32], width: usize, gain: &[f32], bias: &[f32], out: &mut [f32]) {
+    for (row, to) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+        let (mean, inverse) = moments(row);
+        for (((o, v), g), b) in to.iter_mut().zip(row).zip(gain).zip(bias) {
+            *o = (v - mean) * inverse * g + b;
+        }
+    }
+}
+
+wide!(
+    /// Gradients of rows, and of gain and bias, where wanted.
+    fn backward(
+        x: &'a [f32],
+        grad: &'a [f32],
+        gain: &'a [f32],
+        dx: Option<&'a mut [f32]>,
+        affine: Option<(&'a mut [f32], &'a mut [f32])>,
+    ) => backward_loop
+);
+
+#[inline(always)]
+fn backward_loop<const FUSED: bool>(
+    x: &[f32],
+    grad: &[f32],
+    gain: &[f32],
+    mut dx: Option<&mut [f32]>,
+    mut affine: Option<(&mut [f32], &mut [f32])>,
+) {
+    let width = gain.len();
+    let (mut hat, mut scaled) = (vec![0f32; width], vec![0f32; width]);
+    for (i, (row, gr)) in x.chunks_exact(width).zip(grad.chunks_exact(width)).enumerate() {
+        let (mean, inverse) = moments(row);
+        for (((h, s), (v, g)), w) in hat.iter_mut().zip(scaled.iter_mut()).zip(row.iter().zip(gr)).zip(gain) {
+            *h = (v - mean) * inverse;
+            *s = g * w;
+        }
+        if let Some((dgain, dbias)) = &mut affine {
+            for (((dg, db), g), h) in dgain.iter_mut().zip(dbias.iter_mut()).zip(gr).zip(&hat) {
+                *dg += g * h;
+                *db += g;
+            }
+        }
+        if let Some(dx) = &mut dx {
+            let n = width as f32;
+            let (a, c) = (sum(&scaled) / n, dot(&scaled, &hat) / n);
+            let to = &mut dx[i * width..(i + 1) * width];
+            for ((o, s), h) in to.iter_mut().zip(&scaled).zip(&hat) {
+                *o = (s - a - h * c) * inverse;
+            }
+        }
     }
 }
 

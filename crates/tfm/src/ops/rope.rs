@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::{rows_and_width, values, wanted, with_values};
+use crate::simd::wide;
 
 /// Rotates the first `heads * head_dim` features of each token of `x (batch, length, width)`; the rest passes.
 ///
@@ -25,16 +26,34 @@ struct Rotate {
 
 impl Rotate {
     fn turn(&self, values: &mut [f32], width: usize, direction: f32) {
-        let length = self.table.len() / self.half;
-        for (token, row) in values.chunks_exact_mut(width).enumerate() {
-            let angles = &self.table[(token % length) * self.half..][..self.half];
-            for head in row[..self.heads * self.half * 2].chunks_exact_mut(self.half * 2) {
-                let (first, second) = head.split_at_mut(self.half);
-                for ((a, b), (sin, cos)) in first.iter_mut().zip(second).zip(angles) {
-                    let (x, y) = (*a, *b);
-                    *a = x * cos - direction * y * sin;
-                    *b = y * cos + direction * x * sin;
-                }
+        turn(values, (width, self.heads * 2 * self.half, self.half), &self.table, direction);
+    }
+}
+
+wide!(
+    /// Turns the first `turned` of `width` features of each token, heads of twice `half`.
+    fn turn(
+        values: &'a mut [f32],
+        sizes: (usize, usize, usize),
+        table: &'a [(f32, f32)],
+        direction: f32,
+    ) => turn_loop
+);
+
+#[inline(always)]
+fn turn_loop<const FUSED: bool>(
+    values: &mut [f32],
+    (width, turned, half): (usize, usize, usize),
+    table: &[(f32, f32)],
+    direction: f32,
+) {
+    for (row, angles) in values.chunks_exact_mut(width).zip(table.chunks_exact(half).cycle()) {
+        for head in row[..turned].chunks_exact_mut(half * 2) {
+            let (first, second) = head.split_at_mut(half);
+            for ((a, b), (sin, cos)) in first.iter_mut().zip(second).zip(angles) {
+                let (x, y) = (*a, *b);
+                *a = x * cos - direction * y * sin;
+                *b = y * cos + direction * x * sin;
             }
         }
     }

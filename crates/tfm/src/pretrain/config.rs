@@ -2,7 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{error::TfmError, model::config::ModelConfig, prior::PriorConfig};
+use crate::{
+    error::TfmError,
+    model::config::ModelConfig,
+    prior::{self, PriorConfig},
+};
 
 /// Everything that decides the weights of a run, besides the starting point.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -153,11 +157,43 @@ impl PretrainConfig {
         Self { threads: self.threads, steps, ..other.clone() } == *self
     }
 
+    /// Sizes of the tables that a step from scratch or from a base (counted from 0) draws, slice by slice.
+    #[must_use]
+    pub fn slices(&self, step: u64) -> Vec<SliceSizes> {
+        let sizes = |slice| {
+            let mut rng = prior::generator(self.seed, self.stream(step, slice));
+            let drawn = prior::draw(&self.prior, self.tables_per_slice, &mut rng);
+            SliceSizes {
+                tables: drawn.tables,
+                rows: drawn.rows,
+                context: drawn.context,
+                columns: drawn.columns,
+                classes: usize::from(drawn.labels.iter().copied().max().unwrap_or(0)) + 1,
+            }
+        };
+        (0..self.slices_per_step).map(sizes).collect()
+    }
+
     /// Number of the generator stream of a slice.
     pub(super) fn stream(&self, step: u64, slice: usize) -> u64 {
         // Stream 0 draws the initial weights.
         1 + step * self.slices_per_step as u64 + slice as u64
     }
+}
+
+/// Sizes of the tables of a slice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SliceSizes {
+    /// Number of tables.
+    pub tables: usize,
+    /// Rows of each, the context's first.
+    pub rows: usize,
+    /// Context rows of each.
+    pub context: usize,
+    /// Columns of each.
+    pub columns: usize,
+    /// Most classes of a table.
+    pub classes: usize,
 }
 
 /// How gradients become steps.

@@ -20,7 +20,9 @@ use std::{
 
 use self::state::State;
 pub use self::{
-    config::{DECAY_PART, MAX_SLICE, MAX_STEPS, MAX_THREADS, Optimiser, PretrainConfig, Schedule},
+    config::{
+        DECAY_PART, MAX_SLICE, MAX_STEPS, MAX_THREADS, Optimiser, PretrainConfig, Schedule, SliceSizes,
+    },
     corpus::{Corpus, MAX_CORPUS_CONTEXT, MIN_CORPUS_ROWS},
     state::MAX_CHECKPOINT_BYTES,
     validation::Validation,
@@ -231,7 +233,7 @@ mod tests {
         let base = train(&config(2), &Start::Scratch, None).unwrap();
         let model = ModelConfig { max_classes: 5, ..ModelConfig::tiny() };
         let wider = PretrainConfig { model, parent: Some("a".into()), ..config(2) };
-        let start = Start::Base(Box::new(base.clone()));
+        let start = Start::Base(Box::new(base));
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("training");
         let tuned = train(&wider, &start, Some(&path)).unwrap();
