@@ -435,7 +435,9 @@ serve:
     )
 }
 
-fn plan_yaml(choices: &PlanChoices) -> String {
+/// A plan as an operator would write it.
+#[must_use]
+pub fn plan_yaml(choices: &PlanChoices) -> String {
     let PlanChoices { name, target, epsilon, delta, agents, deadline_s, .. } = choices;
     let PlanChoices { corpus_rows, pretrain_steps, rounds, adapter, .. } = choices;
     let adapter = adapter.as_ref().map_or(String::new(), |adapter| format!(", adapter: {adapter}"));
