@@ -249,6 +249,7 @@ pub struct Federation {
     #[serde(default = "half")]
     pub local_rate: f64,
     /// Norm a unit's gradient (unit `row`) or a domain's whole change (unit `domain`) is clipped to, in [0.0001, 10000].
+    /// A row's own norm is about the root of the number of features, and a clip far below it drowns the rarer class.
     /// Default 1.
     #[serde(default = "unit_norm")]
     pub clip_norm: f64,

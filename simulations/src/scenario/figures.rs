@@ -58,7 +58,9 @@ impl Where<'_> {
                 Metric::LogLoss => add("log_loss", metrics::log_loss(answers, labels)),
                 Metric::Brier => add("brier", metrics::brier(answers, labels)),
                 Metric::Calibration => {
-                    let calibration = metrics::calibration(answers, labels);
+                    // Where nearly all answers are beyond what a logit is clamped to, the fit can't leave its start.
+                    let calibration = metrics::calibration(answers, labels)
+                        .filter(|c| (c.slope - 1.0).abs() + c.intercept.abs() > f64::EPSILON);
                     add("calibration_slope", calibration.map(|c| c.slope));
                     add("calibration_intercept", calibration.map(|c| c.intercept));
                 }

@@ -87,7 +87,7 @@ fn measured(args: &Args) -> Result<Outcome> {
             sum.updates(),
             args.clients
         );
-        let divisor = f64::from(args.clients) * UNITS as f64;
+        let divisor = f64::from(args.clients) * f64::from(UNITS);
         let contributions = Contributions::SumOnly(sum.sum());
         let totals = BTreeMap::new();
         let mean =
@@ -144,14 +144,13 @@ fn summed(model: &[f32], clients: u32, threads: usize) -> Result<Running, Aggreg
     Ok(all)
 }
 
-/// One client: the model plus a constant, and the change in integer steps, times its units.
+/// One client: the model plus a constant, and the sum of the change over its units in integer steps.
 fn change(model: &[f32], update: &mut [i64]) {
     for (to, w) in update.iter_mut().zip(model) {
         let local = w + STEP;
-        let steps = (w - local) * SCALE;
+        let steps = (w - local) * (SCALE * UNITS);
         // Rounds to the nearest integer: in the float 1.5·2²³ + steps the last bits are the integer's. |steps| < 2²².
-        let integer = (steps + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()).cast_signed();
-        *to = i64::from(integer) * UNITS;
+        *to = i64::from((steps + MAGIC).to_bits().wrapping_sub(MAGIC.to_bits()).cast_signed());
     }
 }
 
@@ -179,7 +178,7 @@ const SCALE: f32 = 1_048_576.0;
 /// 1.5·2²³.
 const MAGIC: f32 = 12_582_912.0;
 /// Units each client stands for.
-const UNITS: i64 = 100;
+const UNITS: f32 = 100.0;
 /// Clock ticks of /proc/self/stat: 100 on every Linux.
 const TICKS_A_SECOND: f64 = 100.0;
 
@@ -195,8 +194,8 @@ mod tests {
         let mut update = vec![0; model.len()];
         change(&model, &mut update);
         for (w, got) in model.iter().zip(update) {
-            let exact = ((w - (w + STEP)) * SCALE).round_ties_even();
-            assert_eq!(got, exact as i64 * UNITS);
+            let exact = ((w - (w + STEP)) * (SCALE * UNITS)).round_ties_even();
+            assert_eq!(got, exact as i64);
         }
     }
 

@@ -1,7 +1,7 @@
 //! `run`: a scenario's tasks, done once each, on all cores, taken up where a killed run stopped.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -363,7 +363,7 @@ impl Progress {
             bar
         });
         if done > 0 {
-            eprintln!("{done} of {total} tasks are done already");
+            say(&format!("{done} of {total} tasks are done already"));
         }
         Self { bar, state: Mutex::new(State { done, left, took: BTreeMap::new() }), jobs, total }
     }
@@ -389,7 +389,7 @@ impl Progress {
                 bar.set_position(state.done as u64);
                 bar.set_message(line);
             }
-            None => eprintln!("[{}/{}] {line}", state.done, self.total),
+            None => say(&format!("[{}/{}] {line}", state.done, self.total)),
         }
     }
 
@@ -398,6 +398,11 @@ impl Progress {
             bar.finish_and_clear();
         }
     }
+}
+
+/// Tells a line; that nobody listens any more is no reason to stop.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 impl State {

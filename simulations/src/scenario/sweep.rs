@@ -72,9 +72,7 @@ fn variants(document: &Value, sets: &[String]) -> Result<Vec<Variant>> {
                     serde_saphyr::from_str(value).with_context(|| format!("--set {set}: {value}"))?;
                 let mut document = variant.document.clone();
                 *place(&mut document, key)? = parsed;
-                let plain = |c: char| if c.is_ascii_alphanumeric() || ".-_".contains(c) { c } else { '-' };
-                let shown: String =
-                    format!("{short}={value}").chars().map(|c| if c == '=' { c } else { plain(c) }).collect();
+                let shown = format!("{short}={}", shown(value));
                 let gap = if variant.name.is_empty() { "" } else { "," };
                 next.push(Variant { name: format!("{}{gap}{shown}", variant.name), document });
             }
@@ -85,6 +83,14 @@ fn variants(document: &Value, sets: &[String]) -> Result<Vec<Variant>> {
     let names: std::collections::BTreeSet<&String> = all.iter().map(|variant| &variant.name).collect();
     ensure!(names.len() == all.len(), "two variants have one name: values must differ in letters and digits");
     Ok(all)
+}
+
+/// A value as a part of a folder's name: letters, digits, dots and underscores, runs of others as one dash.
+fn shown(value: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '.' || c == '_';
+    let parts: Vec<&str> = value.split(|c| !plain(c)).filter(|part| !part.is_empty()).collect();
+    let sign = if value.starts_with('-') { "-" } else { "" };
+    if parts.is_empty() { "empty".to_owned() } else { format!("{sign}{}", parts.join("-")) }
 }
 
 /// The place of a key in a document, made if it is missing.
@@ -135,6 +141,18 @@ mod tests {
         assert_eq!(all[3].document["federations"][1]["rounds"], 10);
         assert_eq!(all[3].document["federations"][0]["privacy"]["epsilon"], 8);
         assert_eq!(all[3].document["federations"][0]["rounds"], 1);
+    }
+
+    #[test]
+    fn values_are_shown_as_names_of_folders() {
+        for (value, name) in [
+            ("{kind: sgd, learning_rate: 0.5}", "kind-sgd-learning_rate-0.5"),
+            ("-8", "-8"),
+            ("[]", "empty"),
+            ("../x", "..-x"),
+        ] {
+            assert_eq!(shown(value), name);
+        }
     }
 
     #[test]

@@ -113,7 +113,11 @@ const MAX_COLUMNS: usize = 32;
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests; exact equality is meant where it stands")]
+    #![allow(
+        clippy::unwrap_used,
+        clippy::float_cmp,
+        reason = "tests; exact equality is meant where it stands"
+    )]
     use tabmesh_contract::schema::{Feature, FeatureId, NumericDomain, Scale, Target};
 
     use super::*;

@@ -89,7 +89,11 @@ pub(crate) fn domains<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Vec<&'a st
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests; exact equality is meant where it stands")]
+    #![allow(
+        clippy::unwrap_used,
+        clippy::float_cmp,
+        reason = "tests; exact equality is meant where it stands"
+    )]
     use super::*;
 
     fn row(set: &str, seed: u64, domain: &str, round: Option<u32>, value: f64) -> Row {
