@@ -9,6 +9,11 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::audit::{self, Audit};
 use crate::bench::{self, Bench};
+use crate::scenario::compare::{self, CompareArgs};
+use crate::scenario::document::Scenario;
+use crate::scenario::report::{self, ReportArgs};
+use crate::scenario::run::{self, RunArgs};
+use crate::scenario::sweep::{self, SweepArgs};
 use crate::{process, quickstart};
 
 /// Runs whole Tabmesh deployments on one machine, on shipped data, and measures them.
@@ -48,6 +53,25 @@ enum Command {
         #[arg(long, value_enum, default_value_t = Output::Text)]
         output: Output,
     },
+    /// Runs a scenario: federations of 2 to 10,000 virtual domains in this process, with results, report and resume.
+    Run(RunArgs),
+    /// Runs a scenario under every combination of values for some of its keys.
+    Sweep(SweepArgs),
+    /// Holds two runs, or two methods of one, against each other: paired differences with 95 % intervals.
+    Compare {
+        #[command(flatten)]
+        args: CompareArgs,
+        /// Form of the result.
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Draws the report of a run anew, or of the parts of one together.
+    Report(ReportArgs),
+    /// Scenario documents.
+    Scenario {
+        #[command(subcommand)]
+        action: ScenarioAction,
+    },
     /// Measures: each subcommand answers one question, on this machine.
     Bench {
         #[command(subcommand)]
@@ -69,6 +93,18 @@ enum Command {
         #[command(subcommand)]
         action: CertsAction,
     },
+}
+
+#[derive(Debug, Subcommand)]
+enum ScenarioAction {
+    /// Checks documents: keys, ranges, combinations. Reads no tables.
+    Validate {
+        /// The scenarios (YAML).
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+    /// Prints the JSON Schema of scenarios, for editors.
+    Schema,
 }
 
 #[derive(Debug, Subcommand)]
@@ -120,6 +156,47 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
             let options = quickstart::Options { dir, keep, hold, fast, seed, adapter, secure_sum, output };
             quickstart::run(options)?;
             Ok(ExitCode::SUCCESS)
+        }
+        Command::Run(args) => {
+            let folder = run::run(&args)?;
+            println!("rows: {}", folder.results_path().display());
+            println!("report: {}", folder.report_path().display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Sweep(args) => {
+            for folder in sweep::sweep(&args)? {
+                println!("{}", folder.root().display());
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Compare { args, output } => {
+            let all = compare::compare(&args)?;
+            match output {
+                Output::Json => println!("{}", serde_json::to_string_pretty(&all)?),
+                Output::Text => println!("{}", compare::table(&all)),
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Report(args) => {
+            println!("report: {}", report::report(&args)?.display());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Scenario { action: ScenarioAction::Schema } => {
+            println!("{}", serde_json::to_string_pretty(&Scenario::json_schema())?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Scenario { action: ScenarioAction::Validate { files } } => {
+            let mut good = true;
+            for file in &files {
+                match Scenario::load(file) {
+                    Ok((scenario, _)) => println!("{}: {} is a scenario", file.display(), scenario.name),
+                    Err(error) => {
+                        good = false;
+                        eprintln!("{error:#}");
+                    }
+                }
+            }
+            Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Bench { what, output } => bench::run(what, output),
         Command::Audit { what, output } => audit::run(what, output),

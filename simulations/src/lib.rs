@@ -1,4 +1,4 @@
-//! The simulation harness: shipped data, development deployments, baselines, measurements and tables of results.
+//! The simulation harness: shipped data, development deployments, scenarios, baselines, measurements and tables of results.
 
 #![forbid(unsafe_code)]
 
@@ -9,5 +9,6 @@ pub mod cli;
 pub mod logistic;
 pub mod process;
 pub mod quickstart;
+pub mod scenario;
 pub mod score;
 pub mod utility;

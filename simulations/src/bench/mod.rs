@@ -52,6 +52,8 @@ pub enum Bench {
     /// its rows. `best_local` is the best of local trees, local logistic regression and the base; `best_pooled` of those
     /// that pool real rows, which nobody may. Takes minutes a seed.
     Utility(crate::utility::Args),
+    /// How many virtual clients a second, when training costs nothing? FedAvg over one vector, all in this process.
+    Null(crate::scenario::null::Args),
     /// Computes the figures of privacy accounting vectors and compares them; fails unless all agree.
     Accountant {
         /// The vectors (CSV; columns and kinds as in the privacy crate's fixtures).
@@ -94,6 +96,7 @@ pub fn run(bench: Bench, output: Output) -> anyhow::Result<ExitCode> {
         Bench::Rounds(options) => rounds::run(&options, output)?,
         Bench::Tables(args) => tables::run(&args, output)?,
         Bench::Utility(args) => crate::utility::run(&args, output)?,
+        Bench::Null(args) => crate::scenario::null::run(&args, output)?,
         Bench::Accountant { vectors } => accountant::run(&vectors, output)?,
         Bench::Serving(args) => serving::run(&args, output)?,
         Bench::Gradients(args) => gradients::run(&args, output)?,

@@ -473,7 +473,9 @@ signing_key: {signing}
     )
 }
 
-fn plan_yaml(choices: &PlanChoices) -> String {
+/// A plan as an operator would write it.
+#[must_use]
+pub fn plan_yaml(choices: &PlanChoices) -> String {
     let PlanChoices { name, target, epsilon, delta, agents, deadline_s, .. } = choices;
     let PlanChoices { corpus_rows, pretrain_steps, rounds, adapter, secure_sum, .. } = choices;
     let placement = if *secure_sum {

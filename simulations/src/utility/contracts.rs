@@ -4,7 +4,7 @@
 //! owner knows from a code book. Here they are taken from the members' pooled training rows: ranges rounded outward to
 //! two digits, the commonest levels. That step stands outside the differential-privacy claim, as every result says.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 
@@ -12,12 +12,14 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use tabmesh_contract::schema::{FeatureKind, Scale};
 
+use super::member::{Member, name};
 use super::set::Set;
 use crate::bench::raw_table::{RawColumn, RawTable};
 
 /// What stands in for the owners' declarations; the same for every domain of a set.
-pub(super) struct Declared {
-    columns: String,
+pub(crate) struct Declared {
+    /// Name in the table and declaration of each column.
+    columns: Vec<(String, String)>,
     by_entity: bool,
     set: String,
 }
@@ -27,11 +29,12 @@ impl Declared {
     ///
     /// # Errors
     /// No feature column has a value.
-    pub(super) fn from_rows(set: &Set, members: &RawTable) -> Result<Self> {
-        let mut columns = String::new();
+    pub(crate) fn from_rows(set: &Set, members: &RawTable) -> Result<Self> {
+        let mut declared = Vec::new();
         let all: Vec<usize> = (0..members.rows()).collect();
         let mut features = 0;
         for column in &set.columns {
+            let mut columns = String::new();
             let name = quoted(&column.name);
             match column.role.as_str() {
                 "row_id" => line(
@@ -61,31 +64,52 @@ impl Declared {
                 // Personal columns and ids of another kind aren't declared: nothing reads them.
                 _ => {}
             }
+            if !columns.is_empty() {
+                declared.push((column.name.clone(), columns));
+            }
         }
         ensure!(features > 0, "{}: no feature column has a value", set.name);
-        Ok(Self { columns, by_entity: set.by_entity, set: set.name.clone() })
+        Ok(Self { columns: declared, by_entity: set.by_entity, set: set.name.clone() })
     }
 
-    /// Name of a domain's data product.
-    pub(super) fn product(&self, domain: &str) -> String {
-        format!("{domain}.{}", self.set)
-    }
-
-    /// A domain's contract; its table lies beside it as `table`.
-    pub(super) fn contract(&self, domain: &str, table: &Path) -> String {
+    /// A domain with tables of its own, which lacks some columns.
+    pub(crate) fn member(
+        &self,
+        domain: &str,
+        train: &Path,
+        test: &Path,
+        without: &BTreeSet<String>,
+    ) -> Member {
+        let product = format!("{}.{}", name(domain), self.set);
         let unit = if self.by_entity {
             format!("unit: entity_id, max_rows_per_unit: {MAX_ROWS_PER_ENTITY}")
         } else {
             "unit: row".to_owned()
         };
-        format!(
-            "name: {}\nversion: \"1.0.0\"\nowner: bench\nschema:\n{}\
+        let kept = self.columns.iter().filter(|(column, _)| !without.contains(column));
+        let columns: String = kept.map(|(_, declaration)| declaration.as_str()).collect();
+        let contract = format!(
+            "name: {product}\nversion: \"1.0.0\"\nowner: bench\nschema:\n{columns}\
              privacy: {{sensitivity: low, allow_training: true, {unit}, max_units: {MAX_UNITS}}}\n\
              source: {{type: parquet, path: {}}}\n",
-            self.product(domain),
-            self.columns,
-            quoted(&table.display().to_string()),
-        )
+            quoted(&train.display().to_string()),
+        );
+        Member {
+            domain: domain.to_owned(),
+            product,
+            contract,
+            train: train.to_owned(),
+            test: test.to_owned(),
+        }
+    }
+
+    /// Names of the feature columns, in the description's order.
+    pub(crate) fn features(&self, set: &Set) -> Vec<String> {
+        let feature = |name: &String| {
+            let role = set.columns.iter().find(|column| column.name == *name).map(|c| c.role.as_str());
+            matches!(role, Some("feature" | "sensitive"))
+        };
+        self.columns.iter().map(|(name, _)| name.clone()).filter(feature).collect()
     }
 }
 

@@ -1,4 +1,4 @@
-//! One federation in this process: a coordinator and an agent for each member, over mutual TLS on loopback.
+//! One federation in this process: a coordinator and an agent for each member, over mutual TLS through pipes in memory.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,48 +10,48 @@ use rand_chacha::ChaCha20Rng;
 use tabmesh_agent::serving::Serving;
 use tabmesh_agent::{Agent, Switches};
 use tabmesh_coordinator::{Surroundings, open_records};
+use tabmesh_federation::plan::Plan;
 use tabmesh_privacy::noise::NoiseSource;
 use tabmesh_proto::client::OperatorClient;
-use tabmesh_proto::connect::{CoordinatorAddress, TcpDial, connect};
+use tabmesh_proto::connect::{CoordinatorAddress, connect};
 use tokio::sync::watch;
 
-use super::contracts::Declared;
-use super::set::Set;
+use super::member::Member;
+use super::wire;
 use crate::process::now;
 use crate::quickstart::deployed::{BASE_MODEL, client_tls};
-use crate::quickstart::deployment::{self, Layout, PlanChoices};
+use crate::quickstart::deployment::{self, Layout};
 use crate::quickstart::pki::{self, PkiFolder, Role};
 
 /// What a federation left behind.
-pub(super) struct Federated {
-    pub(super) layout: Layout,
-    pub(super) pki: PkiFolder,
+pub(crate) struct Federated {
+    pub(crate) layout: Layout,
+    pub(crate) pki: PkiFolder,
     /// What each member serves, in the order of the members.
-    pub(super) serving: Vec<Arc<Serving>>,
+    pub(crate) serving: Vec<Arc<Serving>>,
 }
 
 /// Runs a plan to its end, until every member serves its choice. Noise and secrets come from `seed`.
 ///
 /// # Errors
 /// A file can't be written, a contract isn't admitted, or the plan doesn't come to its end.
-pub(super) async fn run(
+pub(crate) async fn run(
     root: &Path,
-    set: &Set,
-    declared: &Declared,
-    members: &[String],
-    choices: &PlanChoices,
+    members: &[Member],
+    plan: &Plan,
     seed: u64,
     tell: &dyn Fn(&str),
 ) -> Result<Federated> {
     let layout = Layout::at(root);
     let roles: Vec<Role> = [Role::Coordinator, deployment::operator()]
         .into_iter()
-        .chain(members.iter().map(|member| Role::agent(&name(member))))
+        .chain(members.iter().map(|member| Role::agent(&member.name())))
         .collect();
     let pki = pki::write(&layout.certificates(), &roles, time::OffsetDateTime::now_utc())?;
     let base = root.join("base.safetensors");
     std::fs::write(&base, BASE_MODEL)?;
-    deployment::write_plan(&layout, choices)?;
+    // JSON is YAML.
+    let document = serde_json::to_vec_pretty(plan)?;
     deployment::write_coordinator(&layout, &base, 2, "127.0.0.1:0")?;
     let (stop, stopped) = watch::channel(false);
     let wait = |mut stopped: watch::Receiver<bool>| async move {
@@ -59,8 +59,7 @@ pub(super) async fn run(
     };
 
     let config = tabmesh_coordinator::config::Config::load(&layout.coordinator_config())?;
-    let listener = tokio::net::TcpListener::bind(&config.listen).await?;
-    let address = listener.local_addr()?.to_string();
+    let (dial, listener) = wire::pipes();
     let clock = Arc::new(unix_ms);
     let ids = Box::new(ChaCha20Rng::seed_from_u64(seed));
     let surroundings = Surroundings { records: open_records(&config)?, clock: clock.clone(), ids };
@@ -76,28 +75,27 @@ pub(super) async fn run(
     let mut serving = Vec::new();
     let mut agents = Vec::new();
     for member in members {
-        let name = name(member);
-        let contract = declared.contract(&name, &set.train(member).canonicalize()?);
+        let name = member.name();
         std::fs::create_dir_all(layout.domain(&name))?;
-        std::fs::write(layout.contract(&name), contract)?;
-        deployment::write_policy(&layout, &name, &declared.product(&name), choices.epsilon)?;
-        deployment::write_agent(&layout, &name, &address)?;
+        std::fs::write(layout.contract(&name), &member.contract)?;
+        deployment::write_policy(&layout, &name, &member.product, plan.privacy.epsilon)?;
+        deployment::write_agent(&layout, &name, wire::ADDRESS)?;
         let config = tabmesh_agent::config::Config::load(&layout.agent_config(&name))?;
         let switches = Switches { insecure_dev: true, reproducible_noise: Some(seed) };
         let agent = Agent::open(config, switches, NoiseSource::Seeded { seed }, clock.clone())
-            .with_context(|| format!("agent of {member}"))?;
+            .with_context(|| format!("agent of {}", member.domain))?;
         serving.push(Arc::clone(&agent.serving));
-        agents.push(tokio::spawn(agent.run(TcpDial, wait(stopped.clone()))));
+        agents.push(tokio::spawn(agent.run(dial.clone(), wait(stopped.clone()))));
     }
-    let address = CoordinatorAddress::new(&address, Role::Coordinator.spiffe_id().parse()?)?;
-    let link = connect(&address, &client_tls(&pki, &deployment::operator())?, TcpDial).await?;
+    let address = CoordinatorAddress::new(wire::ADDRESS, Role::Coordinator.spiffe_id().parse()?)?;
+    let link = connect(&address, &client_tls(&pki, &deployment::operator())?, dial).await?;
     let operator = OperatorClient::new(link);
     let began = now();
     while operator.list_agents().await?.iter().filter(|agent| agent.connected).count() < members.len() {
         ensure!(began.elapsed() < PATIENCE, "not every agent was admitted; see the log above");
         tokio::time::sleep(POLL).await;
     }
-    let id = operator.submit_plan(std::fs::read(layout.plan())?).await?.plan_id;
+    let id = operator.submit_plan(document).await?.plan_id;
     let mut events = operator.watch_plan(&id, 0).await?;
     let mut last = None;
     while let Some(event) = events.next().await? {
@@ -111,10 +109,10 @@ pub(super) async fn run(
     }
     tell("every member chooses");
     for member in members {
-        let path = layout.domain(&name(member)).join("data").join("promoted.json");
+        let path = layout.domain(&member.name()).join("data").join("promoted.json");
         let began = now();
         while !path.exists() {
-            ensure!(began.elapsed() < PATIENCE, "{member} promotes nothing");
+            ensure!(began.elapsed() < PATIENCE, "{} promotes nothing", member.domain);
             tokio::time::sleep(POLL).await;
         }
     }
@@ -124,11 +122,6 @@ pub(super) async fn run(
     }
     coordinator.await??;
     Ok(Federated { layout, pki, serving })
-}
-
-/// A domain's name as identities and products spell it.
-pub(super) fn name(domain: &str) -> String {
-    domain.to_lowercase().replace('_', "-")
 }
 
 #[allow(

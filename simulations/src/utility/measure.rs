@@ -14,88 +14,67 @@ use tabmesh_agent::promote::{Candidate, Rows, Tokens, Weights};
 use tabmesh_agent::serve::Predictor;
 use tabmesh_agent::train::onto;
 use tabmesh_contract::batch::{TypedBatch, TypedColumn};
-use tabmesh_contract::contract::Contract;
 use tabmesh_contract::schema::{Feature, FeatureId, FeatureKind, FeatureSchema};
 use tabmesh_tfm::metrics;
 
-use super::contracts::Declared;
-use super::federation::{Federated, name};
-use super::set::Set;
-use crate::quickstart::measure::{alone, loaded, rows};
+use super::federation::Federated;
+use super::member::{Member, Tables};
+use crate::quickstart::measure::{alone, loaded};
 use crate::score::MIN_CLASS_ROWS;
 use crate::{baseline, logistic};
 
 /// Figures by the name of what predicted.
-pub(super) type Figures = BTreeMap<&'static str, f64>;
+pub(crate) type Figures = BTreeMap<&'static str, f64>;
 
 /// One domain under one seed.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct DomainLine {
-    pub(super) seed: u64,
-    pub(super) domain: String,
-    pub(super) train_rows: usize,
-    pub(super) test_rows: usize,
+pub(crate) struct DomainLine {
+    pub(crate) seed: u64,
+    pub(crate) domain: String,
+    pub(crate) train_rows: usize,
+    pub(crate) test_rows: usize,
     /// Whether it has enough test rows of each class for the macro means.
-    pub(super) counted: bool,
-    pub(super) auc: Figures,
-    pub(super) log_loss: Figures,
+    pub(crate) counted: bool,
+    pub(crate) auc: Figures,
+    pub(crate) log_loss: Figures,
     /// The labels' logit on the served logit; missing where the test rows have one class.
-    pub(super) served_calibration: Option<Calibrated>,
+    pub(crate) served_calibration: Option<Calibrated>,
     /// What the agent serves: weights by member.
-    pub(super) served: BTreeMap<String, f64>,
+    pub(crate) served: BTreeMap<String, f64>,
 }
 
 /// Intercept and slope of a logistic regression of the label on the logit; 0 and 1 are calibrated.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub(super) struct Calibrated {
-    pub(super) intercept: f64,
-    pub(super) slope: f64,
+pub(crate) struct Calibrated {
+    pub(crate) intercept: f64,
+    pub(crate) slope: f64,
 }
 
 /// A left-out domain under one seed: means over draws of its rows.
 #[derive(Debug, Clone, Serialize)]
-pub(super) struct NewcomerLine {
-    pub(super) seed: u64,
-    pub(super) domain: String,
-    pub(super) rows: usize,
-    pub(super) draws: usize,
+pub(crate) struct NewcomerLine {
+    pub(crate) seed: u64,
+    pub(crate) domain: String,
+    pub(crate) rows: usize,
+    pub(crate) draws: usize,
     /// Draws in which every figure is defined.
-    pub(super) counted_draws: u32,
+    pub(crate) counted_draws: u32,
     /// What is served, by member: weights, averaged over draws.
-    pub(super) served: BTreeMap<String, f64>,
-    pub(super) auc: Figures,
-    pub(super) log_loss: Figures,
+    pub(crate) served: BTreeMap<String, f64>,
+    pub(crate) auc: Figures,
+    pub(crate) log_loss: Figures,
 }
 
-/// Training and test rows of one domain in the declared terms.
-struct Tables {
-    train: TypedBatch,
-    test: TypedBatch,
-    labels: Vec<u8>,
-}
-
-impl Tables {
-    fn read(set: &Set, declared: &Declared, domain: &str) -> Result<(Self, FeatureSchema)> {
-        let text = declared.contract(&name(domain), &set.train(domain));
-        let (contract, _) = Contract::parse("contract.yaml", &text)
-            .map_err(|error| anyhow::anyhow!("contract of {domain}: {}", error.render()))?;
-        let schema = contract.approved_schema().context("schema")?;
-        let train = rows(&contract, &set.train(domain), &schema)?;
-        let test = rows(&contract, &set.test(domain), &schema)?;
-        let labels = test.labels.iter().map(|label| u8::from(*label == Some(1))).collect();
-        Ok((Self { train, test, labels }, schema))
-    }
-}
+/// What each method said about one domain's test rows: probabilities of class 1.
+pub(crate) type Answers = BTreeMap<&'static str, Vec<f64>>;
 
 /// A federation that has ended, to be scored.
-pub(super) struct Scoring<'a> {
-    pub(super) federated: &'a Federated,
-    pub(super) set: &'a Set,
-    pub(super) declared: &'a Declared,
-    pub(super) members: &'a [String],
-    pub(super) seed: u64,
+pub(crate) struct Scoring<'a> {
+    pub(crate) federated: &'a Federated,
+    pub(crate) members: &'a [Member],
+    pub(crate) seed: u64,
     /// Hears what is being done.
-    pub(super) tell: &'a dyn Fn(&str),
+    pub(crate) tell: &'a dyn Fn(&str),
 }
 
 /// Scores every member.
@@ -103,71 +82,145 @@ pub(super) struct Scoring<'a> {
 /// # Errors
 /// A table or artefact can't be read, or a rival refuses its rows.
 pub(super) fn members(scoring: &Scoring<'_>) -> Result<Vec<DomainLine>> {
-    let Scoring { federated, set, declared, members, seed, tell } = *scoring;
-    let mut all = Vec::new();
-    let mut schema = None;
-    for member in members {
-        let (tables, own) = Tables::read(set, declared, member)?;
-        all.push(tables);
-        schema = Some(own);
-    }
-    let schema = schema.context("no member")?;
-    let (mut pooled_train, mut pooled_test) = (TypedBatch::empty(&schema), TypedBatch::empty(&schema));
-    let (mut train_domains, mut test_domains) = (Vec::new(), Vec::new());
-    for (domain, tables) in (0_u32..).zip(&all) {
-        pooled_train.append(&tables.train);
-        pooled_test.append(&tables.test);
-        train_domains.resize(pooled_train.rows(), domain);
-        test_domains.resize(pooled_test.rows(), domain);
-    }
-    tell("scoring pooled rivals");
-    let known = with_domain(&schema, members)?;
-    let pooled_train = with_codes(&schema, &known, &pooled_train, train_domains)?;
-    let pooled_test = with_codes(&schema, &known, &pooled_test, test_domains)?;
-    let pooled = [
-        ("pooled_trees", baseline::fit_predict(&pooled_train, None, &pooled_test, &known, seed)?),
-        ("pooled_logistic", logistic::fit_predict(&pooled_train, &pooled_test, &known, seed)?),
-    ];
-    let mut first = 0;
+    let Scoring { members, seed, tell, .. } = *scoring;
+    let tables = members.iter().map(Member::tables).collect::<Result<Vec<_>>>()?;
+    let rivals = rivals(members, &tables, &RIVALS, seed, tell)?;
+    let ours = ours(scoring, &tables)?;
     let mut lines = Vec::new();
-    for ((member, tables), serving) in members.iter().zip(&all).zip(&federated.serving) {
-        tell(&format!("scoring {member}"));
-        let Tables { train, test, labels } = tables;
-        let ours = loaded(&federated.layout, &federated.pki, &name(member), &schema, [0; 32], true)?;
-        let candidate = |weights, rows| -> Result<Vec<f64>> {
-            let candidate = Candidate { weights, rows, tokens: Tokens::Off };
-            Ok(ones(&alone(&ours, candidate, train)?.predict(test)?))
-        };
-        let served = ones(&serving.predict(test)?);
-        let mut by_name: BTreeMap<&'static str, Vec<f64>> = BTreeMap::from([
-            ("local_trees", baseline::fit_predict(train, None, test, &schema, seed)?),
-            ("local_logistic", logistic::fit_predict(train, test, &schema, seed)?),
-            ("local_trees_corpus", baseline::fit_predict(train, Some(ours.corpus()), test, &schema, seed)?),
-            ("base", candidate(Weights::Base, Rows::Local)?),
-            ("base_mixed", candidate(Weights::Base, Rows::Mixed)?),
-            ("corpus", candidate(Weights::Tuned, Rows::Mixed)?),
-        ]);
-        for (rival, answers) in &pooled {
-            by_name.insert(rival, answers.iter().skip(first).take(test.rows()).copied().collect());
-        }
-        first += test.rows();
-        let positive = labels.iter().filter(|label| **label == 1).count();
-        let calibration = metrics::calibration(&served, labels)
+    for (((member, tables), rivals), Ours { answers, blend }) in
+        members.iter().zip(&tables).zip(rivals).zip(ours)
+    {
+        let labels = &tables.labels;
+        let by_name: Answers = rivals.into_iter().chain(answers).collect();
+        let served = by_name.get("served").context("a member serves nothing")?;
+        let calibration = metrics::calibration(served, labels)
             .map(|metrics::Calibration { intercept, slope }| Calibrated { intercept, slope });
-        by_name.insert("served", served);
         lines.push(DomainLine {
             seed,
-            domain: member.clone(),
-            train_rows: train.rows(),
-            test_rows: test.rows(),
-            counted: positive.min(labels.len() - positive) >= MIN_CLASS_ROWS,
+            domain: member.domain.clone(),
+            train_rows: tables.train.rows(),
+            test_rows: tables.test.rows(),
+            counted: counted(labels),
             auc: figures(&by_name, labels, metrics::roc_auc),
             log_loss: figures(&by_name, labels, metrics::log_loss),
             served_calibration: calibration,
-            served: weights(&serving.blend().context("a member serves nothing")?),
+            served: blend,
         });
     }
     Ok(lines)
+}
+
+/// Whether test rows have enough of each class to count in means.
+pub(crate) fn counted(labels: &[u8]) -> bool {
+    let positive = labels.iter().filter(|label| **label == 1).count();
+    positive.min(labels.len() - positive) >= MIN_CLASS_ROWS
+}
+
+/// Methods that use no federation, member by member.
+///
+/// # Errors
+/// A rival refuses its rows.
+pub(crate) fn rivals(
+    members: &[Member],
+    tables: &[Tables],
+    wanted: &[&'static str],
+    seed: u64,
+    tell: &dyn Fn(&str),
+) -> Result<Vec<Answers>> {
+    let has = |name: &str| wanted.contains(&name);
+    let mut all: Vec<Answers> = Vec::new();
+    for (member, Tables { schema, train, test, .. }) in members.iter().zip(tables) {
+        tell(&format!("local rivals of {}", member.domain));
+        let mut answers = Answers::new();
+        if has("local_trees") {
+            answers.insert("local_trees", baseline::fit_predict(train, None, test, schema, seed)?);
+        }
+        if has("local_logistic") {
+            answers.insert("local_logistic", logistic::fit_predict(train, test, schema, seed)?);
+        }
+        all.push(answers);
+    }
+    if !(has("pooled_trees") || has("pooled_logistic")) {
+        return Ok(all);
+    }
+    tell("pooled rivals");
+    let schema = union(tables)?;
+    let (mut pooled_train, mut pooled_test) = (TypedBatch::empty(&schema), TypedBatch::empty(&schema));
+    let (mut train_domains, mut test_domains) = (Vec::new(), Vec::new());
+    for (domain, tables) in (0_u32..).zip(tables) {
+        pooled_train.append(&onto(&tables.train, &tables.schema, &schema));
+        pooled_test.append(&onto(&tables.test, &tables.schema, &schema));
+        train_domains.resize(pooled_train.rows(), domain);
+        test_domains.resize(pooled_test.rows(), domain);
+    }
+    let known = with_domain(&schema, members)?;
+    let pooled_train = with_codes(&schema, &known, &pooled_train, train_domains)?;
+    let pooled_test = with_codes(&schema, &known, &pooled_test, test_domains)?;
+    let mut pooled: Vec<(&'static str, Vec<f64>)> = Vec::new();
+    if has("pooled_trees") {
+        pooled
+            .push(("pooled_trees", baseline::fit_predict(&pooled_train, None, &pooled_test, &known, seed)?));
+    }
+    if has("pooled_logistic") {
+        pooled.push(("pooled_logistic", logistic::fit_predict(&pooled_train, &pooled_test, &known, seed)?));
+    }
+    let mut first = 0;
+    for (answers, tables) in all.iter_mut().zip(tables) {
+        let rows = tables.test.rows();
+        for (name, predicted) in &pooled {
+            answers.insert(*name, predicted.iter().skip(first).take(rows).copied().collect());
+        }
+        first += rows;
+    }
+    Ok(all)
+}
+
+/// What one member's agent can do after a federation, step by step, and what it chose.
+pub(crate) struct Ours {
+    pub(crate) answers: Answers,
+    /// Weights of what is served, by member of the blend.
+    pub(crate) blend: BTreeMap<String, f64>,
+}
+
+/// Every step of the product's own flow, member by member.
+///
+/// # Errors
+/// An artefact can't be read, or a model refuses.
+pub(crate) fn ours(scoring: &Scoring<'_>, tables: &[Tables]) -> Result<Vec<Ours>> {
+    let Scoring { federated, members, seed, tell } = *scoring;
+    let mut all = Vec::new();
+    for ((member, tables), serving) in members.iter().zip(tables).zip(&federated.serving) {
+        tell(&format!("scoring {}", member.domain));
+        let Tables { schema, train, test, .. } = tables;
+        let ours = loaded(&federated.layout, &federated.pki, &member.name(), schema, [0; 32], true)?;
+        let candidate = |weights, rows, tokens| -> Result<Vec<f64>> {
+            Ok(ones(&alone(&ours, Candidate { weights, rows, tokens }, train)?.predict(test)?))
+        };
+        let answers = BTreeMap::from([
+            ("local_trees_corpus", baseline::fit_predict(train, Some(ours.corpus()), test, schema, seed)?),
+            ("base", candidate(Weights::Base, Rows::Local, Tokens::Off)?),
+            ("base_mixed", candidate(Weights::Base, Rows::Mixed, Tokens::Off)?),
+            ("corpus", candidate(Weights::Tuned, Rows::Mixed, Tokens::Off)?),
+            ("rounds", candidate(Weights::Tuned, Rows::Mixed, Tokens::On)?),
+            ("served", ones(&serving.predict(test)?)),
+        ]);
+        let blend = weights(&serving.blend().context("a member serves nothing")?);
+        all.push(Ours { answers, blend });
+    }
+    Ok(all)
+}
+
+/// All features that any member has.
+///
+/// # Errors
+/// No member, or members that disagree.
+pub(crate) fn union(tables: &[Tables]) -> Result<FeatureSchema> {
+    let first = tables.first().context("no member")?;
+    let mut features: BTreeMap<FeatureId, Feature> = BTreeMap::new();
+    for feature in tables.iter().flat_map(|tables| tables.schema.features()) {
+        features.entry(feature.id.clone()).or_insert_with(|| feature.clone());
+    }
+    Ok(FeatureSchema::new(features.into_values().collect(), first.schema.target().clone())?)
 }
 
 /// Scores a domain that took part in nothing, on draws of its own rows.
@@ -176,14 +229,21 @@ pub(super) fn members(scoring: &Scoring<'_>) -> Result<Vec<DomainLine>> {
 ///
 /// # Errors
 /// A table or artefact can't be read, or trees refuse their rows.
-pub(super) fn newcomer(scoring: &Scoring<'_>, newcomer: &str, draws: usize) -> Result<Vec<NewcomerLine>> {
-    let Scoring { federated, set, declared, members, seed, tell } = *scoring;
-    let (tables, schema) = Tables::read(set, declared, newcomer)?;
+pub(crate) fn newcomer(
+    scoring: &Scoring<'_>,
+    newcomer: &Member,
+    sizes: &[usize],
+    draws: usize,
+) -> Result<Vec<NewcomerLine>> {
+    let Scoring { federated, members, seed, tell } = *scoring;
+    let tables = newcomer.tables()?;
+    let schema = &tables.schema;
+    let newcomer = &newcomer.domain;
     let kept: Vec<usize> = (0..tables.test.rows().min(NEWCOMER_TEST_ROWS)).collect();
     let (test, labels) = (tables.test.take(&kept), &tables.labels[..kept.len()]);
     let member = members.first().context("no member")?;
     let mut lines = Vec::new();
-    for size in NEWCOMER_ROWS.into_iter().filter(|size| *size <= tables.train.rows()) {
+    for size in sizes.iter().copied().filter(|size| *size <= tables.train.rows()) {
         let (mut auc, mut log_loss, mut counted) = (Figures::new(), Figures::new(), 0_u32);
         let mut blends: BTreeMap<String, f64> = BTreeMap::new();
         for draw in 0..draws {
@@ -195,18 +255,18 @@ pub(super) fn newcomer(scoring: &Scoring<'_>, newcomer: &str, draws: usize) -> R
             let own = tables.train.take(&order);
             let mut secret = [0; 32];
             secret[..8].copy_from_slice(&(draw as u64 + 1).to_le_bytes());
-            let ours = loaded(&federated.layout, &federated.pki, &name(member), &schema, secret, false)?;
+            let ours = loaded(&federated.layout, &federated.pki, &member.name(), schema, secret, false)?;
             let split = Gate::new(&secret).split(&own);
             let (training, gate) = (own.take(&split.training), own.take(&split.gate));
             let choice = choose(&ours, &training, &gate, None, PromotionSection::default())?;
             let served = ours.serve(choice.served, choice.calibration, &own)?;
             let base = Candidate { weights: Weights::Base, rows: Rows::Local, tokens: Tokens::Off };
             let by_name = BTreeMap::from([
-                ("local_trees", baseline::fit_predict(&own, None, &test, &schema, seed)?),
-                ("local_logistic", logistic::fit_predict(&own, &test, &schema, seed)?),
+                ("local_trees", baseline::fit_predict(&own, None, &test, schema, seed)?),
+                ("local_logistic", logistic::fit_predict(&own, &test, schema, seed)?),
                 (
                     "local_trees_corpus",
-                    baseline::fit_predict(&own, Some(ours.corpus()), &test, &schema, seed)?,
+                    baseline::fit_predict(&own, Some(ours.corpus()), &test, schema, seed)?,
                 ),
                 ("base", ones(&alone(&ours, base, &own)?.predict(&test)?)),
                 ("served", ones(&served.predict(&test)?)),
@@ -227,7 +287,7 @@ pub(super) fn newcomer(scoring: &Scoring<'_>, newcomer: &str, draws: usize) -> R
             |sums: Figures| -> Figures { sums.into_iter().map(|(name, sum)| (name, sum / n)).collect() };
         lines.push(NewcomerLine {
             seed,
-            domain: newcomer.to_owned(),
+            domain: newcomer.clone(),
             rows: size,
             draws,
             counted_draws: counted,
@@ -240,8 +300,9 @@ pub(super) fn newcomer(scoring: &Scoring<'_>, newcomer: &str, draws: usize) -> R
 }
 
 /// A schema with the domain as one more category, as a pooled rival would have it.
-fn with_domain(schema: &FeatureSchema, members: &[String]) -> Result<FeatureSchema> {
-    let kind = FeatureKind::Categorical { levels: members.to_vec() };
+fn with_domain(schema: &FeatureSchema, members: &[Member]) -> Result<FeatureSchema> {
+    let kind =
+        FeatureKind::Categorical { levels: members.iter().map(|member| member.domain.clone()).collect() };
     let id = FeatureId::new(DOMAIN_FEATURE)?;
     let domain = Feature { id, kind, unit: None, description: None };
     let features = schema.features().iter().cloned().chain([domain]).collect();
@@ -270,11 +331,7 @@ fn ones(answers: &[Vec<f32>]) -> Vec<f64> {
     answers.iter().map(|row| row.get(1).copied().map_or(f64::NAN, f64::from)).collect()
 }
 
-fn figures(
-    by_name: &BTreeMap<&'static str, Vec<f64>>,
-    labels: &[u8],
-    metric: fn(&[f64], &[u8]) -> Option<f64>,
-) -> Figures {
+fn figures(by_name: &Answers, labels: &[u8], metric: fn(&[f64], &[u8]) -> Option<f64>) -> Figures {
     by_name.iter().filter_map(|(name, answers)| Some((*name, metric(answers, labels)?))).collect()
 }
 
@@ -284,6 +341,8 @@ fn add(sums: &mut Figures, figures: &Figures) {
 
 /// The column that tells a pooled rival whose row it is.
 const DOMAIN_FEATURE: &str = "bench.domain";
+/// Every method that uses no federation.
+pub(crate) const RIVALS: [&str; 4] = ["local_trees", "local_logistic", "pooled_trees", "pooled_logistic"];
 /// Rows a newcomer has.
 pub(super) const NEWCOMER_ROWS: [usize; 2] = [64, 256];
 /// Test rows of a newcomer that are scored in each draw.

@@ -1,12 +1,15 @@
-//! What a federation is worth on a folder of domain-split tables: the whole loop, scored beside its rivals.
+//! What a federation is worth on domain-split tables: the whole loop, scored beside its rivals.
 //!
-//! The loop is the product's own, over mutual TLS, with coordinator and agents in this process; only what no agent may
-//! do is added: pooling, and scoring on test rows.
+//! The loop is the product's own, over mutual TLS through pipes in memory, with coordinator and agents in this process; only
+//! what no agent may do is added: pooling, and scoring on test rows. [`run`] measures one folder; scenarios use the
+//! same parts.
 
-mod contracts;
-mod federation;
-mod measure;
+pub(crate) mod contracts;
+pub(crate) mod federation;
+pub(crate) mod measure;
+pub(crate) mod member;
 mod run;
-mod set;
+pub(crate) mod set;
+mod wire;
 
 pub use run::{Args, run};

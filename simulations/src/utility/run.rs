@@ -11,14 +11,16 @@ use anyhow::{Result, ensure};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde::Serialize;
+use tabmesh_federation::plan::Plan;
 
 use super::contracts::Declared;
 use super::measure::{self, DomainLine, Figures, NewcomerLine, Scoring};
+use super::member::Member;
 use super::set::Set;
 use super::{federation, federation::Federated};
 use crate::cli::Output;
 use crate::process::now;
-use crate::quickstart::deployment::PlanChoices;
+use crate::quickstart::deployment::{self, PlanChoices};
 use crate::score::MIN_CLASS_ROWS;
 
 /// What is measured.
@@ -249,6 +251,11 @@ fn one(
     let newcomer = &set.domains[left_out];
     let members: Vec<String> = set.domains.iter().filter(|domain| *domain != newcomer).cloned().collect();
     let declared = Declared::from_rows(set, &set.pooled(&members)?)?;
+    let of = |domain: &String| -> Result<Member> {
+        let train = set.train(domain).canonicalize()?;
+        Ok(declared.member(domain, &train, &set.test(domain), &BTreeSet::new()))
+    };
+    let members = members.iter().map(of).collect::<Result<Vec<_>>>()?;
     let root = tempfile::Builder::new().prefix("tabmesh-utility-").tempdir()?;
     let choices = PlanChoices {
         name: set.name.clone(),
@@ -260,13 +267,14 @@ fn one(
         deadline_s: 3600,
         ..PlanChoices::default()
     };
+    let (plan, _) = Plan::parse(deployment::plan_yaml(&choices).as_bytes(), "plan.yaml")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let federated: Federated =
-        runtime.block_on(federation::run(root.path(), set, &declared, &members, &choices, seed, tell))?;
+    let federated: Federated = runtime.block_on(federation::run(root.path(), &members, &plan, seed, tell))?;
     runtime.shutdown_background();
-    let scoring = Scoring { federated: &federated, set, declared: &declared, members: &members, seed, tell };
+    let scoring = Scoring { federated: &federated, members: &members, seed, tell };
     let lines = measure::members(&scoring)?;
-    Ok((lines, measure::newcomer(&scoring, newcomer, usize::from(args.draws))?))
+    let newcomer = of(newcomer)?;
+    Ok((lines, measure::newcomer(&scoring, &newcomer, &measure::NEWCOMER_ROWS, usize::from(args.draws))?))
 }
 
 /// How often and with what weight each member is served in the domains that count.
@@ -459,6 +467,7 @@ mod tests {
             "base",
             "base_mixed",
             "corpus",
+            "rounds",
             "served",
             "best_local",
             "best_pooled",
@@ -489,6 +498,10 @@ mod tests {
         write_set(folder.path());
         let set = Set::read(folder.path()).unwrap();
         let declared = Declared::from_rows(&set, &set.pooled(&set.domains).unwrap()).unwrap();
+        let of = |domain: &String| {
+            declared.member(domain, &set.train(domain), &set.test(domain), &BTreeSet::new())
+        };
+        let members: Vec<Member> = set.domains.iter().map(of).collect();
         let root = tempfile::tempdir().unwrap();
         let choices = PlanChoices {
             name: set.name.clone(),
@@ -499,13 +512,12 @@ mod tests {
             deadline_s: 600,
             ..PlanChoices::default()
         };
+        let (plan, _) = Plan::parse(deployment::plan_yaml(&choices).as_bytes(), "plan.yaml").unwrap();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let federated = runtime
-            .block_on(federation::run(root.path(), &set, &declared, &set.domains, &choices, 0, &|_| ()))
-            .unwrap();
+        let federated = runtime.block_on(federation::run(root.path(), &members, &plan, 0, &|_| ())).unwrap();
         let serving = federated.serving.first().unwrap();
-        let name = federation::name(&set.domains[0]);
+        let name = members[0].name();
         let blend = serving.blend().unwrap();
         assert!(blend.shares.iter().any(|share| share.settings.is_some()), "no trees are served: {blend}");
 

@@ -9,26 +9,26 @@ use crate::bench::raw_table::{Description, RawTable};
 
 /// A described folder.
 #[derive(Debug, Clone)]
-pub(super) struct Set {
-    pub(super) name: String,
-    pub(super) columns: Vec<Column>,
+pub(crate) struct Set {
+    pub(crate) name: String,
+    pub(crate) columns: Vec<Column>,
     /// Names of the domains, in the description's order.
-    pub(super) domains: Vec<String>,
+    pub(crate) domains: Vec<String>,
     /// Whether the privacy unit is the entity and not the row.
-    pub(super) by_entity: bool,
+    pub(crate) by_entity: bool,
     folder: PathBuf,
     tables: Description,
 }
 
 /// A column as described.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Column {
-    pub(super) name: String,
+pub(crate) struct Column {
+    pub(crate) name: String,
     /// `int64`, `float64` or `double`, `string`, `int8`.
     #[serde(rename = "type")]
-    pub(super) physical: String,
+    pub(crate) physical: String,
     /// `row_id`, `entity_id`, `label`, `feature`, `sensitive`, `pii`.
-    pub(super) role: String,
+    pub(crate) role: String,
 }
 
 #[derive(Debug, Deserialize)]
@@ -52,7 +52,7 @@ impl Set {
     ///
     /// # Errors
     /// The file can't be read, or describes something else than two-class tables of at least [`LEAST_DOMAINS`] domains.
-    pub(super) fn read(folder: &Path) -> Result<Self> {
+    pub(crate) fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("dataset.json");
         let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
         let described: Described = serde_json::from_str(&text)
@@ -73,20 +73,25 @@ impl Set {
     }
 
     /// A domain's training table.
-    pub(super) fn train(&self, domain: &str) -> PathBuf {
+    pub(crate) fn train(&self, domain: &str) -> PathBuf {
         self.folder.join("train").join(format!("{domain}.parquet"))
     }
 
     /// A domain's test table.
-    pub(super) fn test(&self, domain: &str) -> PathBuf {
+    pub(crate) fn test(&self, domain: &str) -> PathBuf {
         self.folder.join("test").join(format!("{domain}.parquet"))
+    }
+
+    /// The folder.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
     }
 
     /// Training rows of some domains, one after the other, as cells.
     ///
     /// # Errors
     /// A table can't be read, or differs from the others.
-    pub(super) fn pooled<'a>(&self, domains: impl IntoIterator<Item = &'a String>) -> Result<RawTable> {
+    pub(crate) fn pooled<'a>(&self, domains: impl IntoIterator<Item = &'a String>) -> Result<RawTable> {
         let mut pooled = RawTable { columns: Vec::new(), labels: Vec::new() };
         for domain in domains {
             pooled.append(self.tables.rows(&self.train(domain))?)?;

@@ -4,12 +4,16 @@
 //! private rounds (below 1.5) an adaptive normaliser turns noise into full-size steps, so this is an option and
 //! not the default.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::aggregate::{Aggregate, AggregateError, FedSgd, Updates};
+use crate::aggregate::optimiser::{OptimiserSpec, default_adaptive_rate};
+use crate::aggregate::strategy::FederatedStrategy;
+use crate::aggregate::{Aggregate, AggregateError, FedSgd, Rule, Updates};
 
 /// The mean over units, for Adam.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
 pub struct FedAdam {}
 
 impl Aggregate for FedAdam {
@@ -27,5 +31,23 @@ impl Aggregate for FedAdam {
 
     fn mean(&self, updates: &Updates<'_>) -> Result<Vec<f64>, AggregateError> {
         FedSgd {}.mean(updates)
+    }
+}
+
+impl FederatedStrategy for FedAdam {
+    fn kind(&self) -> &'static str {
+        "fedadam"
+    }
+
+    fn paper(&self) -> &'static str {
+        "Reddi et al. 2021, arXiv 2003.00295"
+    }
+
+    fn rule(&self) -> Rule {
+        Rule::FedAdam(*self)
+    }
+
+    fn optimiser(&self) -> OptimiserSpec {
+        OptimiserSpec::Adam { learning_rate: default_adaptive_rate() }
     }
 }

@@ -3,12 +3,24 @@
 //! Agents send clipped, noised *sums* over their units. Every rule divides by noisy totals from the release,
 //! never by a number of examples. Rules that look at single agents' vectors refuse a sum-only (securely
 //! aggregated) round. What a rule returns is a mean gradient in the model's units; [`optimiser`] turns it into a
-//! step. A new rule is one file here and one arm of [`Rule`]; the conformance test below runs over all of them.
+//! step. A new rule is one file here and one arm of [`Rule`]; the conformance test below runs over all of them. Rules,
+//! optimisers and what agents do are put together in a [`strategy`]. Linear rules need no more than a [`running`] sum.
 
+pub mod fedadagrad;
 pub mod fedadam;
 pub mod fedavg;
+pub mod fedavgm;
+pub mod fedbuff;
+pub mod fedprox;
 pub mod fedsgd;
+pub mod fedyogi;
+pub mod geometric_median;
+pub mod krum;
+pub mod median;
 pub mod optimiser;
+pub mod running;
+pub mod scaffold;
+pub mod strategy;
 pub mod trimmed_mean;
 
 use std::collections::BTreeMap;
@@ -20,9 +32,20 @@ use thiserror::Error;
 use crate::id::AgentId;
 use crate::phase::collect::ByAgent;
 
+pub use fedadagrad::FedAdagrad;
 pub use fedadam::FedAdam;
 pub use fedavg::FedAvg;
+pub use fedavgm::FedAvgM;
+pub use fedbuff::FedBuff;
+pub use fedprox::FedProx;
 pub use fedsgd::FedSgd;
+pub use fedyogi::FedYogi;
+pub use geometric_median::GeometricMedian;
+pub use krum::{Krum, MultiKrum};
+pub use median::Median;
+pub use running::Running;
+pub use scaffold::Scaffold;
+pub use strategy::{FederatedStrategy, Scheme};
 pub use trimmed_mean::TrimmedMean;
 
 /// Why updates can't be aggregated.
@@ -72,6 +95,27 @@ pub enum AggregateError {
         range: &'static str,
         /// The value given.
         got: f64,
+    },
+    /// A vector of another length than the sum.
+    #[error("update has {got} values, the sum has {expected}")]
+    Length {
+        /// Length of the sum.
+        expected: usize,
+        /// Length found.
+        got: usize,
+    },
+    /// A sum leaves the range of 64-bit integers.
+    #[error("the sum of the updates overflows")]
+    Overflow,
+    /// Too few agents for what the rule assumes.
+    #[error("{rule} needs at least {needed} updates for its share of hostile agents, there are {agents}")]
+    TooFew {
+        /// The rule.
+        rule: &'static str,
+        /// Updates needed.
+        needed: usize,
+        /// Updates there are.
+        agents: usize,
     },
     /// Trimming would leave nothing.
     #[error("trimming {cut} of {agents} updates at each end leaves none")]
@@ -137,8 +181,35 @@ pub enum Aggregation {
     /// `fedsgd` with an adaptive server optimiser.
     #[serde(rename = "fedadam")]
     FedAdam,
+    /// `fedsgd` with the optimiser `yogi`.
+    #[serde(rename = "fedyogi")]
+    FedYogi,
+    /// `fedsgd` with the optimiser `adagrad`.
+    #[serde(rename = "fedadagrad")]
+    FedAdagrad,
     /// Coordinate-wise trimmed mean of the agents' means.
     TrimmedMean,
+    /// Coordinate-wise median of the agents' means.
+    Median,
+    /// The point with the least sum of distances to the agents' means.
+    GeometricMedian,
+    /// The agent's mean that is nearest to its neighbours.
+    Krum,
+    /// The mean of those that are nearest to their neighbours.
+    MultiKrum,
+}
+
+impl Aggregation {
+    /// The kind of server optimiser it goes with, and no other.
+    #[must_use]
+    pub const fn optimiser(self) -> &'static str {
+        match self {
+            Self::FedAdam => "adam",
+            Self::FedYogi => "yogi",
+            Self::FedAdagrad => "adagrad",
+            _ => "sgd",
+        }
+    }
 }
 
 /// A configured rule.
@@ -151,19 +222,38 @@ pub enum Rule {
     FedAvg(FedAvg),
     /// See [`FedAdam`].
     FedAdam(FedAdam),
+    /// See [`FedYogi`].
+    FedYogi(FedYogi),
+    /// See [`FedAdagrad`].
+    FedAdagrad(FedAdagrad),
     /// See [`TrimmedMean`].
     TrimmedMean(TrimmedMean),
+    /// See [`Median`].
+    Median(Median),
+    /// See [`GeometricMedian`].
+    GeometricMedian(GeometricMedian),
+    /// See [`Krum`].
+    Krum(Krum),
+    /// See [`MultiKrum`].
+    MultiKrum(MultiKrum),
 }
 
 impl Rule {
-    /// The rule a plan names; `trim` is the share of agents cut at each end by a trimmed mean.
+    /// The rule a plan names; `trim` is the share of agents that a trimmed mean cuts at each end and that Krum takes for
+    /// hostile.
     #[must_use]
     pub fn new(aggregation: Aggregation, trim: f64) -> Self {
         match aggregation {
             Aggregation::FedSgd => Self::FedSgd(FedSgd {}),
             Aggregation::FedAvg => Self::FedAvg(FedAvg {}),
             Aggregation::FedAdam => Self::FedAdam(FedAdam {}),
+            Aggregation::FedYogi => Self::FedYogi(FedYogi {}),
+            Aggregation::FedAdagrad => Self::FedAdagrad(FedAdagrad {}),
             Aggregation::TrimmedMean => Self::TrimmedMean(TrimmedMean { trim }),
+            Aggregation::Median => Self::Median(Median {}),
+            Aggregation::GeometricMedian => Self::GeometricMedian(GeometricMedian {}),
+            Aggregation::Krum => Self::Krum(Krum { hostile: trim }),
+            Aggregation::MultiKrum => Self::MultiKrum(MultiKrum { hostile: trim }),
         }
     }
 
@@ -172,7 +262,13 @@ impl Rule {
             Self::FedSgd(rule) => rule,
             Self::FedAvg(rule) => rule,
             Self::FedAdam(rule) => rule,
+            Self::FedYogi(rule) => rule,
+            Self::FedAdagrad(rule) => rule,
             Self::TrimmedMean(rule) => rule,
+            Self::Median(rule) => rule,
+            Self::GeometricMedian(rule) => rule,
+            Self::Krum(rule) => rule,
+            Self::MultiKrum(rule) => rule,
         }
     }
 }
@@ -256,6 +352,11 @@ fn at_least_one(what: &'static str, total: f64) -> Result<f64, AggregateError> {
     }
 }
 
+/// Squared Euclidean distance of two vectors of one length.
+fn squared_distance(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(x, y)| (x - y) * (x - y)).sum()
+}
+
 /// The common length of all vectors.
 fn shape(by_agent: &ByAgent) -> Result<usize, AggregateError> {
     let expected = by_agent.values().next().map_or(0, |values| values.len());
@@ -285,7 +386,19 @@ mod tests {
 
     fn rules() -> Vec<Rule> {
         use Aggregation as A;
-        [A::FedSgd, A::FedAvg, A::FedAdam, A::TrimmedMean].map(|a| Rule::new(a, 0.2)).to_vec()
+        let all = [
+            A::FedSgd,
+            A::FedAvg,
+            A::FedAdam,
+            A::FedYogi,
+            A::FedAdagrad,
+            A::TrimmedMean,
+            A::Median,
+            A::GeometricMedian,
+            A::Krum,
+            A::MultiKrum,
+        ];
+        all.map(|a| Rule::new(a, 0.2)).to_vec()
     }
 
     fn agent(i: usize) -> AgentId {
@@ -314,9 +427,23 @@ mod tests {
     fn naive(rule: &Rule, vectors: &[Vec<i64>], divisor: f64, totals: &[f64]) -> Vec<f64> {
         let (agents, len) = (vectors.len(), vectors[0].len());
         let mean_of = |a: usize, j: usize| vectors[a][j] as f64 / 1024.0 / totals[a].max(1.0);
+        let distance =
+            |a: usize, b: usize| -> f64 { (0..len).map(|j| (mean_of(a, j) - mean_of(b, j)).powi(2)).sum() };
+        // The agents whose neighbours are nearest, best first.
+        let nearest = |hostile: f64| -> Vec<usize> {
+            let hostile = (agents as f64 * hostile).floor() as usize;
+            let score = |a: usize| -> f64 {
+                let mut others: Vec<f64> = (0..agents).filter(|b| *b != a).map(|b| distance(a, b)).collect();
+                others.sort_by(f64::total_cmp);
+                others[..agents - hostile - 2].iter().sum()
+            };
+            let mut order: Vec<usize> = (0..agents).collect();
+            order.sort_by(|a, b| score(*a).total_cmp(&score(*b)));
+            order
+        };
         (0..len)
             .map(|j| match rule {
-                Rule::FedSgd(_) | Rule::FedAdam(_) => {
+                Rule::FedSgd(_) | Rule::FedAdam(_) | Rule::FedYogi(_) | Rule::FedAdagrad(_) => {
                     (0..agents).map(|a| vectors[a][j] as f64).sum::<f64>() / 1024.0 / divisor.max(1.0)
                 }
                 Rule::FedAvg(_) => (0..agents).map(|a| mean_of(a, j)).sum::<f64>() / agents as f64,
@@ -332,8 +459,36 @@ mod tests {
                     }
                     column.iter().sum::<f64>() / column.len() as f64
                 }
+                Rule::Median(_) => {
+                    let mut column: Vec<f64> = (0..agents).map(|a| mean_of(a, j)).collect();
+                    while column.len() > 2 {
+                        let least =
+                            (0..column.len()).min_by(|a, b| column[*a].total_cmp(&column[*b])).unwrap();
+                        column.remove(least);
+                        let most =
+                            (0..column.len()).max_by(|a, b| column[*a].total_cmp(&column[*b])).unwrap();
+                        column.remove(most);
+                    }
+                    column.iter().sum::<f64>() / column.len() as f64
+                }
+                Rule::Krum(Krum { hostile }) => mean_of(nearest(*hostile)[0], j),
+                Rule::MultiKrum(MultiKrum { hostile }) => {
+                    let cut = (agents as f64 * hostile).floor() as usize;
+                    let kept = agents.saturating_sub(2 * cut + 3).max(1);
+                    nearest(*hostile)[..kept].iter().map(|a| mean_of(*a, j)).sum::<f64>() / kept as f64
+                }
+                Rule::GeometricMedian(_) => unreachable!("has a test of its own: there is no closed form"),
             })
             .collect()
+    }
+
+    /// Sum of distances of a point from all agents' means.
+    fn reach(point: &[f64], vectors: &[Vec<i64>], totals: &[f64]) -> f64 {
+        let of = |(v, total): (&Vec<i64>, &f64)| -> f64 {
+            let at = |x: &i64| *x as f64 / 1024.0 / total.max(1.0);
+            v.iter().zip(point).map(|(x, p)| (at(x) - p).powi(2)).sum::<f64>().sqrt()
+        };
+        vectors.iter().zip(totals).map(of).sum()
     }
 
     fn close(a: &[f64], b: &[f64]) -> bool {
@@ -356,8 +511,27 @@ mod tests {
             let totals: BTreeMap<_, _> = each.iter().enumerate().map(|(i, t)| (agent(i), *t)).collect();
             let divisor = each.iter().sum::<f64>();
             for rule in rules() {
+                let krum = matches!(rule, Rule::Krum(_) | Rule::MultiKrum(_));
+                if krum && vectors.len() < 3 {
+                    let few = AggregateError::TooFew { rule: rule.name(), needed: 3, agents: vectors.len() };
+                    prop_assert_eq!(run(&rule, &updates, divisor, &totals), Err(few));
+                    continue;
+                }
                 let mean = run(&rule, &updates, divisor, &totals).unwrap();
-                prop_assert!(close(&mean, &naive(&rule, &vectors, divisor, &each)), "{}", rule.name());
+                if matches!(rule, Rule::GeometricMedian(_)) {
+                    // No step in any direction comes nearer to all.
+                    let least = reach(&mean, &vectors, &each);
+                    let size = least / vectors.len() as f64;
+                    for j in 0..mean.len() {
+                        for step in [-0.01 * size, 0.01 * size] {
+                            let mut moved = mean.clone();
+                            moved[j] += step;
+                            prop_assert!(reach(&moved, &vectors, &each) >= least * (1.0 - 1e-6), "{mean:?}");
+                        }
+                    }
+                } else {
+                    prop_assert!(close(&mean, &naive(&rule, &vectors, divisor, &each)), "{}", rule.name());
+                }
 
                 // The order in which updates arrived can't matter: a map built backwards gives the same bits.
                 let backwards: ByAgent =
@@ -427,13 +601,16 @@ mod tests {
     }
 
     #[test]
-    fn one_liar_moves_a_mean_but_not_a_trimmed_mean() {
+    fn one_liar_moves_a_mean_but_no_robust_rule() {
         let mut vectors = vec![vec![1024]; 9];
         vectors.push(vec![-1_000_000_000]);
         let totals: BTreeMap<_, _> = (0..10).map(|i| (agent(i), 1.0)).collect();
         let updates = by_agent(&vectors);
-        let trimmed = run(&Rule::new(Aggregation::TrimmedMean, 0.1), &updates, 10.0, &totals).unwrap();
-        assert_eq!(trimmed, vec![1.0]);
+        use Aggregation as A;
+        for robust in [A::TrimmedMean, A::Median, A::GeometricMedian, A::Krum, A::MultiKrum] {
+            let kept = run(&Rule::new(robust, 0.1), &updates, 10.0, &totals).unwrap();
+            assert!((kept[0] - 1.0).abs() < 1e-3, "{robust:?}: {kept:?}");
+        }
         let mean = run(&Rule::new(Aggregation::FedSgd, 0.1), &updates, 10.0, &totals).unwrap();
         assert!(mean[0] < -90_000.0);
     }

@@ -1,4 +1,4 @@
-//! The server's optimiser: momentum SGD or Adam, a cosine schedule, and an average of the last iterates.
+//! The server's optimiser: momentum SGD, Adam, Yogi or Adagrad, a cosine schedule, and an average of the last iterates.
 //!
 //! A step is taken on the mean gradient divided by the clip norm, so one learning rate means the same at any
 //! clip. The rate falls by a cosine to 10 % over the plan's rounds. What is shipped is the mean of the iterates
@@ -62,10 +62,37 @@ pub enum OptimiserSpec {
     /// Adam of Reddi et al. 2021: β₁ = 0.9, β₂ = 0.99, τ = 10⁻³.
     Adam {
         /// Step size, in (0, 1000]; default 0.01.
-        #[serde(default = "default_adam_rate")]
+        #[serde(default = "default_adaptive_rate")]
         #[garde(custom(checks::learning_rate))]
         learning_rate: f64,
     },
+    /// Yogi of Reddi et al. 2021: figures as for Adam.
+    Yogi {
+        /// Step size, in (0, 1000]; default 0.01.
+        #[serde(default = "default_adaptive_rate")]
+        #[garde(custom(checks::learning_rate))]
+        learning_rate: f64,
+    },
+    /// Adagrad of Reddi et al. 2021: no first moment, τ = 10⁻³.
+    Adagrad {
+        /// Step size, in (0, 1000]; default 0.01.
+        #[serde(default = "default_adaptive_rate")]
+        #[garde(custom(checks::learning_rate))]
+        learning_rate: f64,
+    },
+}
+
+impl OptimiserSpec {
+    /// Its kind in documents.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Sgd { .. } => "sgd",
+            Self::Adam { .. } => "adam",
+            Self::Yogi { .. } => "yogi",
+            Self::Adagrad { .. } => "adagrad",
+        }
+    }
 }
 
 /// Learning rate of momentum SGD if the plan names none.
@@ -80,9 +107,9 @@ pub fn default_momentum() -> f64 {
     0.9
 }
 
-/// Learning rate of Adam if the plan names none.
+/// Learning rate of the adaptive optimisers if none is named.
 #[must_use]
-pub fn default_adam_rate() -> f64 {
+pub fn default_adaptive_rate() -> f64 {
     0.01
 }
 
@@ -114,7 +141,9 @@ impl ServerOptimiser {
     pub fn new(spec: OptimiserSpec, steps: u32, len: usize) -> Self {
         let second = match spec {
             OptimiserSpec::Sgd { .. } => Vec::new(),
-            OptimiserSpec::Adam { .. } => vec![0.0; len],
+            OptimiserSpec::Adam { .. } | OptimiserSpec::Yogi { .. } | OptimiserSpec::Adagrad { .. } => {
+                vec![0.0; len]
+            }
         };
         Self { spec, steps, done: 0, first: vec![0.0; len], second, tail: vec![0.0; len], tail_count: 0 }
     }
@@ -186,7 +215,10 @@ impl ServerOptimiser {
 
     fn rate(&self) -> f64 {
         match self.spec {
-            OptimiserSpec::Sgd { learning_rate, .. } | OptimiserSpec::Adam { learning_rate } => learning_rate,
+            OptimiserSpec::Sgd { learning_rate, .. }
+            | OptimiserSpec::Adam { learning_rate }
+            | OptimiserSpec::Yogi { learning_rate }
+            | OptimiserSpec::Adagrad { learning_rate } => learning_rate,
         }
     }
 
@@ -199,11 +231,19 @@ impl ServerOptimiser {
                 }
                 self.first.clone()
             }
-            OptimiserSpec::Adam { .. } => {
+            OptimiserSpec::Adam { .. } | OptimiserSpec::Yogi { .. } | OptimiserSpec::Adagrad { .. } => {
+                let beta1 = if matches!(self.spec, OptimiserSpec::Adagrad { .. }) { 0.0 } else { ADAM_BETA1 };
                 for ((m, v), g) in self.first.iter_mut().zip(&mut self.second).zip(gradient) {
                     let g = g / clip_norm;
-                    *m = ADAM_BETA1 * *m + (1.0 - ADAM_BETA1) * g;
-                    *v = ADAM_BETA2 * *v + (1.0 - ADAM_BETA2) * g * g;
+                    let square = g * g;
+                    *m = beta1 * *m + (1.0 - beta1) * g;
+                    match self.spec {
+                        OptimiserSpec::Yogi { .. } => {
+                            *v -= (1.0 - ADAM_BETA2) * square * (*v - square).signum();
+                        }
+                        OptimiserSpec::Adagrad { .. } => *v += square,
+                        _ => *v = ADAM_BETA2 * *v + (1.0 - ADAM_BETA2) * square,
+                    }
                 }
                 self.first.iter().zip(&self.second).map(|(m, v)| m / (v.sqrt() + ADAM_TAU)).collect()
             }
@@ -248,9 +288,11 @@ mod tests {
     )]
     use super::*;
 
-    const SPECS: [OptimiserSpec; 2] = [
+    const SPECS: [OptimiserSpec; 4] = [
         OptimiserSpec::Sgd { learning_rate: 4.0, momentum: 0.9 },
         OptimiserSpec::Adam { learning_rate: 0.05 },
+        OptimiserSpec::Yogi { learning_rate: 0.05 },
+        OptimiserSpec::Adagrad { learning_rate: 0.05 },
     ];
 
     /// Gradients of a fixed, uneven path.
@@ -277,6 +319,16 @@ mod tests {
                         v = 0.99 * v + 0.01 * g * g;
                         p -= learning_rate * decay * m / (v.sqrt() + 0.001);
                     }
+                    OptimiserSpec::Yogi { learning_rate } => {
+                        m = 0.9 * m + 0.1 * g;
+                        let g2: f64 = g * g;
+                        v = if v < g2 { v + 0.01 * g2 } else { v - 0.01 * g2 };
+                        p -= learning_rate * decay * m / (v.sqrt() + 0.001);
+                    }
+                    OptimiserSpec::Adagrad { learning_rate } => {
+                        v += g * g;
+                        p -= learning_rate * decay * g / (v.sqrt() + 0.001);
+                    }
                 }
                 history.push(p);
             }
@@ -288,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn both_arms_equal_their_naive_twins_and_survive_a_restart_after_every_step() {
+    fn all_arms_equal_their_naive_twins_and_survive_a_restart_after_every_step() {
         for spec in SPECS {
             for steps in [2, 3, 12, 20] {
                 let mut optimiser = ServerOptimiser::new(spec, steps, 3);

@@ -3,14 +3,19 @@
 //! At each position the smallest and largest ⌊n·trim⌋ values are left out, so fewer than that many agents can't
 //! move the result beyond honest values. Not linear, and impossible on a securely aggregated sum.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::aggregate::{Aggregate, AggregateError, Updates};
+use crate::aggregate::optimiser::OptimiserSpec;
+use crate::aggregate::strategy::{FederatedStrategy, PLAIN_STEP, default_trim};
+use crate::aggregate::{Aggregate, AggregateError, Rule, Updates};
 
 /// The trimmed mean over agents.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
 pub struct TrimmedMean {
-    /// Share of agents cut at each end, in [0, 0.5).
+    /// Share of agents cut at each end, in [0, 0.5). Default 0.1.
+    #[serde(default = "default_trim")]
     pub trim: f64,
 }
 
@@ -48,5 +53,23 @@ impl Aggregate for TrimmedMean {
             mean.push(column.iter().skip(cut).take(kept).sum::<f64>() / kept as f64);
         }
         Ok(mean)
+    }
+}
+
+impl FederatedStrategy for TrimmedMean {
+    fn kind(&self) -> &'static str {
+        "trimmed_mean"
+    }
+
+    fn paper(&self) -> &'static str {
+        "Yin et al. 2018, arXiv 1803.01498"
+    }
+
+    fn rule(&self) -> Rule {
+        Rule::TrimmedMean(*self)
+    }
+
+    fn optimiser(&self) -> OptimiserSpec {
+        PLAIN_STEP
     }
 }

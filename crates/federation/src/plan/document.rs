@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use garde::Validate;
 use miette::{Diagnostic, LabeledSpan, NamedSource, SourceCode};
 use serde::Deserialize;
-use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeOwned, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::{
     DefaultMessageFormatter, Error as YamlError, Location, MessageFormatter, NonFiniteFloatPolicy, Spanned,
 };
@@ -135,27 +135,43 @@ pub(super) fn parse(bytes: &[u8], file: &str) -> Result<Plan, PlanError> {
         return Err(PlanError::TooLarge { got: bytes.len() });
     }
     let text = std::str::from_utf8(bytes).map_err(|error| PlanError::NotText { at: error.valid_up_to() })?;
+    let check = |plan: &Plan| {
+        let mut found: Vec<(String, String)> = match plan.validate() {
+            Ok(()) => Vec::new(),
+            Err(report) => report.iter().map(|(path, error)| (path.to_string(), error.to_string())).collect(),
+        };
+        if found.is_empty() {
+            let contradictions = plan.contradictions().into_iter();
+            found = contradictions.map(|(path, message)| (path.to_owned(), message)).collect();
+        }
+        found
+    };
+    read_document(text, file, check).map_err(PlanError::Faulty)
+}
+
+/// Reads a YAML document of any kind; `check` gives path and message of each fault, and `file` is the name shown.
+///
+/// # Errors
+/// [`Faults`] with the place of each: the first syntax error or unknown key, or all that `check` found.
+pub fn read_document<T: DeserializeOwned>(
+    text: &str,
+    file: &str,
+    check: impl FnOnce(&T) -> Vec<(String, String)>,
+) -> Result<T, Box<Faults>> {
     let refuse = |mut faults: Vec<Fault>| {
         faults.sort_by_key(|fault| (fault.line, fault.column));
         let source = NamedSource::new(file, text.to_owned());
-        PlanError::Faulty(Box::new(Faults { file: file.to_owned(), source, faults }))
+        Box::new(Faults { file: file.to_owned(), source, faults })
     };
     let options = serde_saphyr::options! { with_snippet: false };
-    let plan: Plan =
+    let document: T =
         serde_saphyr::from_str_with_options(text, options).map_err(|error| refuse(vec![syntax(&error)]))?;
-
-    let mut found: Vec<(String, String)> = match plan.validate() {
-        Ok(()) => Vec::new(),
-        Err(report) => report.iter().map(|(path, error)| (path.to_string(), error.to_string())).collect(),
-    };
+    let found = check(&document);
     if found.is_empty() {
-        found = plan.contradictions().into_iter().map(|(path, message)| (path.to_owned(), message)).collect();
+        return Ok(document);
     }
-    if found.is_empty() {
-        return Ok(plan);
-    }
-    // A document that parsed as a plan parses as a tree too; should it not, places are unknown. `.nan` must pass:
-    // it is one of the faults to be placed.
+    // A document that parsed parses as a tree too; should it not, places are unknown. `.nan` must pass: it is one of the
+    // faults to be placed.
     let options = serde_saphyr::options! {
         with_snippet: false,
         non_finite_float_policy: NonFiniteFloatPolicy::PassThrough,

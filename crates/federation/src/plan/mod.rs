@@ -22,7 +22,7 @@ use crate::id::PlanDigest;
 
 pub use adapter::{AdapterSpec, MAX_ADAPTER_RANK};
 pub use budget::{PlanBudget, STAGES};
-pub use document::{Fault, Faults, PlanError};
+pub use document::{Fault, Faults, PlanError, read_document};
 pub use placement::{MAX_SUM_AGENTS, NoisePlacement, SUM_STEPS, SecureSumSpec};
 
 /// A checked plan.
@@ -260,7 +260,8 @@ pub struct RoundsSpec {
     /// How updates become one gradient. Default `fedsgd`.
     #[garde(skip)]
     pub aggregation: Aggregation,
-    /// Share of agents cut at each end by `trimmed_mean`, in [0, 0.5). Default 0.1.
+    /// Share of agents that `trimmed_mean` cuts at each end and that `krum` and `multi_krum` take for hostile, in [0, 0.5).
+    /// Default 0.1.
     #[garde(custom(checks::below_half))]
     pub trim: f64,
     /// What is trained: a kind's name, or a map with `kind` and its figures. Default `feature_tokens`.
@@ -362,10 +363,9 @@ impl Plan {
         if coarse_bins > bins {
             found.push(("release.coarse_bins", format!("coarse_bins {coarse_bins} is above bins {bins}")));
         }
-        let adam = matches!(self.rounds.optimiser, OptimiserSpec::Adam { .. });
-        if adam != (self.rounds.aggregation == Aggregation::FedAdam) {
-            let message = "optimiser adam and aggregation fedadam go together only".to_owned();
-            found.push(("rounds.aggregation", message));
+        let (expected, got) = (self.rounds.aggregation.optimiser(), self.rounds.optimiser.name());
+        if expected != got {
+            found.push(("rounds.aggregation", format!("goes with optimiser {expected} only, got {got}")));
         }
         found.extend(self.placement_contradictions());
         if found.is_empty()

@@ -1,0 +1,137 @@
+//! Means over domains and seeds, for tables and pictures.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::super::results::Row;
+
+/// Mean over seeds, and its standard error where there are several.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Mean {
+    pub(crate) mean: f64,
+    pub(crate) error: Option<f64>,
+}
+
+/// An arm's method.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Method {
+    pub(crate) arm: String,
+    pub(crate) method: String,
+}
+
+impl Method {
+    /// For tables and legends.
+    pub(crate) fn shown(&self) -> String {
+        match self.arm.as_str() {
+            super::super::run::RIVALS => self.method.replace('_', " "),
+            _ if self.method == super::super::run::MODEL => self.arm.clone(),
+            _ => format!("{}: {}", self.arm, self.method.replace('_', " ")),
+        }
+    }
+}
+
+/// Rows of the last round of their arm, or without a round: what a run came to.
+pub(crate) fn last(rows: &[Row]) -> Vec<&Row> {
+    let mut latest: BTreeMap<(&str, u64, &str), u32> = BTreeMap::new();
+    for row in rows {
+        if let Some(round) = row.round {
+            let at = latest.entry((&row.set, row.seed, &row.arm)).or_default();
+            *at = (*at).max(round);
+        }
+    }
+    let is_last =
+        |row: &&Row| row.round.is_none_or(|r| latest.get(&(&*row.set, row.seed, &*row.arm)) == Some(&r));
+    rows.iter().filter(is_last).collect()
+}
+
+/// Mean over counted domains, then over sets, for each seed; then over seeds.
+pub(crate) fn mean<'a>(rows: impl IntoIterator<Item = &'a Row>, metric: &str) -> Option<Mean> {
+    let mut by_seed: BTreeMap<u64, BTreeMap<&str, Vec<f64>>> = BTreeMap::new();
+    for row in rows.into_iter().filter(|row| row.metric == metric && row.counted) {
+        by_seed.entry(row.seed).or_default().entry(&row.set).or_default().push(row.value);
+    }
+    let plain = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    let seeds: Vec<f64> = by_seed
+        .values()
+        .map(|sets| plain(&sets.values().map(|values| plain(values)).collect::<Vec<f64>>()))
+        .collect();
+    if seeds.is_empty() {
+        return None;
+    }
+    let (n, mean) = (seeds.len() as f64, plain(&seeds));
+    let error = (seeds.len() > 1)
+        .then(|| (seeds.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / (n - 1.0) / n).sqrt());
+    Some(Mean { mean, error })
+}
+
+/// Methods in the order in which they appear.
+pub(crate) fn methods<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Vec<Method> {
+    let mut seen = BTreeSet::new();
+    let mut all = Vec::new();
+    for row in rows {
+        let method = Method { arm: row.arm.clone(), method: row.method.clone() };
+        if seen.insert(method.clone()) {
+            all.push(method);
+        }
+    }
+    all
+}
+
+/// Names of sets, in order.
+pub(crate) fn sets<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Vec<&'a str> {
+    rows.into_iter().map(|row| row.set.as_str()).collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// Names of domains, in order, without the sum of all.
+pub(crate) fn domains<'a>(rows: impl IntoIterator<Item = &'a Row>) -> Vec<&'a str> {
+    let all: BTreeSet<&str> = rows.into_iter().map(|row| row.domain.as_str()).collect();
+    all.into_iter().filter(|domain| *domain != "*").collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(
+        clippy::unwrap_used,
+        clippy::float_cmp,
+        reason = "tests; exact equality is meant where it stands"
+    )]
+    use super::*;
+
+    fn row(set: &str, seed: u64, domain: &str, round: Option<u32>, value: f64) -> Row {
+        Row {
+            set: set.into(),
+            seed,
+            arm: "f".into(),
+            method: "model".into(),
+            round,
+            domain: domain.into(),
+            rows: None,
+            counted: domain != "few",
+            metric: "auc".into(),
+            value,
+        }
+    }
+
+    #[test]
+    fn means_are_over_domains_then_sets_then_seeds() {
+        let rows = [
+            row("a", 0, "d", None, 0.5),
+            row("a", 0, "e", None, 0.7),
+            row("b", 0, "d", None, 0.8),
+            row("b", 0, "few", None, 0.0),
+            row("a", 1, "d", None, 0.9),
+        ];
+        let found = mean(&rows, "auc").unwrap();
+        // Seed 0: (0.6 + 0.8) / 2 = 0.7; seed 1: 0.9.
+        assert!((found.mean - 0.8).abs() < 1e-12 && (found.error.unwrap() - 0.1).abs() < 1e-12, "{found:?}");
+        assert_eq!(mean(&rows, "brier"), None);
+        assert_eq!(mean(&rows[4..], "auc").unwrap().error, None);
+    }
+
+    #[test]
+    fn the_last_round_is_each_arms_own() {
+        let rows =
+            [row("a", 0, "d", Some(1), 0.1), row("a", 0, "d", Some(3), 0.3), row("a", 1, "d", Some(2), 0.2)];
+        let kept: Vec<f64> = last(&rows).iter().map(|row| row.value).collect();
+        assert_eq!(kept, [0.3, 0.2]);
+    }
+}

@@ -1,0 +1,444 @@
+//! `run`: a scenario's tasks, done once each, on all cores, taken up where a killed run stopped.
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use tabmesh_agent::books::read_entries;
+use tabmesh_federation::id::{Digest, PlanDigest};
+use tabmesh_privacy::ledger::{balance_of, replay};
+
+use super::data::{Data, Source, World, virtual_domains};
+use super::document::{Federation, Flow, Metric, Scenario};
+use super::figures::{Tenths, Where};
+use super::report;
+use super::results::{FORMAT, Manifest, Row, RunFolder, SetDigest, Shard};
+use super::rounds::{self, RoundEnd};
+use crate::process::now;
+use crate::quickstart::deployed::BASE_MODEL;
+use crate::utility::federation;
+use crate::utility::measure::{self, Answers, Scoring};
+use crate::utility::member::Member;
+
+/// How a scenario is run.
+#[derive(Debug, Clone, clap::Args)]
+pub struct RunArgs {
+    /// The scenario (YAML).
+    pub scenario: PathBuf,
+    /// Folder of the run; it is taken up if it holds a part of the same run. Default: `runs/NAME`.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Tables, part, tasks at a time.
+    #[command(flatten)]
+    pub how: How,
+}
+
+/// What `run` and `sweep` share.
+#[derive(Debug, Clone, clap::Args)]
+pub struct How {
+    /// Folder of tables, in place of the scenario's `data.folder`.
+    #[arg(long)]
+    pub data: Option<PathBuf>,
+    /// Do one part of the tasks, `I/N`; `compare` and `report` put parts together.
+    #[arg(long, value_name = "I/N")]
+    pub shard: Option<Shard>,
+    /// Tasks at a time. Default: one a core.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub jobs: Option<u16>,
+}
+
+/// A run that has been prepared: its folder and what is to be done.
+pub(crate) struct Prepared {
+    pub(crate) folder: RunFolder,
+    pub(crate) scenario: Scenario,
+    digest: PlanDigest,
+    data: Arc<Data>,
+    /// All tasks of this shard, done or not.
+    tasks: Vec<Task>,
+}
+
+/// One arm on one set under one seed.
+#[derive(Debug, Clone)]
+struct Task {
+    set: usize,
+    seed: u64,
+    arm: Arm,
+    id: String,
+}
+
+/// What a task runs.
+#[derive(Debug, Clone)]
+enum Arm {
+    Rivals,
+    Flow(Flow),
+    Federation(Federation),
+}
+
+impl Arm {
+    fn name(&self) -> &str {
+        match self {
+            Self::Rivals => RIVALS,
+            Self::Flow(flow) => &flow.name,
+            Self::Federation(federation) => &federation.name,
+        }
+    }
+}
+
+/// Runs a scenario; gives the run's folder.
+///
+/// # Errors
+/// The scenario's faults, tables or folders that can't be used, or the first task that failed.
+pub fn run(args: &RunArgs) -> Result<RunFolder> {
+    let (scenario, text) = Scenario::load(&args.scenario)?;
+    let base = args.scenario.parent().unwrap_or(Path::new(".")).to_owned();
+    let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&scenario.name));
+    let data = Arc::new(Data::open(&scenario.data, &base, args.how.data.as_deref())?);
+    let mut first = 0;
+    let prepared = prepare(&out, scenario, &text, data, args.how.shard, &mut first)?;
+    let mut done = execute(vec![prepared], args.how.jobs)?;
+    done.pop().context("no run")
+}
+
+/// Opens a run's folder; `first` counts tasks over several runs, so that shards are cut through all of them.
+pub(crate) fn prepare(
+    out: &Path,
+    scenario: Scenario,
+    text: &str,
+    data: Arc<Data>,
+    shard: Option<Shard>,
+    first: &mut usize,
+) -> Result<Prepared> {
+    let shard = shard.unwrap_or(Shard::WHOLE);
+    let all = tasks(&scenario, data.sets());
+    let sets = data
+        .sets()
+        .iter()
+        .map(|set| Ok(SetDigest { name: set.name().to_owned(), digest: set.digest()? }))
+        .collect::<Result<Vec<_>>>()?;
+    let manifest = Manifest {
+        format: FORMAT,
+        scenario: scenario.name.clone(),
+        scenario_digest: Digest::of(text.as_bytes()),
+        program: env!("CARGO_PKG_VERSION").to_owned(),
+        base_model: Digest::of(BASE_MODEL),
+        seeds: scenario.seeds,
+        sets,
+        tasks: all.len(),
+        shard,
+    };
+    let folder = RunFolder::open(out, text, &manifest)?;
+    let start = *first;
+    *first += all.len();
+    let mine = all.into_iter().enumerate().filter(|(i, _)| shard.has(start + i)).map(|(_, task)| task);
+    Ok(Prepared { folder, digest: PlanDigest::of(text.as_bytes()), data, tasks: mine.collect(), scenario })
+}
+
+fn tasks(scenario: &Scenario, sets: &[Source]) -> Vec<Task> {
+    let mut arms = Vec::new();
+    if !scenario.rivals.is_empty() {
+        arms.push(Arm::Rivals);
+    }
+    arms.extend(scenario.federations.iter().cloned().map(Arm::Federation));
+    arms.extend(scenario.flows.iter().cloned().map(Arm::Flow));
+    let mut all = Vec::new();
+    for (set, source) in sets.iter().enumerate() {
+        for seed in 0..u64::from(scenario.seeds) {
+            for arm in &arms {
+                let id = format!("{}.{seed:04}.{}", source.name(), arm.name());
+                all.push(Task { set, seed, arm: arm.clone(), id });
+            }
+        }
+    }
+    all
+}
+
+/// Does everything that isn't done yet, then gathers rows and draws reports.
+pub(crate) fn execute(runs: Vec<Prepared>, jobs: Option<u16>) -> Result<Vec<RunFolder>> {
+    let queue: Vec<(&Prepared, &Task)> = runs
+        .iter()
+        .flat_map(|run| run.tasks.iter().map(move |task| (run, task)))
+        .filter(|(run, task)| !run.folder.has(&task.id))
+        .collect();
+    let total: usize = runs.iter().map(|run| run.tasks.len()).sum();
+    let jobs = jobs
+        .map_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get), usize::from);
+    let progress = Progress::new(total, total - queue.len(), jobs, queue.iter().map(|(_, task)| *task));
+    let next = AtomicUsize::new(0);
+    let stop = AtomicBool::new(false);
+    let failed: Mutex<Option<anyhow::Error>> = Mutex::new(None);
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.min(queue.len()) {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let Some((run, task)) = queue.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+                    let began = now();
+                    let tell = |what: &str| progress.tell(task, what);
+                    let outcome = run
+                        .rows(task, &tell)
+                        .and_then(|rows| run.folder.store(&task.id, &rows))
+                        .with_context(|| task.id.clone());
+                    match outcome {
+                        Ok(()) => progress.done(task, began.elapsed()),
+                        Err(error) => {
+                            stop.store(true, Ordering::Relaxed);
+                            let mut first = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                            first.get_or_insert(error);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    progress.end();
+    if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(error.context("a task failed; the same command goes on from here"));
+    }
+    let mut folders = Vec::new();
+    for run in runs {
+        let ids: Vec<String> = run.tasks.iter().map(|task| task.id.clone()).collect();
+        let rows = run.folder.gather(&ids)?;
+        let manifest = run.folder.manifest()?;
+        let page = report::html(&run.scenario, &manifest, &rows);
+        super::results::write(&run.folder.report_path(), page.as_bytes())?;
+        folders.push(run.folder);
+    }
+    Ok(folders)
+}
+
+impl Prepared {
+    /// Does one task.
+    fn rows(&self, task: &Task, tell: &dyn Fn(&str)) -> Result<Vec<Row>> {
+        let source = self.data.sets().get(task.set).context("no such set")?;
+        let world = source.world(&self.scenario, task.seed)?;
+        let place = Where { set: source.name(), seed: task.seed, arm: task.arm.name(), round: None };
+        match &task.arm {
+            Arm::Rivals => self.rivals(&world, &place, tell),
+            Arm::Flow(flow) => self.flow(flow, &world, &place, tell),
+            Arm::Federation(federation) => self.federation(federation, &world, &place, tell),
+        }
+    }
+
+    fn rivals(&self, world: &World, place: &Where<'_>, tell: &dyn Fn(&str)) -> Result<Vec<Row>> {
+        let tables = world.members.iter().map(Member::tables).collect::<Result<Vec<_>>>()?;
+        let wanted: Vec<&'static str> = self.scenario.rivals.iter().map(|rival| rival.name()).collect();
+        let answers = measure::rivals(&world.members, &tables, &wanted, place.seed, tell)?;
+        let domains: Vec<(&str, &Answers, &[u8])> = world
+            .members
+            .iter()
+            .zip(&answers)
+            .zip(&tables)
+            .map(|((member, answers), tables)| (member.domain.as_str(), answers, tables.labels.as_slice()))
+            .collect();
+        Ok(place.all(&self.scenario.metrics, &domains))
+    }
+
+    fn flow(&self, flow: &Flow, world: &World, place: &Where<'_>, tell: &dyn Fn(&str)) -> Result<Vec<Row>> {
+        let root = tempfile::Builder::new().prefix("tabmesh-flow-").tempdir()?;
+        let plan = flow.plan(&world.target, world.members.len())?;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let ran = federation::run(root.path(), &world.members, &plan, place.seed, tell);
+        let federated = runtime.block_on(ran)?;
+        runtime.shutdown_background();
+        let members = &world.members;
+        let scoring = Scoring { federated: &federated, members, seed: place.seed, tell };
+        let tables = members.iter().map(Member::tables).collect::<Result<Vec<_>>>()?;
+        let ours = measure::ours(&scoring, &tables)?;
+        let domains: Vec<(&str, &Answers, &[u8])> = members
+            .iter()
+            .zip(&ours)
+            .zip(&tables)
+            .map(|((member, ours), tables)| (member.domain.as_str(), &ours.answers, tables.labels.as_slice()))
+            .collect();
+        let mut rows = place.all(&self.scenario.metrics, &domains);
+        for ((member, ours), tables) in members.iter().zip(&ours).zip(&tables) {
+            let counts = measure::counted(&tables.labels);
+            for (name, weight) in &ours.blend {
+                let metric = format!("weight of {name}");
+                rows.extend(place.row("served", &member.domain, counts, &metric, Some(*weight)));
+            }
+            let books = federated.layout.domain(&member.name()).join("data").join("books");
+            let spent = balance_of(&replay(&read_entries(&books)?)?, &member.product)
+                .and_then(|balance| balance.epsilon_spent)
+                .map(tabmesh_privacy::budget::Epsilon::get);
+            rows.extend(place.row("served", &member.domain, counts, "epsilon", spent));
+        }
+        if let (Some(newcomer), Some(spec)) = (&world.newcomer, &self.scenario.newcomers) {
+            let sizes: Vec<usize> = spec.rows.iter().map(|rows| *rows as usize).collect();
+            for line in measure::newcomer(&scoring, newcomer, &sizes, usize::from(spec.draws))? {
+                let counts = line.counted_draws > 0;
+                let size = u32::try_from(line.rows).ok();
+                for (metric, figures) in [("auc", &line.auc), ("log_loss", &line.log_loss)] {
+                    let wanted = match metric {
+                        "auc" => Metric::Auc,
+                        _ => Metric::LogLoss,
+                    };
+                    if !self.scenario.metrics.contains(&wanted) {
+                        continue;
+                    }
+                    for (method, value) in figures {
+                        let row = place.row(method, &newcomer.domain, counts, metric, Some(*value));
+                        rows.extend(row.map(|row| Row { rows: size, ..row }));
+                    }
+                }
+            }
+        }
+        Ok(rows)
+    }
+
+    fn federation(
+        &self,
+        spec: &Federation,
+        world: &World,
+        place: &Where<'_>,
+        tell: &dyn Fn(&str),
+    ) -> Result<Vec<Row>> {
+        tell("coding rows");
+        let domains = virtual_domains(&world.members)?;
+        let wanted = &self.scenario.metrics;
+        let mut rows = Vec::new();
+        let mut hear = |end: &RoundEnd<'_>| -> Result<()> {
+            tell(&format!("round {} of {}", end.round, spec.rounds));
+            let place = Where { round: Some(end.round), ..place.clone() };
+            let mut tenths = Tenths::default();
+            for domain in &domains {
+                let test = &domain.test;
+                let answers: Vec<f64> = (0..test.len())
+                    .map(|row| end.learner.probability(end.parameters, test.row(row)))
+                    .collect();
+                rows.extend(place.domain(wanted, MODEL, &domain.domain, &answers, &test.labels));
+                tenths.add(&answers, &test.labels);
+            }
+            if end.round == spec.rounds && wanted.contains(&Metric::Reliability) {
+                rows.extend(tenths.rows(&place, MODEL));
+            }
+            let counts = end.counts;
+            for (metric, value) in [
+                ("updates_accepted", counts.accepted),
+                ("updates_dropped", counts.dropped),
+                ("updates_late", counts.late),
+                ("updates_screened", counts.screened),
+                ("rounds_abandoned", counts.abandoned),
+            ] {
+                rows.extend(place.row(MODEL, "*", true, metric, Some(f64::from(value))));
+            }
+            rows.extend(place.row(MODEL, "*", true, "epsilon", counts.epsilon));
+            Ok(())
+        };
+        rounds::run(spec, &domains, place.seed, self.digest, &mut hear)?;
+        Ok(rows)
+    }
+}
+
+/// Tells what is done and how long the rest may take.
+struct Progress {
+    bar: Option<ProgressBar>,
+    state: Mutex<State>,
+    jobs: usize,
+    total: usize,
+}
+
+struct State {
+    done: usize,
+    /// Tasks left, and seconds and number of those done here, by arm.
+    left: BTreeMap<String, usize>,
+    took: BTreeMap<String, (f64, usize)>,
+}
+
+impl Progress {
+    fn new<'a>(total: usize, done: usize, jobs: usize, queue: impl Iterator<Item = &'a Task>) -> Self {
+        let mut left: BTreeMap<String, usize> = BTreeMap::new();
+        queue.for_each(|task| *left.entry(task.arm.name().to_owned()).or_default() += 1);
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(total as u64);
+            if let Ok(style) = ProgressStyle::with_template("[{pos}/{len}] {bar:30} {msg}") {
+                bar.set_style(style);
+            }
+            bar.set_position(done as u64);
+            bar.enable_steady_tick(Duration::from_millis(500));
+            bar
+        });
+        if done > 0 {
+            say(&format!("{done} of {total} tasks are done already"));
+        }
+        Self { bar, state: Mutex::new(State { done, left, took: BTreeMap::new() }), jobs, total }
+    }
+
+    fn tell(&self, task: &Task, what: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(format!("{}: {what}", task.id));
+        }
+    }
+
+    fn done(&self, task: &Task, took: Duration) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.done += 1;
+        let arm = task.arm.name().to_owned();
+        if let Some(left) = state.left.get_mut(&arm) {
+            *left -= 1;
+        }
+        let entry = state.took.entry(arm).or_default();
+        *entry = (entry.0 + took.as_secs_f64(), entry.1 + 1);
+        let line = format!("{} took {:.1} s; {}", task.id, took.as_secs_f64(), state.rest(self.jobs));
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(state.done as u64);
+                bar.set_message(line);
+            }
+            None => say(&format!("[{}/{}] {line}", state.done, self.total)),
+        }
+    }
+
+    fn end(self) {
+        if let Some(bar) = self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Tells a line; that nobody listens any more is no reason to stop.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+impl State {
+    /// How long the rest may take if each arm goes on as it did; arms not seen yet take as long as the mean of all.
+    fn rest(&self, jobs: usize) -> String {
+        let (seconds, number) = self.took.values().fold((0.0, 0), |s, t| (s.0 + t.0, s.1 + t.1));
+        let mean = seconds / number.max(1) as f64;
+        let of = |arm: &String| self.took.get(arm).map_or(mean, |(s, n)| s / (*n).max(1) as f64);
+        let rest: f64 = self.left.iter().map(|(arm, left)| of(arm) * *left as f64).sum::<f64>();
+        let rest = rest / jobs.max(1) as f64;
+        if rest < 90.0 {
+            format!("about {:.0} s left", rest.ceil())
+        } else {
+            format!("about {:.0} min left", (rest / 60.0).ceil())
+        }
+    }
+}
+
+/// Name of the arm of methods without a federation.
+pub(crate) const RIVALS: &str = "rivals";
+/// Method name of a federation's model.
+pub(crate) const MODEL: &str = "model";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rest_is_told_by_arm_over_all_jobs() {
+        let state = State {
+            done: 2,
+            left: BTreeMap::from([("a".to_owned(), 3), ("b".to_owned(), 1)]),
+            took: BTreeMap::from([("a".to_owned(), (20.0, 2))]),
+        };
+        // Three of 10 s, one unseen of the mean 10 s, on two cores.
+        assert_eq!(state.rest(2), "about 20 s left");
+        assert_eq!(state.rest(1), "about 40 s left");
+    }
+}

@@ -1,0 +1,69 @@
+//! One domain of a federation: its name, its contract, its tables.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use tabmesh_contract::batch::TypedBatch;
+use tabmesh_contract::contract::Contract;
+use tabmesh_contract::schema::FeatureSchema;
+
+use crate::quickstart::measure::rows;
+
+/// A domain as its agent and its judge see it.
+#[derive(Debug, Clone)]
+pub(crate) struct Member {
+    /// Name for people.
+    pub(crate) domain: String,
+    /// Name of its data product.
+    pub(crate) product: String,
+    /// Text of its contract, whose source is the training table.
+    pub(crate) contract: String,
+    /// Its training table.
+    pub(crate) train: PathBuf,
+    /// Its test table, which no agent sees.
+    pub(crate) test: PathBuf,
+}
+
+/// Training and test rows of one domain in its declared terms.
+pub(crate) struct Tables {
+    pub(crate) schema: FeatureSchema,
+    pub(crate) train: TypedBatch,
+    pub(crate) test: TypedBatch,
+    /// Of the test rows.
+    pub(crate) labels: Vec<u8>,
+}
+
+impl Member {
+    /// Its name as identities and products spell it.
+    pub(crate) fn name(&self) -> String {
+        name(&self.domain)
+    }
+
+    /// Reads its contract.
+    ///
+    /// # Errors
+    /// It isn't one.
+    pub(crate) fn parsed(&self) -> Result<Contract> {
+        let (contract, _) = Contract::parse("contract.yaml", &self.contract)
+            .map_err(|error| anyhow::anyhow!("contract of {}: {}", self.domain, error.render()))?;
+        Ok(contract)
+    }
+
+    /// Reads its tables.
+    ///
+    /// # Errors
+    /// Contract or tables can't be read.
+    pub(crate) fn tables(&self) -> Result<Tables> {
+        let contract = self.parsed()?;
+        let schema = contract.approved_schema().with_context(|| format!("schema of {}", self.domain))?;
+        let train = rows(&contract, &self.train, &schema)?;
+        let test = rows(&contract, &self.test, &schema)?;
+        let labels = test.labels.iter().map(|label| u8::from(*label == Some(1))).collect();
+        Ok(Tables { schema, train, test, labels })
+    }
+}
+
+/// A domain's name as identities and products spell it.
+pub(crate) fn name(domain: &str) -> String {
+    domain.to_lowercase().replace('_', "-")
+}
