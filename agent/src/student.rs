@@ -332,7 +332,7 @@ source: {type: csv, path: sales.csv}
                     TypedColumn::Numeric((0..60).map(f64::from).collect()),
                     TypedColumn::Categorical((0..60).map(|row| row % 2).collect()),
                 ],
-                labels: (0..60).map(|row| Some(u8::from(row > 25))).collect(),
+                labels: (0..60).map(|row| Some(u16::from(row > 25))).collect(),
                 units: vec![[0; 16]; 60],
             };
             let preprocessing = Preprocessing::fit(&domain.schema, &rows).unwrap();
