@@ -165,14 +165,17 @@ fn fixed_sizes_are_exact() {
 
 #[test]
 fn unknown_and_unspecified_enum_values_are_refused() {
-    for got in [0, 6, -1, i32::MAX] {
+    for got in [0, 7, -1, i32::MAX] {
         let kind = pb::Assignment { kind: got, ..assignment(2) };
         assert_eq!(Assignment::try_from(kind), Err(ConvertError::UnknownValue { field: "kind", got }));
         assert_eq!(goodbye_reason(got), Err(ConvertError::UnknownValue { field: "reason", got }));
     }
-    for value in 1..=5 {
+    assert!(goodbye_reason(6).is_err());
+    for value in 1..=6 {
         let kind = assignment_kind(value).unwrap();
         assert_eq!(i32::from(pb::AssignmentKind::from(kind)), value);
+    }
+    for value in 1..=5 {
         let reason = goodbye_reason(value).unwrap();
         assert_eq!(i32::from(pb::GoodbyeReason::from(reason)), value);
     }
