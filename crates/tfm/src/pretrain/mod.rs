@@ -233,7 +233,7 @@ mod tests {
         let base = train(&config(2), &Start::Scratch, None).unwrap();
         let model = ModelConfig { max_classes: 5, ..ModelConfig::tiny() };
         let wider = PretrainConfig { model, parent: Some("a".into()), ..config(2) };
-        let start = Start::Base(Box::new(base.clone()));
+        let start = Start::Base(Box::new(base));
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("training");
         let tuned = train(&wider, &start, Some(&path)).unwrap();
