@@ -204,10 +204,10 @@ impl Context {
         let (mut gradient, mut alone) = (vec![0f32; size], vec![0f64; size]);
         for (first, count) in pass.chunks() {
             let (played, _) = pass.back(first, count)?;
-            for row in first..first + count {
+            for (row, owners) in owners.iter().enumerate().skip(first).take(count) {
                 gradient.fill(0.0);
                 pass.add_row(&played, row - first, &mut gradient);
-                for &unit in &owners[row] {
+                for &unit in owners {
                     let last = last_row[unit] == Some(row);
                     match (open.remove(&unit), last) {
                         (None, true) => {
