@@ -20,8 +20,8 @@ pub(super) struct Product<'a> {
     pub(super) rows: usize,
     /// Length of the sums.
     pub(super) depth: usize,
-    /// The right side by [`place`]: panels of up to [`PANEL`] outputs, each `(depth, its outputs rounded up to eight)`,
-    /// so that a row of the left side reads it from end to end.
+    /// The right side by [`place`]: panels of up to [`PANEL`] outputs, each `(depth, its outputs)`, so that a row of the
+    /// left side reads it from end to end.
     pub(super) panels: &'a [f32],
     /// Outputs per row; the last eight may be more than there are.
     pub(super) outputs: usize,
@@ -32,14 +32,20 @@ pub(super) struct Product<'a> {
 
 /// Numbers of a packed right side.
 pub(super) fn packed(depth: usize, outputs: usize) -> usize {
-    depth * outputs.next_multiple_of(LANES)
+    depth * padded(outputs)
 }
 
 /// Where input `k` of output `o` stands in a packed right side.
 pub(super) fn place(k: usize, o: usize, depth: usize, outputs: usize) -> usize {
     let first = o - o % PANEL;
-    let width = PANEL.min(outputs.next_multiple_of(LANES) - first);
+    let width = PANEL.min(padded(outputs) - first);
     first * depth + k * width + o % PANEL
+}
+
+/// Outputs with those of no use: the last panel has one, two or four strips, for which there are loops.
+fn padded(outputs: usize) -> usize {
+    let strips = outputs.div_ceil(LANES);
+    LANES * if strips % 4 == 3 { strips + 1 } else { strips }
 }
 
 impl WithSimd for Product<'_> {
@@ -50,114 +56,103 @@ impl WithSimd for Product<'_> {
         if self.depth == 0 {
             return;
         }
-        let halved = self.outputs <= NARROW && self.depth >= LONG;
-        for (i, numbers) in self.panels.chunks(PANEL * self.depth).enumerate() {
-            let panel = Panel::<S> { vectors: S::as_simd_f32s(numbers).0, first: i * PANEL };
-            if halved {
-                self.rows_by::<S, 3, 2>(simd, panel);
-            } else {
-                self.rows_by::<S, 6, 1>(simd, panel);
+        let panels = self.panels;
+        for (i, numbers) in panels.chunks(PANEL * self.depth).enumerate() {
+            let (vectors, first) = (S::as_simd_f32s(numbers).0, i * PANEL);
+            match vectors.len() / self.depth {
+                1 => self.panel::<S, 1>(simd, vectors.as_chunks().0, first),
+                2 => self.panel::<S, 2>(simd, vectors.as_chunks().0, first),
+                _ => self.panel::<S, 4>(simd, vectors.as_chunks().0, first),
             }
         }
     }
 }
 
-/// Up to four strips of eight outputs, input by input.
-#[derive(Clone, Copy)]
-struct Panel<'a, S: Simd> {
-    vectors: &'a [S::f32s],
-    /// Its first output.
-    first: usize,
-}
-
 impl Product<'_> {
-    /// All rows, `MOST` at a time, every sum in `PARTS` parts. `MOST` is 6 or 3.
+    /// All rows with one panel of `W` strips, input by input, whose first output is `first`.
     #[inline(always)]
-    fn rows_by<S: Simd, const MOST: usize, const PARTS: usize>(&mut self, simd: S, panel: Panel<'_, S>) {
-        let whole = self.rows - self.rows % MOST;
-        let strips = panel.vectors.len() / self.depth;
-        // A pair of strips stays in the first-level cache while all rows pass it.
-        if whole > 0 {
-            for first in (0..strips).step_by(2) {
-                for row in (0..whole).step_by(MOST) {
-                    if first + 1 < strips {
-                        self.tile::<S, MOST, 2, PARTS>(simd, panel, row, first);
-                    } else {
-                        self.tile::<S, MOST, 1, PARTS>(simd, panel, row, first);
-                    }
-                }
-            }
+    fn panel<S: Simd, const W: usize>(&mut self, simd: S, panel: &[[S::f32s; W]], first: usize) {
+        // Where there are few outputs, every sum is computed in two parts.
+        if self.outputs <= NARROW && self.depth >= LONG {
+            self.halves::<S, W>(simd, panel, first);
+            return;
         }
-        match (self.rows - whole, PARTS) {
-            (1, _) => self.sweep::<S, 1, 4, PARTS>(simd, panel, whole),
-            (2, 1) => self.sweep::<S, 2, 4, PARTS>(simd, panel, whole),
-            (3, 1) => self.sweep::<S, 3, 4, PARTS>(simd, panel, whole),
-            (4, 1) => self.sweep::<S, 4, 2, PARTS>(simd, panel, whole),
-            (5, 1) => self.sweep::<S, 5, 2, PARTS>(simd, panel, whole),
-            (2, _) => self.sweep::<S, 2, 2, PARTS>(simd, panel, whole),
+        let whole = self.rows - self.rows % 6;
+        // A pair of strips is read for six rows at a time.
+        for row in (0..whole).step_by(6) {
+            self.row_tiles::<S, W, 6, 2, 1>(simd, panel, first, row);
+        }
+        match self.rows - whole {
+            1 => self.row_tiles::<S, W, 1, 4, 1>(simd, panel, first, whole),
+            2 => self.row_tiles::<S, W, 2, 4, 1>(simd, panel, first, whole),
+            3 => self.row_tiles::<S, W, 3, 4, 1>(simd, panel, first, whole),
+            4 => self.row_tiles::<S, W, 4, 2, 1>(simd, panel, first, whole),
+            5 => self.row_tiles::<S, W, 5, 2, 1>(simd, panel, first, whole),
             _ => {}
         }
     }
 
-    /// All strips of a panel for `R` rows, `V` at a time.
     #[inline(always)]
-    fn sweep<S: Simd, const R: usize, const V: usize, const PARTS: usize>(
-        &mut self,
-        simd: S,
-        panel: Panel<'_, S>,
-        row: usize,
-    ) {
-        let strips = panel.vectors.len() / self.depth;
-        let mut at = 0;
-        while strips - at >= V {
-            self.tile::<S, R, V, PARTS>(simd, panel, row, at);
-            at += V;
+    fn halves<S: Simd, const W: usize>(&mut self, simd: S, panel: &[[S::f32s; W]], first: usize) {
+        let whole = self.rows - self.rows % 3;
+        for row in (0..whole).step_by(3) {
+            self.row_tiles::<S, W, 3, 2, 2>(simd, panel, first, row);
         }
-        if V > 2 && strips - at >= 2 {
-            self.tile::<S, R, 2, PARTS>(simd, panel, row, at);
-            at += 2;
-        }
-        if strips > at {
-            self.tile::<S, R, 1, PARTS>(simd, panel, row, at);
+        match self.rows - whole {
+            1 => self.row_tiles::<S, W, 1, 4, 2>(simd, panel, first, whole),
+            2 => self.row_tiles::<S, W, 2, 2, 2>(simd, panel, first, whole),
+            _ => {}
         }
     }
 
-    /// `R` rows times `V` strips, sums in registers: of every `PARTS`-th product, so that one sum needn't wait for the
-    /// one before.
+    /// `R` rows with all strips of a panel, at most `V` at a time.
     #[inline(always)]
-    fn tile<S: Simd, const R: usize, const V: usize, const PARTS: usize>(
+    fn row_tiles<S: Simd, const W: usize, const R: usize, const V: usize, const PARTS: usize>(
         &mut self,
         simd: S,
-        panel: Panel<'_, S>,
+        panel: &[[S::f32s; W]],
+        first: usize,
+        row: usize,
+    ) {
+        match (W, V) {
+            (1, _) => self.tile::<S, W, R, 1, PARTS>(simd, panel, first, row, 0),
+            (2, _) => self.tile::<S, W, R, 2, PARTS>(simd, panel, first, row, 0),
+            (_, 2) => {
+                self.tile::<S, W, R, 2, PARTS>(simd, panel, first, row, 0);
+                self.tile::<S, W, R, 2, PARTS>(simd, panel, first, row, 2);
+            }
+            _ => self.tile::<S, W, R, 4, PARTS>(simd, panel, first, row, 0),
+        }
+    }
+
+    /// `R` rows times `V` strips from `strip` on, sums in registers: of every `PARTS`-th product, so that one sum needn't wait
+    /// for the one before.
+    #[inline(always)]
+    fn tile<S: Simd, const W: usize, const R: usize, const V: usize, const PARTS: usize>(
+        &mut self,
+        simd: S,
+        panel: &[[S::f32s; W]],
+        first: usize,
         row: usize,
         strip: usize,
     ) {
-        let (depth, strips) = (self.depth, panel.vectors.len() / self.depth);
-        let mut x: [&[[f32; PARTS]]; R] = [&[]; R];
-        let mut rest: [&[f32]; R] = [&[]; R];
-        for (i, (x, rest)) in x.iter_mut().zip(&mut rest).enumerate() {
-            (*x, *rest) = self.x[(row + i) * self.x_stride..][..depth].as_chunks::<PARTS>();
-            *x = &x[..depth / PARTS];
-            *rest = &rest[..depth % PARTS];
+        let depth = self.depth;
+        // Equal lengths, so that nothing is checked within the loops.
+        let panel = &panel[..depth];
+        let mut x: [&[f32]; R] = [&[]; R];
+        for (i, x) in x.iter_mut().enumerate() {
+            *x = &self.x[(row + i) * self.x_stride..][..depth];
         }
         let zero = simd.splat_f32s(0.0);
         let mut sums = [[[zero; V]; R]; PARTS];
-        let mut inputs = panel.vectors.chunks_exact(strips * PARTS);
-        for (k, vectors) in (0..depth / PARTS).zip(&mut inputs) {
+        let whole = depth - depth % PARTS;
+        for k in (0..whole).step_by(PARTS) {
             for (part, sums) in sums.iter_mut().enumerate() {
-                if let Some(weights) = vectors[part * strips + strip..].first_chunk::<V>() {
-                    for (sums, x) in sums.iter_mut().zip(&x) {
-                        add_products(simd, sums, x[k][part], weights);
-                    }
-                }
+                add_products(simd, sums, &x, panel, strip, k + part);
             }
         }
-        for (k, vectors) in (0..depth % PARTS).zip(inputs.remainder().chunks_exact(strips)) {
-            if let Some(weights) = vectors[strip..].first_chunk::<V>() {
-                for (sums, x) in sums[0].iter_mut().zip(&rest) {
-                    add_products(simd, sums, x[k], weights);
-                }
-            }
+        for k in whole..depth {
+            add_products(simd, &mut sums[0], &x, panel, strip, k);
         }
         for i in 0..R {
             for v in 0..V {
@@ -165,9 +160,12 @@ impl Product<'_> {
                 for part in &sums[1..] {
                     sum = simd.add_f32s(sum, part[i][v]);
                 }
-                let column = panel.first + (strip + v) * LANES;
+                let column = first + (strip + v) * LANES;
+                let left = self.outputs.saturating_sub(column);
+                if left == 0 {
+                    continue;
+                }
                 let to = &mut self.out[(row + i) * self.out_stride + column..];
-                let left = self.outputs - column;
                 if left >= LANES {
                     if let Some(to) = S::as_mut_simd_f32s(&mut to[..LANES]).0.first_mut() {
                         *to = simd.add_f32s(*to, sum);
@@ -181,12 +179,25 @@ impl Product<'_> {
     }
 }
 
-/// Adds the products of one input.
+/// Adds the products of input `k`.
 #[inline(always)]
-fn add_products<S: Simd, const V: usize>(simd: S, sums: &mut [S::f32s; V], x: f32, weights: &[S::f32s; V]) {
-    let x = simd.splat_f32s(x);
-    for (sum, weight) in sums.iter_mut().zip(weights) {
-        *sum = fused(simd, x, *weight, *sum);
+fn add_products<S: Simd, const W: usize, const R: usize, const V: usize>(
+    simd: S,
+    sums: &mut [[S::f32s; V]; R],
+    x: &[&[f32]; R],
+    panel: &[[S::f32s; W]],
+    strip: usize,
+    k: usize,
+) {
+    let mut weights = [simd.splat_f32s(0.0); V];
+    for (v, weight) in weights.iter_mut().enumerate() {
+        *weight = panel[k][strip + v];
+    }
+    for (sums, x) in sums.iter_mut().zip(x) {
+        let x = simd.splat_f32s(x[k]);
+        for (sum, weight) in sums.iter_mut().zip(&weights) {
+            *sum = fused(simd, x, *weight, *sum);
+        }
     }
 }
 
@@ -408,7 +419,7 @@ mod tests {
     fn products_equal_plain_sums_in_every_tile() {
         for rows in [1usize, 2, 3, 4, 5, 6, 7, 13] {
             for (depth, outputs) in
-                [(1usize, 1usize), (5, 7), (32, 64), (33, 131), (16, 24), (9, 40), (201, 29), (64, 8)]
+                [(1usize, 1usize), (5, 7), (32, 64), (33, 131), (16, 24), (9, 40), (201, 29), (64, 8), (70, 16)]
             {
                 let c = case(rows, depth, outputs);
                 let (mut wide, mut plain) = (c.out.clone(), c.out.clone());
@@ -435,7 +446,7 @@ mod tests {
     /// Every weight has a place of its own, inside.
     #[test]
     fn places_are_distinct_and_fill_all_but_the_padding() {
-        for (depth, outputs) in [(1, 1), (3, 8), (2, 64), (5, 65), (4, 131)] {
+        for (depth, outputs) in [(1, 1), (3, 8), (2, 64), (5, 65), (4, 131), (3, 20)] {
             let mut seen: Vec<usize> =
                 (0..depth * outputs).map(|i| place(i % depth, i / depth, depth, outputs)).collect();
             seen.sort_unstable();
