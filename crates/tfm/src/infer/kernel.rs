@@ -418,9 +418,17 @@ mod tests {
     #[test]
     fn products_equal_plain_sums_in_every_tile() {
         for rows in [1usize, 2, 3, 4, 5, 6, 7, 13] {
-            for (depth, outputs) in
-                [(1usize, 1usize), (5, 7), (32, 64), (33, 131), (16, 24), (9, 40), (201, 29), (64, 8), (70, 16)]
-            {
+            for (depth, outputs) in [
+                (1usize, 1usize),
+                (5, 7),
+                (32, 64),
+                (33, 131),
+                (16, 24),
+                (9, 40),
+                (201, 29),
+                (64, 8),
+                (70, 16),
+            ] {
                 let c = case(rows, depth, outputs);
                 let (mut wide, mut plain) = (c.out.clone(), c.out.clone());
                 dispatch(product(&c, rows, depth, outputs, &mut wide));
