@@ -353,7 +353,7 @@ source: {type: csv, path: sales.csv}
             let schema = self.service.schema().clone();
             let encoded = encoded(&self.preprocessing, &self.rows, &schema, &schema).unwrap();
             let teacher: Vec<f64> = (0..60).map(|row| if row > 25 { 0.9 } else { 0.2 }).collect();
-            let fitting = Fitting { seed, hidden: 4, epochs: 20 };
+            let fitting = Fitting { seed, hidden: 4, epochs: 200 };
             let student = Student::fit(&encoded, &teacher, fitting, &mut |_, _| ()).unwrap();
             let file = student.to_safetensors("a blend").unwrap();
             let agreement = agreement(&[], &[], &[]);

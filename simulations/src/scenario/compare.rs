@@ -207,6 +207,9 @@ pub fn compare(args: &CompareArgs) -> Result<Vec<Comparison>> {
     Ok(all)
 }
 
+/// A figure of A and the same of B, by seed.
+type Pairs = Vec<(f64, f64)>;
+
 fn comparison(
     joined: &[(&(String, String, u64), f64, f64)],
     a: String,
@@ -214,14 +217,13 @@ fn comparison(
     args: &CompareArgs,
 ) -> Comparison {
     // set → domain → figures of A and B by seed.
-    let mut tree: BTreeMap<&str, BTreeMap<&str, Vec<(f64, f64)>>> = BTreeMap::new();
+    let mut tree: BTreeMap<&str, BTreeMap<&str, Pairs>> = BTreeMap::new();
     let mut seeds = BTreeSet::new();
     for ((set, domain, seed), a, b) in joined {
         seeds.insert(seed);
         tree.entry(set).or_default().entry(domain).or_default().push((*a, *b));
     }
-    let tree: Vec<Vec<Vec<(f64, f64)>>> =
-        tree.into_values().map(|domains| domains.into_values().collect()).collect();
+    let tree: Vec<Vec<Pairs>> = tree.into_values().map(|domains| domains.into_values().collect()).collect();
     let mean_of = |side: fn(&(f64, f64)) -> f64| {
         mean(tree.iter().map(|domains| mean(domains.iter().map(|seeds| mean(seeds.iter().map(side))))))
     };

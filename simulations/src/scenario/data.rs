@@ -109,7 +109,7 @@ impl Data {
             let known = target.get_or_insert_with(|| id.clone());
             ensure!(*known == id, "{}: target is {id}, the first contract's is {known}", own.domain);
             let source = contract.source.as_ref().with_context(|| format!("{}: no source", own.domain))?;
-            let train = path.parent().unwrap_or(Path::new(".")).join(&source.path).canonicalize()?;
+            let train = path.parent().unwrap_or_else(|| Path::new(".")).join(&source.path).canonicalize()?;
             // The agent finds its table from its own folder: the path is made whole.
             let contract_text = absolute_source(&text, &source.path, &train)?;
             members.push(Member {

@@ -121,6 +121,7 @@ fn summed(model: &[f32], clients: u32, threads: usize) -> Result<Running, Aggreg
         clients * (thread + 1) / threads - clients * thread / threads
     };
     let parts: Vec<Result<Running, AggregateError>> = std::thread::scope(|scope| {
+        #[expect(clippy::needless_collect, reason = "all threads are started before the first is waited for")]
         let running: Vec<_> = (0..threads)
             .map(|thread| {
                 scope.spawn(move || -> Result<Running, AggregateError> {

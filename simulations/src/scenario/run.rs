@@ -95,7 +95,7 @@ impl Arm {
 /// The scenario's faults, tables or folders that can't be used, or the first task that failed.
 pub fn run(args: &RunArgs) -> Result<RunFolder> {
     let (scenario, text) = Scenario::load(&args.scenario)?;
-    let base = args.scenario.parent().unwrap_or(Path::new(".")).to_owned();
+    let base = args.scenario.parent().unwrap_or_else(|| Path::new(".")).to_owned();
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&scenario.name));
     let data = Arc::new(Data::open(&scenario.data, &base, args.how.data.as_deref())?);
     let mut first = 0;

@@ -41,7 +41,7 @@ struct Variant {
 /// A key or value that a variant's scenario refuses, or what [`super::run::run`] refuses.
 pub fn sweep(args: &SweepArgs) -> Result<Vec<RunFolder>> {
     let (scenario, text) = Scenario::load(&args.scenario)?;
-    let base = args.scenario.parent().unwrap_or(Path::new(".")).to_owned();
+    let base = args.scenario.parent().unwrap_or_else(|| Path::new(".")).to_owned();
     let document: Value = serde_saphyr::from_str(&text).context("the scenario as a tree")?;
     let variants = variants(&document, &args.sets)?;
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-sweep", scenario.name)));

@@ -79,12 +79,12 @@ mod tests {
         fn a_running_sum_is_the_sum_or_an_overflow(
             rows in (1_usize..6).prop_flat_map(|len| prop::collection::vec(prop::collection::vec(any::<i64>(), len), 1..5)),
         ) {
-            let naive: Vec<Option<i64>> = (0..rows[0].len())
+            let naive: Option<Vec<i64>> = (0..rows[0].len())
                 .map(|j| rows.iter().try_fold(0_i64, |s, r| s.checked_add(r[j])))
                 .collect();
             let mut running = Running::new(rows[0].len());
             let added: Result<(), AggregateError> = rows.iter().try_for_each(|row| running.add(row));
-            match naive.into_iter().collect::<Option<Vec<i64>>>() {
+            match naive {
                 Some(sum) => {
                     prop_assert_eq!(added, Ok(()));
                     prop_assert_eq!(running.sum(), &sum[..]);

@@ -213,7 +213,7 @@ fn cosignatures_are_collected_in_the_order_of_their_names() {
     assert!(matches!(refused(&plain, &a), CheckpointError::Unsigned { .. }));
     assert!(matches!(refused(&signed(&b, 7), &a), CheckpointError::Unsigned { .. }));
     assert!(matches!(refused(&plain, &owner), CheckpointError::Key { .. }));
-    let longer = Note::sign(&Checkpoint { size: 6, ..checkpoint.clone() }, &owner).unwrap();
+    let longer = Note::sign(&Checkpoint { size: 6, ..checkpoint }, &owner).unwrap();
     assert!(matches!(refused(&longer, &a), CheckpointError::Text { .. }));
     let mut tampered = signed(&a, 7);
     tampered.signatures[1].bytes[20] ^= 1;

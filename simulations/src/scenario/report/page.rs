@@ -217,8 +217,8 @@ fn privacy(html: &mut String, last: &[&Row]) {
         }
         let heights = points.iter().chain(&level).flat_map(|s| s.points.iter().map(|p| p.1));
         let reach = points.iter().flat_map(|s| s.points.iter().map(|p| p.0)).fold(0.0, f64::max);
-        let framed = heights.flat_map(|y| [(0.0, y), (reach, y)]).collect::<Vec<_>>();
-        let mut axes = Axes::around("ε spent", shown, framed.into_iter());
+        let framed = heights.flat_map(|y| [(0.0, y), (reach, y)]);
+        let mut axes = Axes::around("ε spent", shown, framed);
         axes.x_range.0 = 0.0;
         let title = format!("{shown} against epsilon");
         let _ = write!(pictures, "<figure>{}</figure>", scatter(&title, &axes, &points, &level));
@@ -244,9 +244,7 @@ fn by_domain(html: &mut String, set: &str, last: &[&Row]) {
         return;
     }
     let all = shown.len();
-    // What is served and trained first; rivals after them.
-    shown
-        .sort_by_key(|method| (method.arm == RIVALS, !(method.method == "served" || method.method == MODEL)));
+    served_first(&mut shown);
     shown.truncate(MOST_BARS);
     let groups: Vec<(String, Vec<Option<f64>>)> = names
         .iter()
@@ -287,9 +285,17 @@ fn by_domain(html: &mut String, set: &str, last: &[&Row]) {
 }
 
 /// Observed shares by predicted probability.
+/// What is served and trained first; rivals after them.
+fn served_first(methods: &mut [Method]) {
+    methods
+        .sort_by_key(|method| (method.arm == RIVALS, !(method.method == "served" || method.method == MODEL)));
+}
+
 fn calibration(html: &mut String, last: &[&Row]) {
     let mut series = Vec::new();
-    for method in methods(last.iter().copied()) {
+    let mut shown = methods(last.iter().copied());
+    served_first(&mut shown);
+    for method in shown {
         let sum = |tenth: usize, what: &str| -> Vec<f64> {
             let metric = format!("reliability_{tenth}_{what}");
             of(last, &method).filter(|row| row.metric == metric).map(|row| row.value).collect()
