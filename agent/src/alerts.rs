@@ -109,6 +109,12 @@ impl Alerts {
         Ok(Self { folder: folder.to_owned(), thresholds, said: Mutex::new(said) })
     }
 
+    /// Whether this differs from what was looked at last.
+    #[must_use]
+    pub fn is_news(&self, charged: Rho) -> bool {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner).charged != charged
+    }
+
     /// What the balance gives cause to say, lowest share first; logged and durable when it returns.
     ///
     /// # Errors

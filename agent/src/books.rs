@@ -330,6 +330,13 @@ impl Books {
         self.ledger.balance(&self.product)
     }
 
+    /// What is spent or reserved; cheaper than the [`Self::balance`], which has it as ε too.
+    #[must_use]
+    pub fn charged(&self) -> Option<Rho> {
+        let (_, account) = self.ledger.state().account_of(&self.product)?;
+        Some(account.spent.checked_add(account.reserved).unwrap_or(Rho::from_units(u64::MAX)))
+    }
+
     /// All entries from the first.
     #[must_use]
     pub fn entries(&self) -> &[ChainedEntry] {

@@ -141,7 +141,13 @@ impl<D: Dial + Clone> Link<D> {
     async fn watch_budget(&self) {
         let (work, alerts, now_ms) = (Arc::clone(&self.work), Arc::clone(&self.alerts), (self.clock)());
         let noticed = tokio::task::spawn_blocking(move || {
-            let balance = work.books().balance();
+            let books = work.books();
+            // Most assignments change nothing here, and a balance is not for nothing.
+            if books.charged().is_none_or(|charged| !alerts.is_news(charged)) {
+                return Ok(Vec::new());
+            }
+            let balance = books.balance();
+            drop(books);
             balance.map_or_else(|| Ok(Vec::new()), |balance| alerts.notice(&balance, now_ms))
         });
         let said = match noticed.await {
