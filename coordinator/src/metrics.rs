@@ -22,7 +22,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tabmesh_privacy::accountant::zcdp;
 use tabmesh_privacy::budget::Rho;
-use tabmesh_privacy::ledger::{ChainedEntry, replay};
+use tabmesh_privacy::ledger::replay;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
@@ -113,16 +113,7 @@ fn text(mesh: &Mesh) -> Result<String, CoordinatorError> {
     }
     for (agent, admitted) in admitted {
         let product = &admitted.contract.name;
-        let (entries, _) = mesh.mirror.entries(&agent, product)?;
-        let entries: Vec<ChainedEntry> = entries
-            .into_iter()
-            .map(|e| ChainedEntry {
-                seq: e.seq,
-                prev: *e.prev.as_bytes(),
-                hash: *e.hash.as_bytes(),
-                payload: e.payload,
-            })
-            .collect();
+        let (entries, _) = mesh.mirror.chained(&agent, product)?;
         let state = replay(&entries)
             .map_err(|error| CoordinatorError::Step(format!("mirrored ledger of {agent}: {error}")))?;
         let Some((_, account)) = state.account_of(product) else { continue };

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
 
+use tabmesh_privacy::ledger::ChainedEntry;
 use tabmesh_proto::identity::SpiffeId;
 use tabmesh_proto::message::{Digest, LedgerStatement, SIGNATURE_BYTES};
 use tabmesh_store::{Log, LogEntry};
@@ -96,6 +97,25 @@ impl Mirror {
         let copy = self.copy(&mut ledgers, agent, product)?;
         let entries = copy.log.entries().collect::<Result<Vec<_>, _>>()?;
         Ok((entries, copy.signature))
+    }
+
+    /// As [`Self::entries`], in the form that the ledger's own rules read.
+    ///
+    /// # Errors
+    /// As [`Self::entries`].
+    pub(crate) fn chained(
+        &self,
+        agent: &SpiffeId,
+        product: &str,
+    ) -> Result<(Vec<ChainedEntry>, Option<[u8; SIGNATURE_BYTES]>), CoordinatorError> {
+        let (entries, signature) = self.entries(agent, product)?;
+        let chained = |entry: LogEntry| ChainedEntry {
+            seq: entry.seq,
+            prev: *entry.prev.as_bytes(),
+            hash: *entry.hash.as_bytes(),
+            payload: entry.payload,
+        };
+        Ok((entries.into_iter().map(chained).collect(), signature))
     }
 
     fn copy<'a>(

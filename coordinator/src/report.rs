@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use tabmesh_privacy::ledger::{ChainedEntry, Entry};
+use tabmesh_privacy::ledger::Entry;
 use tabmesh_privacy::report::{Period, ProductLedger, ReportInput, SignedHead, UnprotectedFact, build};
 use tabmesh_privacy::signature::{Signature, VerifyingKey};
 
@@ -23,19 +23,10 @@ pub(crate) fn signed(mesh: &Mesh, product: Option<&str>) -> Result<Vec<u8>, Coor
         if product.is_some_and(|wanted| wanted != name) {
             continue;
         }
-        let (entries, signature) = mesh.mirror.entries(&agent, name)?;
+        let (entries, signature) = mesh.mirror.chained(&agent, name)?;
         if entries.is_empty() {
             continue;
         }
-        let entries: Vec<ChainedEntry> = entries
-            .into_iter()
-            .map(|entry| ChainedEntry {
-                seq: entry.seq,
-                prev: *entry.prev.as_bytes(),
-                hash: *entry.hash.as_bytes(),
-                payload: entry.payload,
-            })
-            .collect();
         if let Some(first) = entries.first().and_then(|entry| Entry::from_json(&entry.payload).ok()) {
             from_ms = from_ms.min(first.time_ms());
         }

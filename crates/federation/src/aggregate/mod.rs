@@ -220,12 +220,6 @@ pub enum Rule {
     FedSgd(FedSgd),
     /// See [`FedAvg`].
     FedAvg(FedAvg),
-    /// See [`FedAdam`].
-    FedAdam(FedAdam),
-    /// See [`FedYogi`].
-    FedYogi(FedYogi),
-    /// See [`FedAdagrad`].
-    FedAdagrad(FedAdagrad),
     /// See [`TrimmedMean`].
     TrimmedMean(TrimmedMean),
     /// See [`Median`].
@@ -244,11 +238,11 @@ impl Rule {
     #[must_use]
     pub fn new(aggregation: Aggregation, trim: f64) -> Self {
         match aggregation {
-            Aggregation::FedSgd => Self::FedSgd(FedSgd {}),
+            // What sets the adaptive ones apart is the server's optimiser alone.
+            Aggregation::FedSgd | Aggregation::FedAdam | Aggregation::FedYogi | Aggregation::FedAdagrad => {
+                Self::FedSgd(FedSgd {})
+            }
             Aggregation::FedAvg => Self::FedAvg(FedAvg {}),
-            Aggregation::FedAdam => Self::FedAdam(FedAdam {}),
-            Aggregation::FedYogi => Self::FedYogi(FedYogi {}),
-            Aggregation::FedAdagrad => Self::FedAdagrad(FedAdagrad {}),
             Aggregation::TrimmedMean => Self::TrimmedMean(TrimmedMean { trim }),
             Aggregation::Median => Self::Median(Median {}),
             Aggregation::GeometricMedian => Self::GeometricMedian(GeometricMedian {}),
@@ -261,9 +255,6 @@ impl Rule {
         match self {
             Self::FedSgd(rule) => rule,
             Self::FedAvg(rule) => rule,
-            Self::FedAdam(rule) => rule,
-            Self::FedYogi(rule) => rule,
-            Self::FedAdagrad(rule) => rule,
             Self::TrimmedMean(rule) => rule,
             Self::Median(rule) => rule,
             Self::GeometricMedian(rule) => rule,
@@ -443,7 +434,7 @@ mod tests {
         };
         (0..len)
             .map(|j| match rule {
-                Rule::FedSgd(_) | Rule::FedAdam(_) | Rule::FedYogi(_) | Rule::FedAdagrad(_) => {
+                Rule::FedSgd(_) => {
                     (0..agents).map(|a| vectors[a][j] as f64).sum::<f64>() / 1024.0 / divisor.max(1.0)
                 }
                 Rule::FedAvg(_) => (0..agents).map(|a| mean_of(a, j)).sum::<f64>() / agents as f64,

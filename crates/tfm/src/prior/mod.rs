@@ -233,6 +233,7 @@ const LARGE_TABLE_CELLS: usize = 14_000;
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::Tables;
     use super::{MAX_CLASSES, MAX_COLUMNS, PriorConfig, draw, generator};
 
     #[test]
@@ -291,6 +292,24 @@ mod tests {
         assert!(full > 300 && gaps > 30 && mostly > 5, "{full} {gaps} {mostly}");
     }
 
+    /// AUC of a vote of the nine nearest context rows on the queries of one table.
+    pub(super) fn nearest_vote(t: &Tables) -> Option<f64> {
+        let row = |i: usize| &t.values[i * t.columns..(i + 1) * t.columns];
+        let votes: Vec<f64> = (t.context..t.rows)
+            .map(|q| {
+                let mut near: Vec<(f32, u8)> = (0..t.context)
+                    .map(|c| {
+                        let gap = row(q).iter().zip(row(c)).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
+                        (gap, t.labels[c])
+                    })
+                    .collect();
+                near.sort_by(|a, b| a.0.total_cmp(&b.0));
+                near.iter().take(9).map(|n| f64::from(n.1)).sum()
+            })
+            .collect();
+        crate::metrics::roc_auc(&votes, &t.labels[t.context..])
+    }
+
     /// A nearest-neighbour vote predicts better than chance, so columns carry the label.
     #[test]
     fn columns_carry_the_label() {
@@ -301,20 +320,7 @@ mod tests {
                 1,
                 &mut generator(7, index),
             );
-            let row = |i: usize| &t.values[i * t.columns..(i + 1) * t.columns];
-            let votes: Vec<f64> = (t.context..t.rows)
-                .map(|q| {
-                    let mut near: Vec<(f32, u8)> = (0..t.context)
-                        .map(|c| {
-                            let gap = row(q).iter().zip(row(c)).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
-                            (gap, t.labels[c])
-                        })
-                        .collect();
-                    near.sort_by(|a, b| a.0.total_cmp(&b.0));
-                    near.iter().take(9).map(|n| f64::from(n.1)).sum()
-                })
-                .collect();
-            if let Some(auc) = crate::metrics::roc_auc(&votes, &t.labels[t.context..]) {
+            if let Some(auc) = nearest_vote(&t) {
                 scores += auc;
                 tables += 1;
             }

@@ -207,10 +207,7 @@ const LEAST_RELEASE: usize = 100;
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use super::{Column, FILES, TABLES, draw};
-    use crate::{
-        metrics::roc_auc,
-        prior::{PriorConfig, generator},
-    };
+    use crate::prior::{PriorConfig, generator, tests::nearest_vote};
 
     /// Names, sizes and the total against PROVENANCE.md, which is what a reader goes by.
     #[test]
@@ -269,20 +266,7 @@ mod tests {
         let (mut sum, mut count) = (0.0, 0);
         for index in 0..60 {
             let Some(t) = draw(&config, 1, 2, &mut generator(72, index)) else { continue };
-            let row = |i: usize| &t.values[i * t.columns..(i + 1) * t.columns];
-            let votes: Vec<f64> = (t.context..t.rows)
-                .map(|q| {
-                    let mut near: Vec<(f32, u8)> = (0..t.context)
-                        .map(|c| {
-                            let gap = row(q).iter().zip(row(c)).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
-                            (gap, t.labels[c])
-                        })
-                        .collect();
-                    near.sort_by(|a, b| a.0.total_cmp(&b.0));
-                    near.iter().take(9).map(|n| f64::from(n.1)).sum()
-                })
-                .collect();
-            if let Some(auc) = roc_auc(&votes, &t.labels[t.context..]) {
+            if let Some(auc) = nearest_vote(&t) {
                 sum += auc;
                 count += 1;
             }

@@ -86,6 +86,12 @@ impl<'a> Axes<'a> {
 /// Lines with a dot at every point.
 pub(super) fn lines(title: &str, axes: &Axes<'_>, series: &[Series]) -> String {
     let mut svg = axes.open(title);
+    paths(&mut svg, axes, series);
+    close(svg, series, |_| true)
+}
+
+/// A line with its dots for each series.
+fn paths(svg: &mut String, axes: &Axes<'_>, series: &[Series]) {
     for (i, line) in series.iter().enumerate() {
         let colour = colour(i);
         let path: Vec<String> = line
@@ -101,9 +107,8 @@ pub(super) fn lines(title: &str, axes: &Axes<'_>, series: &[Series]) -> String {
             "<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\" points=\"{}\"/>",
             path.join(" ")
         );
-        dots(&mut svg, axes, line, colour, 2.5);
+        dots(svg, axes, line, colour, 2.5);
     }
-    close(svg, series, |_| true)
 }
 
 /// Points; those of `level` are drawn as lines across the picture.
@@ -138,23 +143,7 @@ pub(super) fn reliability(title: &str, series: &[Series]) -> String {
     let ((x1, y1), (x2, y2)) = (axes.place((0.0, 0.0)), axes.place((1.0, 1.0)));
     let _ =
         write!(svg, "<line class=\"ideal\" x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\"/>");
-    for (i, line) in series.iter().enumerate() {
-        let colour = colour(i);
-        let path: Vec<String> = line
-            .points
-            .iter()
-            .map(|point| {
-                let (x, y) = axes.place(*point);
-                format!("{x:.1},{y:.1}")
-            })
-            .collect();
-        let _ = write!(
-            svg,
-            "<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"2\" points=\"{}\"/>",
-            path.join(" ")
-        );
-        dots(&mut svg, &axes, line, colour, 2.5);
-    }
+    paths(&mut svg, &axes, series);
     close(svg, series, |_| true)
 }
 

@@ -1,3 +1,5 @@
+//! Virtual rounds: every strategy learns and repeats itself, faults and noise do what they are said to do.
+
 #![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests; exact equality is meant where it stands")]
 
 use tabmesh_federation::aggregate::Scheme;
