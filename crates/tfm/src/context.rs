@@ -12,11 +12,15 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use crate::{
-    adapter::Adapter,
+    adapter::{Adapter, path::Applied},
     error::TfmError,
     features::text_vectors,
-    infer::{Cached, Engine, Held, build::Labelled, shifted},
-    model::{Model, config::ModelConfig, query::QueryPath},
+    infer::{
+        Cached, Engine, Held,
+        back::{Passes, Readable},
+        build::Labelled,
+    },
+    model::{Model, config::ModelConfig},
     table::EncodedTable,
 };
 
@@ -232,10 +236,8 @@ impl Context {
             return Ok(Vec::new());
         }
         let mut added = plain(self.slots.as_ref(), self.model.config(), queries.columns)?;
-        if let Some(delta) = applied.addend()? {
-            added.iter_mut().zip(delta).for_each(|(a, d)| *a += d);
-        }
-        let change = applied.change(&self.engine)?;
+        added.iter_mut().zip(applied.addend()).for_each(|(a, d)| *a += d);
+        let change = applied.change(&self.engine);
         Ok(self.engine.scores(&self.cached, &queries.values, &added, &change))
     }
 
@@ -317,38 +319,26 @@ impl Context {
     }
 
     /// Query rows `(1, rows, D)` after reading the context in one view, from row vectors `(1, rows, D)`.
-    pub(crate) fn read(
-        &self,
-        view: usize,
-        vectors: Tensor,
-        path: &mut dyn QueryPath,
-    ) -> Result<Tensor, TfmError> {
-        self.read_from(&self.keys_values(view)?, vectors, path)
+    pub(crate) fn read(&self, view: usize, vectors: Tensor) -> Result<Tensor, TfmError> {
+        self.model.parts.icl.cached(vectors, &self.keys_values(view)?)
     }
 
-    /// As [`Self::read`], from what [`Self::keys_values`] gave before.
-    pub(crate) fn read_from(
-        &self,
-        keys_values: &[Tensor],
-        vectors: Tensor,
-        path: &mut dyn QueryPath,
-    ) -> Result<Tensor, TfmError> {
-        self.model.parts.icl.cached(vectors, keys_values, path)
+    /// What rows that enter the query path before the in-context stage will read.
+    pub(crate) fn readable(&self) -> Readable {
+        self.engine.readable(&self.cached)
     }
 
-    /// Logits of class 1 `(rows)` of one view from rows `(1, rows, D)` that have read, class order restored.
-    pub(crate) fn margins(
-        &self,
-        view: usize,
-        read: &Tensor,
-        path: &mut dyn QueryPath,
-    ) -> Result<Tensor, TfmError> {
+    /// The query path with an adapter's changes.
+    pub(crate) fn passes<'a>(
+        &'a self,
+        applied: &Applied,
+        readable: &'a Readable,
+    ) -> Result<Passes<'a>, TfmError> {
         if self.classes != 2 {
             return Err(TfmError::mismatch("classes of a gradient", 2, self.classes));
         }
-        let scores = self.model.parts.decoder.scores_along(read, path)?.squeeze(0)?;
-        let score = |class: usize| scores.narrow(1, shifted(class, view, 2), 1)?.squeeze(1);
-        Ok((score(1)? - score(0)?)?)
+        let (change, added) = (applied.change(&self.engine), applied.addend().to_vec());
+        Ok(self.engine.passes(&self.cached, readable, change, added))
     }
 
     /// The same context, whose query rows go through other weights than it was made with.
@@ -358,7 +348,7 @@ impl Context {
     }
 
     /// Keys and values `(1, rows, 2 D)` of each in-context block as tensors.
-    pub(crate) fn keys_values(&self, view: usize) -> Result<Vec<Tensor>, TfmError> {
+    fn keys_values(&self, view: usize) -> Result<Vec<Tensor>, TfmError> {
         let width = self.model.config().row_width();
         match &self.cached.held {
             Held::KeysValues(blocks) => {
@@ -422,7 +412,6 @@ pub(crate) mod tests {
         model::{
             Model, Tables,
             config::ModelConfig,
-            query::QueryPath as _,
             variant::{FeatureGroup, Ssmax, Variant},
         },
         table::EncodedTable,
@@ -573,20 +562,6 @@ pub(crate) mod tests {
         }
     }
 
-    /// Logits with an adapter by the path that gradients take, on tensors.
-    fn logits_on_tensors(context: &Context, queries: &EncodedTable, adapter: &Adapter) -> Vec<f64> {
-        let applied = adapter.applied(context).unwrap();
-        let mut path = &applied;
-        let mut sums = vec![0f64; queries.rows];
-        for view in 0..VIEWS {
-            let cells = path.cells(context.cells(view, &queries.values).unwrap()).unwrap();
-            let read = context.read(view, context.vectors(&cells).unwrap(), &mut path).unwrap();
-            let margins = context.margins(view, &read, &mut path).unwrap().to_vec1::<f32>().unwrap();
-            sums.iter_mut().zip(margins).for_each(|(s, m)| *s += f64::from(m) / VIEWS as f64);
-        }
-        sums
-    }
-
     /// What gradients read from each cache is what predictions read, for adapters of the cells, the queries and the head,
     /// on norms with and without bias.
     #[test]
@@ -599,7 +574,8 @@ pub(crate) mod tests {
                     let context = Context::build_as(&model, &rows, plan(cache, 2)).unwrap();
                     let base = context.logits(&queries, None).unwrap();
                     let served = context.logits(&queries, Some(&adapter)).unwrap();
-                    let slow = logits_on_tensors(&context, &queries, &adapter);
+                    let prepared = context.prepare(&queries, &adapter).unwrap();
+                    let slow = context.prepared_logits(&prepared, &adapter);
                     let apart = |a: &[f64], b: &[f64]| {
                         a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0f64, f64::max)
                     };

@@ -7,18 +7,20 @@
 
 mod clip;
 
-use candle_core::{Device, Tensor};
+use std::ops::Range;
+
+use rayon::prelude::*;
 
 pub use self::clip::Clip;
 use self::clip::{add_integers, square};
 use crate::{
     adapter::{
         Adapter, Entry,
-        path::{Applied, Played, Tape},
+        path::{Applied, Played},
     },
     context::{CHUNK_ROWS, Context},
     error::TfmError,
-    model::query::{Plain, QueryPath},
+    infer::back::{Entering, Passes, Readable, Trail},
     table::EncodedTable,
 };
 
@@ -30,6 +32,8 @@ pub struct PreparedRows {
     labels: Vec<u8>,
     /// What enters at `entry`, row by row, of each view.
     views: Vec<Vec<f32>>,
+    /// The context, as rows that enter there read it.
+    readable: Readable,
 }
 
 impl std::fmt::Debug for PreparedRows {
@@ -70,7 +74,7 @@ impl Context {
                 let entering = match entry {
                     Entry::Cells => self.cells(view, values)?,
                     Entry::Vectors => self.vectors(&self.cells(view, values)?)?,
-                    Entry::Read => self.read(view, self.vectors(&self.cells(view, values)?)?, &mut Plain)?,
+                    Entry::Read => self.read(view, self.vectors(&self.cells(view, values)?)?)?,
                 };
                 kept.extend(entering.flatten_all()?.to_vec1::<f32>()?);
             }
@@ -81,6 +85,7 @@ impl Context {
             entry,
             labels: rows.known_labels()?,
             views,
+            readable: if entry == Entry::Read { Readable::nothing() } else { self.readable() },
         })
     }
 
@@ -101,12 +106,15 @@ impl Context {
     /// # Errors
     /// As [`Self::row_gradients`].
     pub fn losses(&self, rows: &PreparedRows, adapter: &Adapter) -> Result<Vec<f64>, TfmError> {
-        let pass = Pass::new(self, rows, adapter)?;
-        let mut losses = Vec::with_capacity(rows.rows);
-        for (first, count) in pass.chunks() {
-            losses.extend(pass.losses(first, count)?);
-        }
-        Ok(losses)
+        let logits = Pass::new(self, rows, adapter)?.logits();
+        Ok(logits.iter().zip(&rows.labels).map(|(v, y)| log_loss(*v, *y)).collect())
+    }
+
+    /// Logits of prepared rows as their gradients see them.
+    #[cfg(test)]
+    pub(crate) fn prepared_logits(&self, rows: &PreparedRows, adapter: &Adapter) -> Vec<f64> {
+        #[allow(clippy::unwrap_used, reason = "tests")]
+        Pass::new(self, rows, adapter).unwrap().logits()
     }
 
     /// The plain sum of all prepared rows' gradients: one step without privacy. It costs what per-row gradients cost,
@@ -117,11 +125,10 @@ impl Context {
     pub fn summed_gradient(&self, rows: &PreparedRows, adapter: &Adapter) -> Result<Vec<f64>, TfmError> {
         let pass = Pass::new(self, rows, adapter)?;
         let mut sum = vec![0f64; adapter.dimension()];
-        for (first, count) in pass.chunks() {
+        for taken in pass.all() {
             let mut part = vec![0f32; adapter.dimension()];
-            let (played, _) = pass.back(first, count)?;
-            for row in 0..count {
-                pass.add_row(&played, row, &mut part);
+            for row in 0..taken.rows.len() {
+                pass.add_row(&taken, row, &mut part);
             }
             sum.iter_mut().zip(&part).for_each(|(s, p)| *s += f64::from(*p));
         }
@@ -202,12 +209,11 @@ impl Context {
         }
         let mut open: std::collections::BTreeMap<usize, Vec<f64>> = std::collections::BTreeMap::new();
         let (mut gradient, mut alone) = (vec![0f32; size], vec![0f64; size]);
-        for (first, count) in pass.chunks() {
-            let (played, _) = pass.back(first, count)?;
-            for (row, owners) in owners.iter().enumerate().skip(first).take(count) {
+        for taken in pass.all() {
+            for row in taken.rows.clone() {
                 gradient.fill(0.0);
-                pass.add_row(&played, row - first, &mut gradient);
-                for &unit in owners {
+                pass.add_row(&taken, row - taken.rows.start, &mut gradient);
+                for &unit in &owners[row] {
                     let last = last_row[unit] == Some(row);
                     match (open.remove(&unit), last) {
                         (None, true) => {
@@ -247,23 +253,26 @@ impl Iterator for RowGradients<'_> {
     type Item = Result<GradientChunk, TfmError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.next >= self.pass.rows.rows {
-            return None;
-        }
-        let (first, count) = (self.next, GRADIENT_ROWS.min(self.pass.rows.rows - self.next));
-        self.next += count;
-        Some(self.pass.gradients(first, count))
+        let rows = self.pass.some(self.next)?;
+        self.next = rows.end;
+        Some(Ok(self.pass.gradients(rows)))
     }
 }
 
 /// Prepared rows through the rest of the query path, at one adapter.
 struct Pass<'a> {
-    context: &'a Context,
     rows: &'a PreparedRows,
     adapter: &'a Adapter,
     applied: Applied,
-    /// Keys and values of each in-context block, view by view, where rows have yet to read them.
-    keys_values: Vec<Vec<Tensor>>,
+    passes: Passes<'a>,
+}
+
+/// Some consecutive rows, taken forward and back.
+struct Taken {
+    rows: Range<usize>,
+    /// What the adapter's sites saw, view by view.
+    played: Vec<Played>,
+    losses: Vec<f64>,
 }
 
 impl<'a> Pass<'a> {
@@ -275,114 +284,91 @@ impl<'a> Pass<'a> {
             let (expected, got) = (format!("{:?}", adapter.entry()), format!("{:?}", rows.entry));
             return Err(TfmError::mismatch("prepared stage", expected, got));
         }
-        let unread = if rows.entry == Entry::Read { 0 } else { context.views() };
-        let keys_values = (0..unread).map(|view| context.keys_values(view)).collect::<Result<_, _>>()?;
-        Ok(Self { context, rows, adapter, applied: adapter.applied(context)?, keys_values })
+        let applied = adapter.applied(context)?;
+        let passes = context.passes(&applied, &rows.readable)?;
+        Ok(Self { rows, adapter, applied, passes })
     }
 
-    fn chunks(&self) -> impl Iterator<Item = (usize, usize)> {
-        let rows = self.rows.rows;
-        (0..rows).step_by(GRADIENT_ROWS).map(move |first| (first, GRADIENT_ROWS.min(rows - first)))
+    /// The rows of one pass from `first` on, if there are any.
+    fn some(&self, first: usize) -> Option<Range<usize>> {
+        let end = self.rows.rows.min(first + self.passes.rows());
+        (first < end).then_some(first..end)
     }
 
-    /// What enters of `count` rows in one view.
-    fn entering(&self, view: usize, first: usize, count: usize) -> Result<Tensor, TfmError> {
-        let all = &self.rows.views[view];
-        let width = all.len() / self.rows.rows.max(1);
-        let values = &all[first * width..(first + count) * width];
-        Ok(match self.rows.entry {
-            Entry::Cells => {
-                let cell = self.context.model().config().embed_dim;
-                Tensor::from_slice(values, (count, width / cell, cell), &Device::Cpu)?
-            }
-            Entry::Vectors | Entry::Read => Tensor::from_slice(values, (1, count, width), &Device::Cpu)?,
+    fn chunks(&self) -> Vec<Range<usize>> {
+        std::iter::successors(self.some(0), |rows| self.some(rows.end)).collect()
+    }
+
+    /// All rows forward and back, in order: as many passes at a time as there are threads, so that little is held.
+    fn all(&self) -> impl Iterator<Item = Taken> {
+        let chunks = self.chunks();
+        let mut first = 0;
+        std::iter::from_fn(move || {
+            let some = chunks.get(first..chunks.len().min(first + rayon::current_num_threads()))?;
+            first += some.len();
+            (!some.is_empty())
+                .then(|| some.par_iter().map(|rows| self.taken(rows.clone())).collect::<Vec<Taken>>())
         })
+        .flatten()
     }
 
-    /// Logits of one view.
-    fn view(
-        &self,
-        view: usize,
-        first: usize,
-        count: usize,
-        path: &mut dyn QueryPath,
-    ) -> Result<Tensor, TfmError> {
-        let context = self.context;
-        let entering = self.entering(view, first, count)?;
-        let entering = match self.rows.entry {
-            Entry::Cells => context.vectors(&path.cells(entering)?)?,
-            Entry::Vectors | Entry::Read => entering,
-        };
-        let read = match self.keys_values.get(view) {
-            Some(keys_values) => context.read_from(keys_values, entering, path)?,
-            None => entering,
-        };
-        context.margins(view, &read, path)
-    }
-
-    fn losses(&self, first: usize, count: usize) -> Result<Vec<f64>, TfmError> {
-        let views = (0..self.rows.views.len()).map(|view| self.view(view, first, count, &mut &self.applied));
-        let logits = averaged(&views.collect::<Result<Vec<_>, _>>()?)?;
-        Ok(logits.iter().zip(self.labels(first, count)).map(|(v, y)| log_loss(*v, *y)).collect())
-    }
-
-    fn labels(&self, first: usize, count: usize) -> &[u8] {
-        &self.rows.labels[first..first + count]
-    }
-
-    /// Forward and back: what the sites of each view saw, and the losses.
-    fn back(&self, first: usize, count: usize) -> Result<(Vec<Played>, Vec<f64>), TfmError> {
-        let mut tapes: Vec<Tape<'_>> = self.rows.views.iter().map(|_| Tape::new(&self.applied)).collect();
-        let mut margins = Vec::with_capacity(tapes.len());
-        for (view, tape) in tapes.iter_mut().enumerate() {
-            margins.push(self.view(view, first, count, tape)?);
-        }
-        let logits = averaged(&margins)?;
-        let labels = self.labels(first, count);
-        let losses = logits.iter().zip(labels).map(|(v, y)| log_loss(*v, *y)).collect();
-        // The derivative of the log loss by the averaged logit is p - y; each view carries its share of it.
-        let share = 1.0 / margins.len() as f64;
-        let outer: Vec<f32> = logits
-            .iter()
-            .zip(labels)
-            .map(|(v, y)| ((1.0 / (1.0 + (-v).exp()) - f64::from(*y)) * share) as f32)
+    /// The way of some rows in each view, and their logits, averaged over the views.
+    fn forward(&self, rows: &Range<usize>) -> (Vec<Trail>, Vec<f64>) {
+        let views = self.rows.views.iter().enumerate();
+        let trails: Vec<Trail> = views
+            .map(|(view, all)| {
+                let width = all.len() / self.rows.rows.max(1);
+                let values = &all[rows.start * width..rows.end * width];
+                let entering = match self.rows.entry {
+                    Entry::Cells => Entering::Cells(values),
+                    Entry::Vectors => Entering::Vectors(values),
+                    Entry::Read => Entering::Read(values),
+                };
+                self.passes.forward(view, entering)
+            })
             .collect();
-        let outer = Tensor::from_vec(outer, count, &Device::Cpu)?;
-        let mut played = Vec::with_capacity(tapes.len());
-        for (margin, tape) in margins.into_iter().zip(tapes) {
-            played.push(tape.played(&(margin * &outer)?.sum_all()?.backward()?, count)?);
+        let share = 1.0 / trails.len() as f64;
+        let mut logits = vec![0f64; rows.len()];
+        for trail in &trails {
+            logits.iter_mut().zip(&trail.margins).for_each(|(sum, v)| *sum += f64::from(*v) * share);
         }
-        Ok((played, losses))
+        (trails, logits)
     }
 
-    fn add_row(&self, played: &[Played], row: usize, gradient: &mut [f32]) {
-        for view in played {
+    fn logits(&self) -> Vec<f64> {
+        self.chunks().par_iter().flat_map_iter(|rows| self.forward(rows).1).collect()
+    }
+
+    fn taken(&self, rows: Range<usize>) -> Taken {
+        let (trails, logits) = self.forward(&rows);
+        let labelled = || logits.iter().zip(&self.rows.labels[rows.clone()]);
+        let losses = labelled().map(|(v, y)| log_loss(*v, *y)).collect();
+        // The derivative of the log loss by the averaged logit is p - y; each view carries its share of it.
+        let share = 1.0 / trails.len() as f64;
+        let outer: Vec<f32> =
+            labelled().map(|(v, y)| ((1.0 / (1.0 + (-v).exp()) - f64::from(*y)) * share) as f32).collect();
+        let played =
+            trails.iter().map(|trail| Played::new(self.passes.back(trail, &outer), rows.len())).collect();
+        Taken { rows, played, losses }
+    }
+
+    fn add_row(&self, taken: &Taken, row: usize, gradient: &mut [f32]) {
+        for view in &taken.played {
             self.adapter.add_gradient(&self.applied, &view.row(row), gradient);
         }
     }
 
-    fn gradients(&self, first: usize, count: usize) -> Result<GradientChunk, TfmError> {
+    fn gradients(&self, rows: Range<usize>) -> GradientChunk {
         let size = self.adapter.dimension();
-        let (played, losses) = self.back(first, count)?;
-        let mut gradients = vec![0f32; count * size];
+        let taken = self.taken(rows);
+        let mut gradients = vec![0f32; taken.rows.len() * size];
         if size > 0 {
             for (row, gradient) in gradients.chunks_exact_mut(size).enumerate() {
-                self.add_row(&played, row, gradient);
+                self.add_row(&taken, row, gradient);
             }
         }
-        Ok(GradientChunk { first_row: first, gradients, losses })
+        GradientChunk { first_row: taken.rows.start, gradients, losses: taken.losses }
     }
-}
-
-/// Mean of the views' logits.
-fn averaged(views: &[Tensor]) -> Result<Vec<f64>, TfmError> {
-    let rows = views.first().map_or(0, Tensor::elem_count);
-    let mut logits = vec![0f64; rows];
-    for view in views {
-        let share = 1.0 / views.len() as f64;
-        logits.iter_mut().zip(view.to_vec1::<f32>()?).for_each(|(sum, v)| *sum += f64::from(v) * share);
-    }
-    Ok(logits)
 }
 
 /// Log loss of a label under a logit, without overflow.
@@ -390,8 +376,6 @@ pub(crate) fn log_loss(logit: f64, label: u8) -> f64 {
     let signed = if label == 1 { -logit } else { logit };
     signed.max(0.0) + (-signed.abs()).exp().ln_1p()
 }
-
-const GRADIENT_ROWS: usize = 192;
 
 #[cfg(test)]
 mod tests {

@@ -25,6 +25,12 @@ pub(crate) fn fused<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
+/// `a * b + c` of vectors, in one rounding where the processor has the instruction.
+#[inline(always)]
+pub(crate) fn multiply_add<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
+    if fuses::<S>() { simd.mul_add_f32s(a, b, c) } else { simd.add_f32s(simd.mul_f32s(a, b), c) }
+}
+
 /// Defines a function that dispatches to a loop: `fn name(..) => loop` calls `loop::<FUSED>(..)`, and with `<const N>`
 /// `loop::<FUSED, N>(..)`. The loop must be `#[inline(always)]`, or it is compiled for one kind of processor only.
 /// References are written with the lifetime `'a`.

@@ -5,7 +5,7 @@
 
 use super::{
     AdapterKind, Entry, Layout, MAX_CORE_WIDTH,
-    low_rank::{self, LowRank, add_outer, product, product_left},
+    low_rank::{self, add_outer, product, product_left},
     path::{Applied, Site},
     svd::{Directions, leading},
 };
@@ -63,7 +63,7 @@ impl AdapterKind for Core {
     fn applied(&self, layout: &Layout, values: &[f32], context: &Context) -> Result<Applied, TfmError> {
         let factors = self.blocks.iter().zip(values.chunks_exact(layout.width)).map(|(fixed, core)| {
             let rows = core.chunks_exact(self.rank).map(|row| product_left(row, &fixed.right));
-            LowRank::new(&rows.flatten().collect::<Vec<f32>>(), &fixed.left, self.rank)
+            (rows.flatten().collect(), fixed.left.clone())
         });
         low_rank::applied(context, self.width, factors)
     }

@@ -5,7 +5,7 @@ use rand_chacha::ChaCha20Rng;
 
 use super::{
     AdapterKind, Entry, Layout,
-    low_rank::{self, LowRank, add_outer, product},
+    low_rank::{self, add_outer, product},
     path::{Applied, Site},
 };
 use crate::{context::Context, error::TfmError, model::config::ModelConfig};
@@ -46,7 +46,7 @@ impl AdapterKind for FrozenLora {
 
     fn applied(&self, layout: &Layout, values: &[f32], context: &Context) -> Result<Applied, TfmError> {
         let ups = values.chunks_exact(layout.width);
-        let factors = self.downs.iter().zip(ups).map(|(down, up)| LowRank::new(down, up, self.rank));
+        let factors = self.downs.iter().zip(ups).map(|(down, up)| (down.clone(), up.to_vec()));
         low_rank::applied(context, self.width, factors)
     }
 

@@ -3,13 +3,11 @@
 //! The last layer is changed by one vector: half of it is added to the weights of class 1 and half taken from those of class 0,
 //! as only their difference is read. Its bias is left out: averaged over both orders of the classes it has no effect.
 
-use candle_core::{Device, Tensor};
-
 use super::{
     AdapterKind, Entry, Layout,
-    path::{Applied, HeadChange, Site},
+    path::{Applied, Site},
 };
-use crate::{context::Context, error::TfmError, model::config::ModelConfig};
+use crate::{context::Context, error::TfmError, infer::change::HeadAddend, model::config::ModelConfig};
 
 #[derive(Debug)]
 pub(super) struct Head {
@@ -50,18 +48,13 @@ impl AdapterKind for Head {
             return Err(TfmError::mismatch("base of the adapter", expected, shown(self.width, self.biased)));
         }
         let (norm, margin) = values.split_at(self.margin());
-        let vector = |values: &[f32]| Tensor::from_slice(values, self.width, &Device::Cpu);
         let (gain, bias) = norm.split_at(self.width);
         let mut output = vec![0f32; config.outputs() * margin.len()];
         for (i, v) in margin.iter().enumerate() {
             output[i] = -0.5 * v;
             output[margin.len() + i] = 0.5 * v;
         }
-        let head = HeadChange {
-            gain: vector(gain)?,
-            bias: if self.biased { Some(vector(bias)?) } else { None },
-            output: Tensor::from_vec(output, (config.outputs(), margin.len()), &Device::Cpu)?,
-        };
+        let head = HeadAddend { gain: gain.to_vec(), bias: bias.to_vec(), output };
         Ok(Applied { head: Some(head), ..Applied::default() })
     }
 

@@ -5,7 +5,7 @@
 use super::{
     AdapterKind, Entry, Layout,
     frozen_lora::draws,
-    low_rank::{self, LowRank, add_outer, product, product_left},
+    low_rank::{self, add_outer, product, product_left},
     path::{Applied, Site},
 };
 use crate::{context::Context, error::TfmError, model::config::ModelConfig};
@@ -45,7 +45,7 @@ impl AdapterKind for Lora {
     }
 
     fn applied(&self, _layout: &Layout, values: &[f32], context: &Context) -> Result<Applied, TfmError> {
-        let factors = self.blocks(values).map(|(down, up)| LowRank::new(down, up, self.rank));
+        let factors = self.blocks(values).map(|(down, up)| (down.to_vec(), up.to_vec()));
         low_rank::applied(context, self.width, factors)
     }
 

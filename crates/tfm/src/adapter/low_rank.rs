@@ -3,50 +3,20 @@
 //! Context rows keep the base's projections, and so do keys and values: the cache stays as it is. In this stage a query
 //! row is a single token, so its gradient by a factor is one outer product per block.
 
-use candle_core::{DType, Device, Tensor};
-
-use super::{MAX_RANK, path::Applied};
-use crate::{context::Context, error::TfmError, model::config::ModelConfig, ops::linear::linear};
-
-/// The two factors of one block.
-#[derive(Debug)]
-pub(super) struct LowRank {
-    /// What reads the normed rows, `(rank, D)`.
-    down: Tensor,
-    /// What writes the queries, `(D, rank)`.
-    up: Tensor,
-}
-
-impl LowRank {
-    pub(super) fn new(down: &[f32], up: &[f32], rank: usize) -> Result<Self, TfmError> {
-        let width = down.len() / rank;
-        Ok(Self {
-            down: Tensor::from_slice(down, (rank, width), &Device::Cpu)?,
-            up: Tensor::from_slice(up, (width, rank), &Device::Cpu)?,
-        })
-    }
-
-    /// Both factors, row by row.
-    pub(super) fn factors(&self) -> Result<(Vec<f32>, Vec<f32>), TfmError> {
-        Ok((self.down.flatten_all()?.to_vec1()?, self.up.flatten_all()?.to_vec1()?))
-    }
-
-    /// What is added to the queries of normed rows `(batch, rows, D)`.
-    pub(super) fn of(&self, normed: &Tensor) -> Result<Tensor, TfmError> {
-        let (rank, width) = self.down.dims2()?;
-        let none = |size: usize| Tensor::zeros(size, DType::F32, &Device::Cpu);
-        Ok(linear(&linear(normed, &self.down, &none(rank)?)?, &self.up, &none(width)?)?)
-    }
-}
+use super::{
+    MAX_RANK,
+    path::{Applied, LowRank},
+};
+use crate::{context::Context, error::TfmError, model::config::ModelConfig};
 
 /// The changes of a context's queries, if its model has these blocks.
 pub(super) fn applied(
     context: &Context,
     width: usize,
-    factors: impl Iterator<Item = Result<LowRank, TfmError>>,
+    factors: impl Iterator<Item = LowRank>,
 ) -> Result<Applied, TfmError> {
     let config = context.model().config();
-    let queries = factors.collect::<Result<Vec<_>, _>>()?;
+    let queries: Vec<LowRank> = factors.collect();
     if (config.icl_num_blocks, config.row_width()) != (queries.len(), width) {
         let shown = |blocks: usize, width: usize| format!("{blocks} blocks of width {width}");
         let expected = shown(config.icl_num_blocks, config.row_width());

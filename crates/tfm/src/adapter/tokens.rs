@@ -4,8 +4,6 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor};
-
 use super::{
     AdapterKind, Entry, Layout,
     path::{Applied, Cells, Site},
@@ -41,7 +39,6 @@ impl AdapterKind for Tokens {
                 }
             }
         }
-        let delta = Tensor::from_vec(delta, (1, slots, width), &Device::Cpu)?;
         Ok(Applied { cells: Some(Cells { delta, members }), ..Applied::default() })
     }
 

@@ -6,6 +6,7 @@ use super::{
     kernel::{gate, gelu},
     matrix::{Matrix, Norm},
     named::Named,
+    scratch::Buffer,
 };
 use crate::{
     error::TfmError,
@@ -15,15 +16,15 @@ use crate::{
 /// One attention block, `model::attention::Block` with its weights packed.
 pub(super) struct Block {
     heads: usize,
-    norm1: Norm,
-    query: Matrix,
+    pub(super) norm1: Norm,
+    pub(super) query: Matrix,
     /// Keys and values side by side.
-    key_value: Matrix,
-    out: Matrix,
-    scaling: Option<Scaling>,
-    norm2: Norm,
-    first: Matrix,
-    second: Matrix,
+    pub(super) key_value: Matrix,
+    pub(super) out: Matrix,
+    pub(super) scaling: Option<Scaling>,
+    pub(super) norm2: Norm,
+    pub(super) first: Matrix,
+    pub(super) second: Matrix,
 }
 
 impl Block {
@@ -59,17 +60,17 @@ impl Block {
     }
 
     /// Rows ready for use as queries or as keys and values.
-    pub(super) fn normed(&self, rows: &[f32]) -> Vec<f32> {
+    pub(super) fn normed(&self, rows: &[f32]) -> Buffer {
         self.norm1.of(rows)
     }
 
     /// Keys and values side by side, `(n, 2 width)`, of normed rows.
-    pub(super) fn keys_values(&self, normed: &[f32]) -> Vec<f32> {
+    pub(super) fn keys_values(&self, normed: &[f32]) -> Buffer {
         self.key_value.of(normed)
     }
 
     /// Queries of normed rows before any scaling.
-    pub(super) fn queries(&self, normed: &[f32]) -> Vec<f32> {
+    pub(super) fn queries(&self, normed: &[f32]) -> Buffer {
         self.query.of(normed)
     }
 
@@ -79,7 +80,7 @@ impl Block {
     }
 
     /// Scales queries by [`Self::base`] of their context and, in the softmax's second form, by themselves.
-    fn scale(&self, queries: &mut [f32], base: &[f32]) {
+    pub(super) fn scale(&self, queries: &mut [f32], base: &[f32]) {
         if let Some(scaling) = &self.scaling {
             scaling.apply(queries, base);
         }
@@ -105,7 +106,7 @@ impl Block {
             change.add_to(&normed, &mut queries);
         }
         self.scale(&mut queries, base);
-        let mut read = vec![0f32; rows.len()];
+        let mut read = Buffer::stale(rows.len());
         let size = (rows.len() / batches).max(1);
         for (i, (queries, read)) in queries.chunks_exact(size).zip(read.chunks_exact_mut(size)).enumerate() {
             heads.attend(first + i, queries, read);
@@ -140,12 +141,12 @@ fn halves_order(width: usize, heads: usize) -> Vec<usize> {
 }
 
 /// Query scaling of the scalable softmax.
-struct Scaling {
+pub(super) struct Scaling {
     heads: usize,
-    head_dim: usize,
+    pub(super) head_dim: usize,
     base: Base,
     /// Network of the query, one output per feature or one in all.
-    query: Option<[Matrix; 2]>,
+    pub(super) query: Option<[Matrix; 2]>,
 }
 
 /// The part that depends on the number of context rows only.
@@ -176,7 +177,7 @@ impl Scaling {
         let size = (context.max(1) as f32).ln();
         let base = match &self.base {
             Base::Heads(scales) => scales.iter().map(|s| s * size).collect(),
-            Base::Network(network) => run(network, &[size]),
+            Base::Network(network) => run(network, &[size]).to_vec(),
         };
         if base.len() == self.heads * self.head_dim {
             return base;
@@ -193,7 +194,7 @@ impl Scaling {
         };
         let mut turned = run(network, queries);
         if network[1].output() != self.head_dim {
-            turned = turned.into_iter().flat_map(|t| std::iter::repeat_n(t, self.head_dim)).collect();
+            turned = spread(&turned, self.head_dim);
         }
         gate(queries, &turned, base);
     }
@@ -208,7 +209,14 @@ impl Scaling {
     }
 }
 
-fn run(network: &[Matrix; 2], x: &[f32]) -> Vec<f32> {
+/// Each number `times` times.
+pub(super) fn spread(values: &[f32], times: usize) -> Buffer {
+    let mut all = Buffer::stale(values.len() * times);
+    all.chunks_exact_mut(times).zip(values).for_each(|(all, v)| all.fill(*v));
+    all
+}
+
+fn run(network: &[Matrix; 2], x: &[f32]) -> Buffer {
     let mut hidden = network[0].of(x);
     gelu(&mut hidden);
     network[1].of(&hidden)

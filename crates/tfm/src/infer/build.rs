@@ -114,7 +114,7 @@ impl Engine {
                     spread.read(cells, &small, 0, 1, &[]);
                 }
             }
-            summaries.push(summary);
+            summaries.push(summary.to_vec());
         }
         summaries
     }
@@ -136,7 +136,7 @@ impl Engine {
         let threads = rayon::current_num_threads();
         for (i, rows) in rows.chunks(threads * size).enumerate() {
             let some: Vec<Vec<f32>> =
-                rows.par_chunks(size).map(|rows| block.keys_values(&block.normed(rows))).collect();
+                rows.par_chunks(size).map(|rows| block.keys_values(&block.normed(rows)).to_vec()).collect();
             for (j, kv) in some.iter().enumerate() {
                 heads.put(batch, (i * threads + j) * ICL_ROWS, kv);
             }

@@ -13,6 +13,7 @@ pub(crate) struct Change {
 }
 
 /// Addends of final norm and decoder, in the base's layout.
+#[derive(Debug)]
 pub(crate) struct HeadAddend {
     /// Of the gain `(D)`.
     pub(crate) gain: Vec<f32>,
@@ -57,8 +58,26 @@ impl Change {
         self.queries.get(block)
     }
 
+    /// The changes of the queries as gradients come back through them.
+    pub(super) fn turned(&self) -> Vec<TurnedFactors> {
+        let turn = |factors: &Factors| {
+            TurnedFactors(Factors { down: factors.up.turned(), up: factors.down.turned() })
+        };
+        self.queries.iter().map(turn).collect()
+    }
+
     pub(super) fn head(&self) -> Option<&Head> {
         self.head.as_ref()
+    }
+}
+
+/// Two factors that gradients of queries come back to normed rows by.
+pub(super) struct TurnedFactors(Factors);
+
+impl TurnedFactors {
+    /// Adds to the gradient of normed rows `(n, D)` what comes back from that of queries `(n, D)`.
+    pub(super) fn add_to(&self, of_queries: &[f32], of_normed: &mut [f32]) {
+        self.0.add_to(of_queries, of_normed);
     }
 }
 

@@ -7,7 +7,10 @@
 use half::{f16, slice::HalfFloatSliceExt};
 use serde::{Deserialize, Serialize};
 
-use super::kernel::{PANEL, Product, packed, place, softmax_weights, widen};
+use super::{
+    kernel::{PANEL, Product, Start, halved, packed, place, softmax_weights, widen},
+    scratch::Buffer,
+};
 use crate::simd::dispatch;
 
 /// Numbers that a cache is held in.
@@ -82,7 +85,7 @@ pub(super) struct HeadSizes {
 
 impl HeadSizes {
     /// Numbers of the keys of one head.
-    fn keys(self) -> usize {
+    pub(super) fn keys(self) -> usize {
         packed(self.head_dim, self.keys)
     }
 
@@ -147,17 +150,16 @@ impl Heads {
         let (width, per_head) = (self.sizes.width(), self.sizes.numbers() / heads);
         let scale = 1.0 / (head_dim as f32).sqrt();
         let block = QUERY_BLOCK.min(queries.len() / width);
-        let mut scores = vec![0f32; block * keys];
+        let mut scores = Buffer::stale(block * keys);
         let mut inverses = [0f32; QUERY_BLOCK];
         let mut widened = Vec::new();
-        out.fill(0.0);
         for (queries, out) in queries.chunks(block * width).zip(out.chunks_mut(block * width)) {
             let rows = queries.len() / width;
             for h in 0..heads {
                 let start = batch * self.sizes.numbers() + h * per_head;
                 let scores = &mut scores[..rows * keys];
-                scores.fill(0.0);
-                let reading = Reading { sizes: self.sizes, rows, width, at: h * head_dim };
+                let halved = halved(keys, head_dim);
+                let reading = Reading { sizes: self.sizes, rows, width, at: h * head_dim, halved };
                 match &self.numbers {
                     Numbers::F32(all) => {
                         let (key_panels, value_panels) =
@@ -210,7 +212,7 @@ fn halves(values: &[f32]) -> Vec<f16> {
     halves
 }
 
-fn put<T: Copy>(sizes: HeadSizes, into: &mut [T], first: usize, rows: &[T]) {
+pub(super) fn put<T: Copy>(sizes: HeadSizes, into: &mut [T], first: usize, rows: &[T]) {
     let HeadSizes { heads, head_dim, keys } = sizes;
     let width = sizes.width();
     for (j, row) in (first..).zip(rows.chunks_exact(2 * width)) {
@@ -231,17 +233,26 @@ fn put<T: Copy>(sizes: HeadSizes, into: &mut [T], first: usize, rows: &[T]) {
 
 /// One head read by some query rows.
 #[derive(Clone, Copy)]
-struct Reading {
-    sizes: HeadSizes,
-    rows: usize,
-    width: usize,
+pub(super) struct Reading {
+    pub(super) sizes: HeadSizes,
+    pub(super) rows: usize,
+    pub(super) width: usize,
     /// First feature of the head in a row.
-    at: usize,
+    pub(super) at: usize,
+    /// Whether what is gathered is summed in two parts.
+    pub(super) halved: bool,
 }
 
 impl Reading {
-    /// Inner products with `count` keys from `first` on, added to scores `(rows, keys)`.
-    fn score(self, queries: &[f32], panels: &[f32], first: usize, count: usize, scores: &mut [f32]) {
+    /// Inner products with `count` keys from `first` on, in scores `(rows, keys)`.
+    pub(super) fn score(
+        self,
+        queries: &[f32],
+        panels: &[f32],
+        first: usize,
+        count: usize,
+        scores: &mut [f32],
+    ) {
         dispatch(Product {
             x: &queries[self.at..],
             x_stride: self.width,
@@ -251,11 +262,14 @@ impl Reading {
             outputs: count,
             out: &mut scores[first..],
             out_stride: self.sizes.keys,
+            start: Start::Zero,
+            halved: halved(self.sizes.head_dim, count),
         });
     }
 
-    /// Values of `count` keys from `first` on, weighted and added to rows `(rows, width)`.
-    fn gather(self, weights: &[f32], panels: &[f32], first: usize, count: usize, out: &mut [f32]) {
+    /// Values of `count` keys from `first` on, weighted: the head's part of rows `(rows, width)`, to which keys beyond the
+    /// first are added.
+    pub(super) fn gather(self, weights: &[f32], panels: &[f32], first: usize, count: usize, out: &mut [f32]) {
         dispatch(Product {
             x: &weights[first..],
             x_stride: self.sizes.keys,
@@ -265,6 +279,8 @@ impl Reading {
             outputs: self.sizes.head_dim,
             out: &mut out[self.at..],
             out_stride: self.width,
+            start: if first == 0 { Start::Zero } else { Start::Held },
+            halved: self.halved,
         });
     }
 }

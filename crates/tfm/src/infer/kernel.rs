@@ -4,15 +4,17 @@
 //! many rows are computed with it: each output sums its products in the same order, whatever the tile. So a batch gives
 //! the bits that single rows give.
 
+use std::ops::Range;
+
 use half::f16;
 use pulp::{Simd, WithSimd};
 
 use crate::{
     ops::math::{exp, normal, tanh},
-    simd::{fuses, wide},
+    simd::{multiply_add, wide},
 };
 
-/// `out[r][o] += sum over k of x[r][k] * w[k][o]`, all sizes in values.
+/// `out[r][o] = start + sum over k of x[r][k] * w[k][o]`, all sizes in values.
 pub(super) struct Product<'a> {
     /// Rows of the left side, `x_stride` apart.
     pub(super) x: &'a [f32],
@@ -28,6 +30,27 @@ pub(super) struct Product<'a> {
     /// Rows of the result, `out_stride` apart.
     pub(super) out: &'a mut [f32],
     pub(super) out_stride: usize,
+    pub(super) start: Start<'a>,
+    /// Whether every sum is computed in two parts, see [`halved`]: one order of sums for all that are to agree to the last bit.
+    pub(super) halved: bool,
+}
+
+/// Whether single rows are faster if every sum is computed in two parts: there are few outputs and long sums.
+pub(super) fn halved(depth: usize, outputs: usize) -> bool {
+    outputs <= NARROW && depth >= LONG
+}
+
+/// What a product's sums are added to.
+#[derive(Clone, Copy)]
+pub(super) enum Start<'a> {
+    /// Nothing: what the result held is overwritten.
+    Zero,
+    /// One number per output.
+    Bias(&'a [f32]),
+    /// What the result holds.
+    Held,
+    /// What the result holds and one number per output.
+    HeldAndBias(&'a [f32]),
 }
 
 /// Numbers of a packed right side.
@@ -72,8 +95,7 @@ impl Product<'_> {
     /// All rows with one panel of `W` strips, input by input, whose first output is `first`.
     #[inline(always)]
     fn panel<S: Simd, const W: usize>(&mut self, simd: S, panel: &[[S::f32s; W]], first: usize) {
-        // Where there are few outputs, every sum is computed in two parts.
-        if self.outputs <= NARROW && self.depth >= LONG {
+        if self.halved {
             self.halves::<S, W>(simd, panel, first);
             return;
         }
@@ -161,21 +183,40 @@ impl Product<'_> {
                     sum = simd.add_f32s(sum, part[i][v]);
                 }
                 let column = first + (strip + v) * LANES;
-                let left = self.outputs.saturating_sub(column);
-                if left == 0 {
-                    continue;
-                }
-                let to = &mut self.out[(row + i) * self.out_stride + column..];
-                if left >= LANES {
-                    if let Some(to) = S::as_mut_simd_f32s(&mut to[..LANES]).0.first_mut() {
-                        *to = simd.add_f32s(*to, sum);
-                    }
-                } else {
-                    let before = simd.partial_load_f32s(&to[..left]);
-                    simd.partial_store_f32s(&mut to[..left], simd.add_f32s(before, sum));
+                let left = self.outputs.saturating_sub(column).min(LANES);
+                if left > 0 {
+                    self.put(simd, row + i, column..column + left, sum);
                 }
             }
         }
+    }
+
+    /// Stores up to eight sums of a row.
+    #[inline(always)]
+    fn put<S: Simd>(&mut self, simd: S, row: usize, columns: Range<usize>, sum: S::f32s) {
+        let at = row * self.out_stride + columns.start;
+        let to = &mut self.out[at..at + columns.len()];
+        let sum = match self.start {
+            Start::Zero => sum,
+            Start::Bias(bias) => simd.add_f32s(read(simd, &bias[columns]), sum),
+            Start::Held => simd.add_f32s(read(simd, to), sum),
+            Start::HeldAndBias(bias) => {
+                simd.add_f32s(simd.add_f32s(read(simd, to), read(simd, &bias[columns])), sum)
+            }
+        };
+        match S::as_mut_simd_f32s(to).0.first_mut() {
+            Some(to) => *to = sum,
+            None => simd.partial_store_f32s(to, sum),
+        }
+    }
+}
+
+/// Up to eight numbers.
+#[inline(always)]
+fn read<S: Simd>(simd: S, values: &[f32]) -> S::f32s {
+    match S::as_simd_f32s(values).0.first() {
+        Some(vector) => *vector,
+        None => simd.partial_load_f32s(values),
     }
 }
 
@@ -196,15 +237,9 @@ fn add_products<S: Simd, const W: usize, const R: usize, const V: usize>(
     for (sums, x) in sums.iter_mut().zip(x) {
         let x = simd.splat_f32s(x[k]);
         for (sum, weight) in sums.iter_mut().zip(&weights) {
-            *sum = fused(simd, x, *weight, *sum);
+            *sum = multiply_add(simd, x, *weight, *sum);
         }
     }
-}
-
-/// `a * b + c`, in one rounding where the processor has the instruction.
-#[inline(always)]
-fn fused<S: Simd>(simd: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
-    if fuses::<S>() { simd.mul_add_f32s(a, b, c) } else { simd.add_f32s(simd.mul_f32s(a, b), c) }
 }
 
 wide!(
@@ -380,7 +415,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
     use rand_chacha::ChaCha20Rng;
 
-    use super::{Product, gelu, layer_norm, packed, place, softmax_weights, widen};
+    use super::{Product, Start, gelu, halved, layer_norm, packed, place, softmax_weights, widen};
     use crate::simd::dispatch;
 
     struct Case {
@@ -411,6 +446,8 @@ mod tests {
             outputs,
             out,
             out_stride: outputs,
+            start: Start::Held,
+            halved: halved(depth, outputs),
         }
     }
 

@@ -1,7 +1,13 @@
 //! Weights of an affine map or a norm, copied out of the model once in the order that the loops read them.
 
-use super::kernel::{Product, layer_norm, packed, place};
-use crate::simd::dispatch;
+use super::{
+    kernel::{Product, Start, halved, layer_norm, packed, place},
+    scratch::Buffer,
+};
+use crate::{
+    ops::norm::{add_row_gradients, standardise},
+    simd::dispatch,
+};
 
 /// An affine map `x W^T + b` with its weights in panels of outputs.
 pub(super) struct Matrix {
@@ -30,39 +36,62 @@ impl Matrix {
         Self { bias: self.bias.clone(), ..addend }
     }
 
+    /// The map that gradients of outputs come back by, `g W`: from `(n, output)` to `(n, input)`, without a bias.
+    pub(super) fn turned(&self) -> Self {
+        let (input, output) = (self.input, self.bias.len());
+        let mut panels = vec![0f32; packed(output, input)];
+        for o in 0..output {
+            for k in 0..input {
+                panels[place(o, k, output, input)] = self.panels[place(k, o, input, output)];
+            }
+        }
+        Self { panels, bias: vec![0.0; input], input: output }
+    }
+
+    /// The weights of one output, `(input)`.
+    pub(super) fn weights_of(&self, output: usize) -> Vec<f32> {
+        (0..self.input).map(|k| self.panels[place(k, output, self.input, self.bias.len())]).collect()
+    }
+
+    /// Values a row goes in with.
+    pub(super) fn input(&self) -> usize {
+        self.input
+    }
+
     /// Values a row comes out with.
     pub(super) fn output(&self) -> usize {
         self.bias.len()
     }
 
     /// The map of rows `(n, input)`, `(n, output)`.
-    pub(super) fn of(&self, x: &[f32]) -> Vec<f32> {
-        let rows = x.len() / self.input;
-        let mut out = self.bias.repeat(rows);
-        self.product(x, rows, &mut out);
+    pub(super) fn of(&self, x: &[f32]) -> Buffer {
+        let mut out = Buffer::stale(x.len() / self.input * self.bias.len());
+        self.product(x, &mut out, Start::Bias(&self.bias));
         out
     }
 
     /// Adds the map of rows `(n, input)` to rows `(n, output)`.
     pub(super) fn add_to(&self, x: &[f32], out: &mut [f32]) {
-        for row in out.chunks_exact_mut(self.bias.len()) {
-            for (o, b) in row.iter_mut().zip(&self.bias) {
-                *o += b;
-            }
-        }
-        self.product(x, x.len() / self.input, out);
+        self.product(x, out, Start::HeldAndBias(&self.bias));
     }
 
-    fn product(&self, x: &[f32], rows: usize, out: &mut [f32]) {
+    /// As [`Self::add_to`] without the bias.
+    pub(super) fn add_product(&self, x: &[f32], out: &mut [f32]) {
+        self.product(x, out, Start::Held);
+    }
+
+    fn product(&self, x: &[f32], out: &mut [f32], start: Start<'_>) {
         dispatch(Product {
             x,
             x_stride: self.input,
-            rows,
+            rows: x.len() / self.input,
             depth: self.input,
             panels: &self.panels,
             outputs: self.bias.len(),
             out,
             out_stride: self.bias.len(),
+            start,
+            halved: halved(self.input, self.bias.len()),
         });
     }
 
@@ -93,16 +122,36 @@ impl Norm {
     }
 
     /// The normed rows.
-    pub(super) fn of(&self, x: &[f32]) -> Vec<f32> {
-        let mut out = vec![0f32; x.len()];
+    pub(super) fn of(&self, x: &[f32]) -> Buffer {
+        let mut out = Buffer::stale(x.len());
         layer_norm(x, &self.gain, &self.bias, &mut out);
         out
+    }
+
+    /// The normed rows, with what the way back needs of them.
+    pub(super) fn kept(&self, x: &[f32]) -> (Buffer, Standardised) {
+        let (mut rows, mut normed) = (Buffer::stale(x.len()), Buffer::stale(x.len()));
+        let mut inverses = Buffer::stale(x.len() / self.gain.len());
+        standardise(x, (&self.gain, &self.bias), &mut rows, &mut normed, &mut inverses);
+        (normed, Standardised { rows, inverses })
+    }
+
+    /// Adds to `gradient` what flows back to the norm's input from the gradient of its output.
+    pub(super) fn add_back(&self, kept: &Standardised, of_normed: &[f32], gradient: &mut [f32]) {
+        add_row_gradients(gradient, of_normed, &kept.rows, &kept.inverses, &self.gain);
     }
 
     /// Bytes held.
     pub(super) fn bytes(&self) -> usize {
         (self.gain.len() + self.bias.len()) * size_of::<f32>()
     }
+}
+
+/// Rows less their mean, over their deviation, as a norm has them before gain and bias.
+pub(super) struct Standardised {
+    pub(super) rows: Buffer,
+    /// The inverse deviation of each row.
+    inverses: Buffer,
 }
 
 #[cfg(test)]
@@ -114,13 +163,19 @@ mod tests {
         // Two inputs, three outputs: x0 + 2 x1, 3 x0 + 4 x1, 5 x0 + 6 x1, plus 10, 20, 30.
         let matrix = Matrix::new(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], vec![10.0, 20.0, 30.0], 2);
         let x = [1.0, 1.0, -1.0, 2.0];
-        assert_eq!(matrix.of(&x), [13.0, 27.0, 41.0, 13.0, 25.0, 37.0]);
+        assert_eq!(matrix.of(&x)[..], [13.0, 27.0, 41.0, 13.0, 25.0, 37.0]);
         let mut sums = vec![100.0; 6];
         matrix.add_to(&x, &mut sums);
         assert_eq!(sums, [113.0, 127.0, 141.0, 113.0, 125.0, 137.0]);
         assert_eq!((matrix.output(), matrix.bytes()), (3, (2 * 8 + 3) * 4));
         // Twice the first weight of each output more: 2 x0 on top of the above.
         let more = matrix.plus(&[2.0, 0.0, 2.0, 0.0, 2.0, 0.0]);
-        assert_eq!(more.of(&x), [15.0, 29.0, 43.0, 11.0, 23.0, 35.0]);
+        assert_eq!(more.of(&x)[..], [15.0, 29.0, 43.0, 11.0, 23.0, 35.0]);
+        // Back: 1 (1, 2) + 2 (3, 4) + 3 (5, 6).
+        let turned = matrix.turned();
+        assert_eq!(turned.of(&[1.0, 2.0, 3.0])[..], [22.0, 28.0]);
+        let mut sums = vec![1.0; 2];
+        turned.add_product(&[0.0, 1.0, 0.0], &mut sums);
+        assert_eq!((sums, matrix.weights_of(2)), (vec![4.0, 5.0], vec![5.0, 6.0]));
     }
 }

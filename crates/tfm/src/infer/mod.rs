@@ -1,12 +1,13 @@
-//! Serving on plain numbers: a context is built, held and read without a tensor library in the way.
+//! Serving and adapter gradients on plain numbers: a context is built, held and read without a tensor library in the way.
 //!
 //! The model's weights are copied once into the order that the loops read them. Single rows then cost little more
 //! than reading weights and cache from memory, and a batch shares that reading. What is computed is what
 //! `model::forward` computes: tests hold the two together, for every variant and for the public package's goldens.
-//! Gradients stay with the tensors.
 //!
-//! `build` makes a cache from labelled rows in bounded memory, `size` says beforehand how many bytes it takes.
+//! `build` makes a cache from labelled rows in bounded memory, `size` says beforehand how many bytes it takes, `back`
+//! takes query rows forward and back.
 
+pub(crate) mod back;
 mod block;
 pub(crate) mod build;
 pub(crate) mod change;
@@ -14,15 +15,20 @@ pub(crate) mod heads;
 mod kernel;
 mod matrix;
 mod named;
+mod scratch;
 pub(crate) mod size;
 mod stages;
+
+use std::sync::OnceLock;
 
 use rayon::prelude::*;
 
 use self::{
+    back::TurnedEngine,
     change::{Change, HeadAddend},
     heads::{Heads, Numbers},
     named::Named,
+    scratch::Buffer,
     stages::{Column, Decoder, Icl, Row},
 };
 use crate::{error::TfmError, model::Model};
@@ -38,6 +44,8 @@ pub(crate) struct Engine {
     /// Width of a row's vector, `D`.
     vector: usize,
     heads: usize,
+    /// The maps for the way back, from the first gradient on.
+    turned: OnceLock<TurnedEngine>,
 }
 
 /// A context held ready.
@@ -75,6 +83,7 @@ impl Engine {
             cell: config.embed_dim,
             vector: config.row_width(),
             heads: config.icl_nhead,
+            turned: OnceLock::new(),
         })
     }
 
@@ -148,12 +157,12 @@ impl Engine {
     }
 
     /// Row vectors `(views, rows, D)` of query rows.
-    fn vectors(&self, cached: &Cached, values: &[f32], added: &[f32]) -> Vec<f32> {
+    fn vectors(&self, cached: &Cached, values: &[f32], added: &[f32]) -> Buffer {
         let (views, rows) = (cached.views, values.len() / cached.columns);
         if rows <= CELL_ROWS {
             return self.some_vectors(cached, 0, views, values, None, added);
         }
-        let mut vectors = vec![0f32; views * rows * self.vector];
+        let mut vectors = Buffer::stale(views * rows * self.vector);
         for (i, values) in values.chunks(CELL_ROWS * cached.columns).enumerate() {
             let some = self.some_vectors(cached, 0, views, values, None, added);
             for (view, some) in some.chunks_exact(some.len() / views).enumerate() {
@@ -172,7 +181,7 @@ impl Engine {
         values: &[f32],
         labels: Option<&[u8]>,
         added: &[f32],
-    ) -> Vec<f32> {
+    ) -> Buffer {
         let (columns, column) = (cached.columns, &self.column);
         let (rows, slots) = (values.len() / columns, column.slots(columns));
         let groups: Vec<f32> = (0..slots).flat_map(|slot| column.group(values, columns, slot)).collect();
@@ -181,18 +190,22 @@ impl Engine {
             cells.chunks_exact_mut(rows * self.cell).for_each(|cells| column.label(cells, labels));
         }
         if count > 1 {
-            cells = cells.repeat(count);
+            cells = repeated(&cells, count);
         }
         column.read(&mut cells, &cached.summaries, view * slots, count * slots);
         let cells = column.output(cells, &groups);
         let tokens = self.row.tokens();
-        let mut z = Vec::with_capacity(count * rows * (tokens.len() + slots * self.cell));
-        for view in cells.chunks_exact(slots * rows * self.cell) {
-            for row in 0..rows {
-                z.extend_from_slice(tokens);
-                for (cells, added) in view.chunks_exact(rows * self.cell).zip(added.chunks_exact(self.cell)) {
+        let size = tokens.len() + slots * self.cell;
+        let mut z = Buffer::stale(count * rows * size);
+        let views = z.chunks_exact_mut(rows * size).zip(cells.chunks_exact(slots * rows * self.cell));
+        for (items, cells) in views {
+            for (row, item) in items.chunks_exact_mut(size).enumerate() {
+                let (of_tokens, of_cells) = item.split_at_mut(tokens.len());
+                of_tokens.copy_from_slice(tokens);
+                let slots = cells.chunks_exact(rows * self.cell).zip(added.chunks_exact(self.cell));
+                for (to, (cells, added)) in of_cells.chunks_exact_mut(self.cell).zip(slots) {
                     let cell = &cells[row * self.cell..][..self.cell];
-                    z.extend(cell.iter().zip(added).map(|(c, a)| c + a));
+                    to.iter_mut().zip(cell).zip(added).for_each(|((t, c), a)| *t = c + a);
                 }
             }
         }
@@ -227,6 +240,13 @@ impl Cached {
         };
         heads(&self.summaries) + held + self.bases.iter().map(|b| size_of_val(b.as_slice())).sum::<usize>()
     }
+}
+
+/// `count` copies, one after the other.
+fn repeated(values: &[f32], count: usize) -> Buffer {
+    let mut all = Buffer::stale(count * values.len());
+    all.chunks_exact_mut(values.len().max(1)).for_each(|copy| copy.copy_from_slice(values));
+    all
 }
 
 /// What class `class` is called in a view: classes turn in a circle, with two classes they change places.

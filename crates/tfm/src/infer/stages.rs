@@ -10,6 +10,7 @@ use super::{
     kernel::gelu,
     matrix::{Matrix, Norm},
     named::Named,
+    scratch::Buffer,
 };
 use crate::{
     error::TfmError,
@@ -19,6 +20,7 @@ use crate::{
         row::FREQUENCIES,
         variant::{Grouping, Ssmax},
     },
+    ops::rope::turn,
 };
 
 /// The column stage.
@@ -81,7 +83,7 @@ impl Column {
     }
 
     /// Cells before the first block `(n, E)` from grouped values `(n, group)`.
-    pub(super) fn input(&self, groups: &[f32]) -> Vec<f32> {
+    pub(super) fn input(&self, groups: &[f32]) -> Buffer {
         self.input.of(groups)
     }
 
@@ -100,7 +102,7 @@ impl Column {
     }
 
     /// The stage's output: the cells, or `value * W + b` with `W` and `b` from the cells; all views share the values.
-    pub(super) fn output(&self, cells: Vec<f32>, groups: &[f32]) -> Vec<f32> {
+    pub(super) fn output(&self, cells: Buffer, groups: &[f32]) -> Buffer {
         let Some([factor, addend]) = &self.affine else { return cells };
         let of = |(map, norm): &(Matrix, Norm)| norm.of(&map.of(&cells));
         let (mut out, addend) = (of(factor), of(addend));
@@ -131,9 +133,9 @@ pub(super) struct Row {
     /// Row tokens `(C, E)`.
     tokens: Vec<f32>,
     frequencies: Vec<f32>,
-    blocks: Vec<Block>,
-    out_norm: Norm,
-    width: usize,
+    pub(super) blocks: Vec<Block>,
+    pub(super) out_norm: Norm,
+    pub(super) width: usize,
 }
 
 impl Row {
@@ -162,26 +164,24 @@ impl Row {
     }
 
     /// Row vectors `(items, C * E)` of items `(items, length, E)`, tokens first.
-    pub(super) fn vectors(&self, mut z: Vec<f32>, length: usize) -> Vec<f32> {
+    pub(super) fn vectors(&self, mut z: Buffer, length: usize) -> Buffer {
         let (width, count) = (self.width, self.tokens.len() / self.width);
-        let angles: Vec<(f32, f32)> = (0..length)
-            .flat_map(|position| self.frequencies.iter().map(move |f| (position as f32 * f).sin_cos()))
-            .collect();
+        let angles = self.angles(length);
         for (i, block) in self.blocks.iter().enumerate() {
             let normed = block.normed(&z);
             let mut kv = block.keys_values(&normed);
-            self.rotate(&mut kv, 2 * width, length, &angles);
+            self.rotate(&mut kv, 2 * width, length, &angles, 1.0);
             let (rows, mut queries) = if i + 1 == self.blocks.len() {
                 z = first_rows(&z, length * width, count * width);
                 (count, block.queries(&first_rows(&normed, length * width, count * width)))
             } else {
                 (length, block.queries(&normed))
             };
-            self.rotate(&mut queries, width, rows, &angles);
+            self.rotate(&mut queries, width, rows, &angles, 1.0);
             let head_dim = width / block.heads();
             let sizes = HeadSizes { heads: block.heads(), head_dim, keys: length };
             let mut heads = Heads::zeros(sizes, 1, Precision::F32);
-            let mut read = vec![0f32; z.len()];
+            let mut read = Buffer::stale(z.len());
             let items = kv.chunks_exact(length * 2 * width).zip(queries.chunks_exact(rows * width));
             for ((kv, queries), read) in items.zip(read.chunks_exact_mut(rows * width)) {
                 heads.put(0, 0, kv);
@@ -192,21 +192,24 @@ impl Row {
         self.out_norm.of(&z)
     }
 
-    /// Turns the heads in the first `E` features of each token of items of `length` tokens, `stride` values apart.
-    fn rotate(&self, values: &mut [f32], stride: usize, length: usize, angles: &[(f32, f32)]) {
+    /// Sine and cosine by position and frequency.
+    pub(super) fn angles(&self, length: usize) -> Vec<(f32, f32)> {
+        let of = |position| self.frequencies.iter().map(move |f| (position as f32 * f).sin_cos());
+        (0..length).flat_map(of).collect()
+    }
+
+    /// Turns the heads in the first `E` features of each token of items of `length` tokens, `stride` values apart; with
+    /// direction -1 back.
+    pub(super) fn rotate(
+        &self,
+        values: &mut [f32],
+        stride: usize,
+        length: usize,
+        angles: &[(f32, f32)],
+        direction: f32,
+    ) {
         let half = self.frequencies.len();
-        for item in values.chunks_exact_mut(length * stride) {
-            for (row, angles) in item.chunks_exact_mut(stride).zip(angles.chunks_exact(half)) {
-                for head in row[..self.width].chunks_exact_mut(2 * half) {
-                    let (first, second) = head.split_at_mut(half);
-                    for ((a, b), (sin, cos)) in first.iter_mut().zip(second).zip(angles) {
-                        let (x, y) = (*a, *b);
-                        *a = x * cos - y * sin;
-                        *b = y * cos + x * sin;
-                    }
-                }
-            }
-        }
+        turn(values, (stride, self.width, half), &angles[..length * half], direction);
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -218,8 +221,11 @@ impl Row {
 }
 
 /// The first `count` values of every `size`.
-fn first_rows(values: &[f32], size: usize, count: usize) -> Vec<f32> {
-    values.chunks_exact(size).flat_map(|item| &item[..count]).copied().collect()
+pub(super) fn first_rows(values: &[f32], size: usize, count: usize) -> Buffer {
+    let mut first = Buffer::stale(values.len() / size * count);
+    let items = first.chunks_exact_mut(count).zip(values.chunks_exact(size));
+    items.for_each(|(first, item)| first.copy_from_slice(&item[..count]));
+    first
 }
 
 /// The in-context stage.
@@ -251,9 +257,9 @@ impl Icl {
 
 /// The decoder.
 pub(super) struct Decoder {
-    norm: Norm,
-    hidden: Matrix,
-    output: Matrix,
+    pub(super) norm: Norm,
+    pub(super) hidden: Matrix,
+    pub(super) output: Matrix,
 }
 
 impl Decoder {
@@ -271,7 +277,7 @@ impl Decoder {
     }
 
     /// Class scores `(n, outputs)` of row vectors `(n, D)`, with another norm and last layer if given.
-    pub(super) fn scores(&self, rows: &[f32], head: Option<&Head>) -> Vec<f32> {
+    pub(super) fn scores(&self, rows: &[f32], head: Option<&Head>) -> Buffer {
         let (norm, output) = head.map_or((&self.norm, &self.output), |head| (&head.norm, &head.output));
         let mut hidden = self.hidden.of(&norm.of(rows));
         gelu(&mut hidden);
@@ -305,7 +311,7 @@ fn label_rows(named: Named<'_>, name: &str, config: &ModelConfig) -> Result<Vec<
     let (classes, map) = (config.label_width(), named.affine(name)?);
     let mut one_hot = vec![0f32; classes * classes];
     one_hot.iter_mut().step_by(classes + 1).for_each(|cell| *cell = 1.0);
-    Ok(map.of(&one_hot))
+    Ok(map.of(&one_hot).to_vec())
 }
 
 fn add_labels(table: &[f32], rows: &mut [f32], labels: &[u8]) {

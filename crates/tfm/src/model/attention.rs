@@ -121,24 +121,8 @@ impl Block {
         frequencies: Option<&[f32]>,
         context: usize,
     ) -> Result<Tensor, TfmError> {
-        self.read(x, self.queries(normed)?, kv, frequencies, context)
-    }
-
-    /// Queries `(batch, length, width)` of normed rows, before rotation and scaling.
-    pub(crate) fn queries(&self, normed: &Tensor) -> Result<Tensor, TfmError> {
         let (weight, bias) = self.projection(0, self.width)?;
-        Ok(linear(normed, &weight, &bias)?)
-    }
-
-    /// As [`Self::attend`], from the rows' queries.
-    pub(crate) fn read(
-        &self,
-        x: &Tensor,
-        mut q: Tensor,
-        kv: &Tensor,
-        frequencies: Option<&[f32]>,
-        context: usize,
-    ) -> Result<Tensor, TfmError> {
+        let mut q = linear(normed, &weight, &bias)?;
         if let Some(frequencies) = frequencies {
             q = rope::rotate(&q, self.heads, frequencies)?;
         }

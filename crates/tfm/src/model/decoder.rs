@@ -5,11 +5,10 @@ use candle_core::Tensor;
 use super::{
     config::ModelConfig,
     params::{Source, affine, norm},
-    query::{Plain, QueryPath},
 };
 use crate::{
     error::TfmError,
-    ops::{activation::gelu, linear::linear},
+    ops::{activation::gelu, linear::linear, norm::layer_norm},
 };
 
 /// Norm and two-layer perceptron.
@@ -31,13 +30,8 @@ impl Decoder {
 
     /// Class scores or quantiles `(.., outputs)` of row vectors `(.., D)`.
     pub(crate) fn scores(&self, rows: &Tensor) -> Result<Tensor, TfmError> {
-        self.scores_along(rows, &mut Plain)
-    }
-
-    /// As [`Self::scores`], along a path that may change norm and scores.
-    pub(crate) fn scores_along(&self, rows: &Tensor, path: &mut dyn QueryPath) -> Result<Tensor, TfmError> {
-        let normed = path.norm(rows, &self.norm.0, &self.norm.1)?;
+        let normed = layer_norm(rows, &self.norm.0, &self.norm.1)?;
         let hidden = gelu(&linear(&normed, &self.hidden.0, &self.hidden.1)?)?;
-        path.scores(&hidden, linear(&hidden, &self.output.0, &self.output.1)?)
+        Ok(linear(&hidden, &self.output.0, &self.output.1)?)
     }
 }

@@ -7,7 +7,6 @@ use super::{
     config::ModelConfig,
     forward::Observe,
     params::{Source, affine},
-    query::QueryPath,
 };
 use crate::{error::TfmError, ops::linear::linear};
 
@@ -87,17 +86,10 @@ impl IclStage {
         Ok(cache)
     }
 
-    /// Query rows `(1, queries, D)` after reading a cached context, along a path that may change their queries.
-    pub(crate) fn cached(
-        &self,
-        mut rows: Tensor,
-        cache: &[Tensor],
-        path: &mut dyn QueryPath,
-    ) -> Result<Tensor, TfmError> {
-        for (i, (block, kv)) in self.blocks.iter().zip(cache).enumerate() {
-            let normed = block.normed(&rows)?;
-            let queries = path.queries(i, &normed, block.queries(&normed)?)?;
-            rows = block.read(&rows, queries, kv, None, kv.dim(1)?)?;
+    /// Query rows `(1, queries, D)` after reading a cached context.
+    pub(crate) fn cached(&self, mut rows: Tensor, cache: &[Tensor]) -> Result<Tensor, TfmError> {
+        for (block, kv) in self.blocks.iter().zip(cache) {
+            rows = block.attend(&rows, &block.normed(&rows)?, kv, None, kv.dim(1)?)?;
         }
         Ok(rows)
     }

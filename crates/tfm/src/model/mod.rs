@@ -13,7 +13,6 @@ pub mod forward;
 pub(crate) mod icl;
 pub mod many;
 pub(crate) mod params;
-pub(crate) mod query;
 pub(crate) mod row;
 pub mod variant;
 

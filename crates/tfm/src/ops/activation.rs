@@ -123,6 +123,32 @@ fn gelu_backward_loop<const FUSED: bool>(grad: &[f32], values: &mut [f32]) {
     }
 }
 
+wide!(
+    /// Replaces inputs of the activation by its slopes, and stores its results.
+    pub(crate) fn activate(slopes: &'a mut [f32], active: &'a mut [f32]) => activate_loop
+);
+
+#[inline(always)]
+fn activate_loop<const FUSED: bool>(slopes: &mut [f32], active: &mut [f32]) {
+    for (s, a) in slopes.iter_mut().zip(active) {
+        let (cdf, density) = normal(*s);
+        *a = *s * cdf;
+        *s = cdf + *s * density;
+    }
+}
+
+wide!(
+    /// Multiplies entry by entry.
+    pub(crate) fn multiply(values: &'a mut [f32], by: &'a [f32]) => multiply_loop
+);
+
+#[inline(always)]
+fn multiply_loop<const FUSED: bool>(values: &mut [f32], by: &[f32]) {
+    for (v, b) in values.iter_mut().zip(by) {
+        *v *= b;
+    }
+}
+
 wide!(fn gate_in_place(q: &'a mut [f32], t: &'a [f32], base: &'a [f32], width: usize) => gate_loop);
 
 #[inline(always)]
@@ -136,7 +162,7 @@ fn gate_loop<const FUSED: bool>(q: &mut [f32], t: &[f32], base: &[f32], width: u
 
 wide!(
     /// Gradients of all three operands from queries, gates and the gradient of the result.
-    fn gate_backward(
+    pub(crate) fn gate_backward(
         sources: (&'a [f32], &'a [f32], &'a [f32]),
         base: &'a [f32],
         dq: &'a mut [f32],

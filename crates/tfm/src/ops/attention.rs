@@ -35,7 +35,7 @@ struct Attention {
 #[derive(Clone, Copy)]
 pub(super) struct Sizes {
     pub(super) batch: usize,
-    shared_query: bool,
+    pub(super) shared_query: bool,
     pub(super) queries: usize,
     pub(super) keys: usize,
     pub(super) width: usize,
@@ -74,7 +74,7 @@ impl Sizes {
             Kernel::FewQueries
         } else if !matches!(self.head_dim(), 4 | 8 | 16 | 32) {
             Kernel::Products
-        } else if self.keys <= lanes::MAX_KEYS {
+        } else if self.keys <= lanes::MAX_KEYS && self.head_dim().is_multiple_of(lanes::LANES) {
             Kernel::FewKeys
         } else if self.queries >= BLOCKED_FROM {
             Kernel::Products
@@ -120,7 +120,6 @@ impl CustomOp2 for Attention {
             let few_keys = sizes.kernel() == Kernel::FewKeys;
             let (q, kv) = (values(q, lq)?, values(kv, lkv)?);
             match (sizes.head_dim(), few_keys) {
-                (4, true) => lanes::forward::<4>(sizes, q, kv, &mut out),
                 (8, true) => lanes::forward::<8>(sizes, q, kv, &mut out),
                 (16, true) => lanes::forward::<16>(sizes, q, kv, &mut out),
                 (_, true) => lanes::forward::<32>(sizes, q, kv, &mut out),
@@ -155,7 +154,6 @@ impl CustomOp2 for Attention {
                     with_values(&grad, |g| {
                         let dkv = want_kv.then_some(dkv.as_mut_slice());
                         match (sizes.head_dim(), sizes.kernel() == Kernel::FewKeys) {
-                            (4, true) => lanes::backward::<4>(sizes, q, kv, g, &mut dq, dkv),
                             (8, true) => lanes::backward::<8>(sizes, q, kv, g, &mut dq, dkv),
                             (16, true) => lanes::backward::<16>(sizes, q, kv, g, &mut dq, dkv),
                             (_, true) => lanes::backward::<32>(sizes, q, kv, g, &mut dq, dkv),

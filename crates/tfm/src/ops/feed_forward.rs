@@ -9,10 +9,9 @@ use candle_core::{
 };
 
 use super::{
-    activation::gelu_in_place,
+    activation::{activate, gelu_in_place, multiply},
     linear::{add_rows_to, add_to_rows},
-    math::{dot, normal, sum},
-    norm::moments,
+    norm::{add_row_gradients, standardise},
     rows_and_width, values, wanted,
 };
 use crate::simd::wide;
@@ -224,37 +223,6 @@ impl FeedForward {
 }
 
 wide!(
-    /// Standardised and normed rows, and the inverse deviation of each.
-    fn standardise(
-        rows: &'a [f32],
-        affine: (&'a [f32], &'a [f32]),
-        hat: &'a mut [f32],
-        normed: &'a mut [f32],
-        inverses: &'a mut [f32],
-    ) => standardise_loop
-);
-
-#[inline(always)]
-fn standardise_loop<const FUSED: bool>(
-    rows: &[f32],
-    (gain, bias): (&[f32], &[f32]),
-    hat: &mut [f32],
-    normed: &mut [f32],
-    inverses: &mut [f32],
-) {
-    let width = gain.len();
-    let sinks = hat.chunks_exact_mut(width).zip(normed.chunks_exact_mut(width)).zip(inverses);
-    for (row, ((hat, normed), kept)) in rows.chunks_exact(width).zip(sinks) {
-        let (mean, inverse) = moments(row);
-        *kept = inverse;
-        for ((((h, n), v), g), b) in hat.iter_mut().zip(normed).zip(row).zip(gain).zip(bias) {
-            *h = (v - mean) * inverse;
-            *n = *h * g + b;
-        }
-    }
-}
-
-wide!(
     /// Adds what was read, and a bias, to rows.
     fn add_both(rows: &'a mut [f32], read: &'a [f32], bias: &'a [f32]) => add_both_loop
 );
@@ -265,29 +233,6 @@ fn add_both_loop<const FUSED: bool>(rows: &mut [f32], read: &[f32], bias: &[f32]
         for ((x, r), b) in row.iter_mut().zip(read).zip(bias) {
             *x = *x + r + b;
         }
-    }
-}
-
-wide!(
-    /// Replaces inputs of the activation by its slopes, and stores its results.
-    fn activate(slopes: &'a mut [f32], active: &'a mut [f32]) => activate_loop
-);
-
-#[inline(always)]
-fn activate_loop<const FUSED: bool>(slopes: &mut [f32], active: &mut [f32]) {
-    for (s, a) in slopes.iter_mut().zip(active) {
-        let (cdf, density) = normal(*s);
-        *a = *s * cdf;
-        *s = cdf + *s * density;
-    }
-}
-
-wide!(fn multiply(values: &'a mut [f32], by: &'a [f32]) => multiply_loop);
-
-#[inline(always)]
-fn multiply_loop<const FUSED: bool>(values: &mut [f32], by: &[f32]) {
-    for (v, b) in values.iter_mut().zip(by) {
-        *v *= b;
     }
 }
 
@@ -303,40 +248,6 @@ fn add_affine_loop<const FUSED: bool>(dgain: &mut [f32], dbias: &mut [f32], dnor
         for (((dg, db), d), h) in dgain.iter_mut().zip(dbias.iter_mut()).zip(dn).zip(hat) {
             *dg += d * h;
             *db += d;
-        }
-    }
-}
-
-wide!(
-    /// Adds what flows back through the norm.
-    fn add_row_gradients(
-        dx: &'a mut [f32],
-        dnormed: &'a [f32],
-        hat: &'a [f32],
-        inverses: &'a [f32],
-        gain: &'a [f32],
-    ) => add_row_gradients_loop
-);
-
-#[inline(always)]
-fn add_row_gradients_loop<const FUSED: bool>(
-    dx: &mut [f32],
-    dnormed: &[f32],
-    hat: &[f32],
-    inverses: &[f32],
-    gain: &[f32],
-) {
-    let width = gain.len();
-    let mut scaled = vec![0f32; width];
-    let sources = hat.chunks_exact(width).zip(dnormed.chunks_exact(width)).zip(inverses);
-    for (((hat, dn), inverse), dx) in sources.zip(dx.chunks_exact_mut(width)) {
-        for ((s, d), gain) in scaled.iter_mut().zip(dn).zip(gain) {
-            *s = d * gain;
-        }
-        let n = width as f32;
-        let (a, c) = (sum(&scaled) / n, dot(&scaled, hat) / n);
-        for ((x, s), h) in dx.iter_mut().zip(&scaled).zip(hat) {
-            *x += (s - a - h * c) * inverse;
         }
     }
 }

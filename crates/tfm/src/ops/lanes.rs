@@ -2,17 +2,46 @@
 //!
 //! Scores of eight queries are eight lanes, so maxima, exponentials and sums over keys run without a reduction across
 //! lanes. Cells of a row and inducing points of a column are such short sequences; probabilities are recomputed in
-//! the backward pass.
+//! the backward pass. Vectors are written out, since the compiler takes these loops apart into single numbers.
 
-use super::{
-    attention::{Sizes, lane},
-    math::exp,
-};
-use crate::simd::{fused, wide};
+use pulp::{Simd, WithSimd};
 
-/// Reads eight queries of one head as `(HD, lane)`; lanes beyond `count` are 0.
+use super::{attention::Sizes, math::exp};
+use crate::simd::{dispatch, multiply_add};
+
+/// What queries read. `HD`, the size of a head, is a multiple of [`LANES`].
+pub(super) fn forward<const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mut [f32]) {
+    dispatch(Forward::<HD> { s, q, kv, out });
+}
+
+/// Adds gradients of queries, and of keys and values where wanted, from that of what was read.
+pub(super) fn backward<const HD: usize>(
+    s: Sizes,
+    q: &[f32],
+    kv: &[f32],
+    grad: &[f32],
+    dq: &mut [f32],
+    dkv: Option<&mut [f32]>,
+) {
+    dispatch(Backward::<HD> { s, q, kv, grad, dq, dkv });
+}
+
+/// Eight rows of one head; rows beyond those there are are 0.
+type Rows<const HD: usize> = [[f32; HD]; LANES];
+/// The same, feature by feature.
+type Turned<const HD: usize> = [[f32; LANES]; HD];
+
 #[inline(always)]
-fn turned<const HD: usize>(rows: &[[f32; HD]; LANES]) -> [[f32; LANES]; HD] {
+fn rows<const HD: usize>(values: &[f32], at: usize, stride: usize, count: usize) -> Rows<HD> {
+    let mut out = [[0f32; HD]; LANES];
+    for (l, row) in out.iter_mut().enumerate().take(count) {
+        row.copy_from_slice(&values[at + l * stride..][..HD]);
+    }
+    out
+}
+
+#[inline(always)]
+fn turned<const HD: usize>(rows: &Rows<HD>) -> Turned<HD> {
     let mut out = [[0f32; LANES]; HD];
     for (l, row) in rows.iter().enumerate() {
         for (o, v) in out.iter_mut().zip(row) {
@@ -22,88 +51,130 @@ fn turned<const HD: usize>(rows: &[[f32; HD]; LANES]) -> [[f32; LANES]; HD] {
     out
 }
 
-/// Vectors of one head of up to eight consecutive rows; rows beyond `count` are 0.
 #[inline(always)]
-fn rows<const HD: usize>(values: &[f32], at: usize, stride: usize, count: usize) -> [[f32; HD]; LANES] {
-    let mut out = [[0f32; HD]; LANES];
-    for (l, row) in out.iter_mut().enumerate().take(count) {
-        *row = lane::<HD>(values, at + l * stride);
-    }
-    out
+fn load<S: Simd>(_: S, values: &[f32]) -> S::f32s {
+    S::as_simd_f32s(&values[..LANES]).0[0]
+}
+
+#[inline(always)]
+fn store<S: Simd>(_: S, values: &mut [f32], vector: S::f32s) {
+    S::as_mut_simd_f32s(&mut values[..LANES]).0[0] = vector;
 }
 
 /// Inner products of eight queries with one vector.
 #[inline(always)]
-fn products<const FUSED: bool, const HD: usize>(
-    queries: &[[f32; LANES]; HD],
-    vector: &[f32; HD],
-) -> [f32; LANES] {
-    let mut out = [0f32; LANES];
-    for (query, v) in queries.iter().zip(vector) {
-        for (o, q) in out.iter_mut().zip(query) {
-            *o = fused::<FUSED>(*q, *v, *o);
+fn products<S: Simd, const HD: usize>(simd: S, queries: &Turned<HD>, vector: &[f32]) -> S::f32s {
+    // Two sums, so that one product needn't wait for the one before.
+    let (mut even, mut odd) = (simd.splat_f32s(0.0), simd.splat_f32s(0.0));
+    for (queries, vector) in queries.as_chunks::<LANES>().0.iter().zip(vector[..HD].as_chunks::<LANES>().0) {
+        for i in (0..LANES).step_by(2) {
+            even = multiply_add(simd, load(simd, &queries[i]), simd.splat_f32s(vector[i]), even);
+            odd = multiply_add(simd, load(simd, &queries[i + 1]), simd.splat_f32s(vector[i + 1]), odd);
         }
     }
-    out
+    simd.add_f32s(even, odd)
+}
+
+/// Adds to `to`, feature by feature, vectors of keys weighted by lanes.
+#[inline(always)]
+fn gather<S: Simd, const HD: usize>(
+    simd: S,
+    weights: &[[f32; LANES]],
+    kv: &[f32],
+    stride: usize,
+    at: usize,
+    to: &mut Turned<HD>,
+) {
+    for (block, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        let mut sums = [simd.splat_f32s(0.0); LANES];
+        for (weight, row) in weights.iter().zip(kv.chunks_exact(stride)) {
+            let weight = load(simd, weight);
+            for row in row[at + block * LANES..][..LANES].as_chunks::<LANES>().0 {
+                for i in 0..LANES {
+                    sums[i] = multiply_add(simd, weight, simd.splat_f32s(row[i]), sums[i]);
+                }
+            }
+        }
+        for (to, sum) in to.iter_mut().zip(sums) {
+            store(simd, to, sum);
+        }
+    }
+}
+
+/// Adds rows weighted by lanes to the vector of one key.
+#[inline(always)]
+fn scatter<S: Simd, const HD: usize>(simd: S, to: &mut [f32], weights: &[f32; LANES], rows: &Rows<HD>) {
+    for (block, to) in to[..HD].chunks_exact_mut(LANES).enumerate() {
+        let (mut even, mut odd) = (load(simd, to), simd.splat_f32s(0.0));
+        for l in (0..LANES).step_by(2) {
+            let row = |l: usize| load(simd, &rows[l][block * LANES..]);
+            even = multiply_add(simd, simd.splat_f32s(weights[l]), row(l), even);
+            odd = multiply_add(simd, simd.splat_f32s(weights[l + 1]), row(l + 1), odd);
+        }
+        store(simd, to, simd.add_f32s(even, odd));
+    }
 }
 
 /// Probabilities `(key, lane)` of eight queries.
 #[inline(always)]
-fn probabilities<const FUSED: bool, const HD: usize>(
-    queries: &[[f32; LANES]; HD],
-    kv: &[f32],
-    stride: usize,
-    at: usize,
+fn probabilities<S: Simd, const HD: usize>(
+    simd: S,
+    queries: &Turned<HD>,
+    (kv, stride, at): (&[f32], usize, usize),
     scale: f32,
     p: &mut [[f32; LANES]],
 ) {
-    let mut peak = [f32::NEG_INFINITY; LANES];
+    let mut peak = simd.splat_f32s(f32::NEG_INFINITY);
     for (scores, row) in p.iter_mut().zip(kv.chunks_exact(stride)) {
-        *scores = products::<FUSED, HD>(queries, &lane::<HD>(row, at));
-        for (m, s) in peak.iter_mut().zip(scores.iter()) {
-            // A NaN stays out of the peak; it reappears through `exp` below.
-            *m = if *s > *m { *s } else { *m };
-        }
+        let products = products(simd, queries, &row[at..]);
+        // A NaN stays out of the peak; it reappears through `exp` below.
+        peak = simd.select_f32s(simd.greater_than_f32s(products, peak), products, peak);
+        store(simd, scores, products);
     }
-    let mut total = [0f32; LANES];
+    let scaled = simd.splat_f32s(scale);
     for scores in p.iter_mut() {
-        for ((s, m), t) in scores.iter_mut().zip(&peak).zip(&mut total) {
-            *s = exp((*s - m) * scale);
-            *t += *s;
-        }
+        let above = simd.sub_f32s(load(simd, scores), peak);
+        store(simd, scores, simd.mul_f32s(above, scaled));
     }
-    let inverse = total.map(|t| 1.0 / t);
+    for score in p.as_flattened_mut() {
+        *score = exp(*score);
+    }
+    let mut total = simd.splat_f32s(0.0);
+    for scores in p.iter() {
+        total = simd.add_f32s(total, load(simd, scores));
+    }
+    let inverse = simd.div_f32s(simd.splat_f32s(1.0), total);
     for scores in p.iter_mut() {
-        for (s, i) in scores.iter_mut().zip(&inverse) {
-            *s *= i;
-        }
+        let probability = simd.mul_f32s(load(simd, scores), inverse);
+        store(simd, scores, probability);
     }
 }
 
-wide!(pub(super) fn forward<const HD>(s: Sizes, q: &'a [f32], kv: &'a [f32], out: &'a mut [f32]) => forward_loop);
+struct Forward<'a, const HD: usize> {
+    s: Sizes,
+    q: &'a [f32],
+    kv: &'a [f32],
+    out: &'a mut [f32],
+}
 
-#[inline(always)]
-fn forward_loop<const FUSED: bool, const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mut [f32]) {
-    let (scale, stride) = (s.scale(), 2 * s.width);
-    let mut p = vec![[0f32; LANES]; s.keys];
-    for b in 0..s.batch {
-        let kv = &kv[b * s.keys * stride..][..s.keys * stride];
-        let q = &q[s.query_start(b)..][..s.queries * s.width];
-        let out = &mut out[b * s.queries * s.width..][..s.queries * s.width];
-        for h in 0..s.heads {
-            for first in (0..s.queries).step_by(LANES) {
+impl<const HD: usize> WithSimd for Forward<'_, HD> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { s, q, kv, out } = self;
+        let stride = 2 * s.width;
+        let mut p = vec![[0f32; LANES]; s.keys];
+        for b in 0..s.batch {
+            let kv = &kv[b * s.keys * stride..][..s.keys * stride];
+            let q = &q[s.query_start(b)..][..s.queries * s.width];
+            let out = &mut out[b * s.queries * s.width..][..s.queries * s.width];
+            for (h, first) in places(s) {
                 let (at, count) = (first * s.width + h * HD, LANES.min(s.queries - first));
                 let queries = turned(&rows::<HD>(q, at, s.width, count));
-                probabilities::<FUSED, HD>(&queries, kv, stride, h * HD, scale, &mut p);
+                probabilities(simd, &queries, (kv, stride, h * HD), s.scale(), &mut p);
                 let mut sums = [[0f32; LANES]; HD];
-                for (p, row) in p.iter().zip(kv.chunks_exact(stride)) {
-                    let v = lane::<HD>(row, s.width + h * HD);
-                    for (sum, v) in sums.iter_mut().zip(&v) {
-                        for (o, p) in sum.iter_mut().zip(p) {
-                            *o = fused::<FUSED>(*p, *v, *o);
-                        }
-                    }
-                }
+                gather(simd, &p, kv, stride, s.width + h * HD, &mut sums);
                 for (l, to) in out[at..].chunks_mut(s.width).take(count).enumerate() {
                     for (o, sum) in to[..HD].iter_mut().zip(&sums) {
                         *o = sum[l];
@@ -114,57 +185,45 @@ fn forward_loop<const FUSED: bool, const HD: usize>(s: Sizes, q: &[f32], kv: &[f
     }
 }
 
-wide!(
-    pub(super) fn backward<const HD>(
-        s: Sizes,
-        q: &'a [f32],
-        kv: &'a [f32],
-        grad: &'a [f32],
-        dq: &'a mut [f32],
-        dkv: Option<&'a mut [f32]>,
-    ) => backward_loop
-);
-
-#[inline(always)]
-fn backward_loop<const FUSED: bool, const HD: usize>(
+struct Backward<'a, const HD: usize> {
     s: Sizes,
-    q: &[f32],
-    kv: &[f32],
-    grad: &[f32],
-    dq: &mut [f32],
-    mut dkv: Option<&mut [f32]>,
-) {
-    let (scale, stride) = (s.scale(), 2 * s.width);
-    let (mut p, mut ds) = (vec![[0f32; LANES]; s.keys], vec![[0f32; LANES]; s.keys]);
-    for b in 0..s.batch {
-        let kv = &kv[b * s.keys * stride..][..s.keys * stride];
-        let (q_start, g_start) = (s.query_start(b), b * s.queries * s.width);
-        for h in 0..s.heads {
-            for first in (0..s.queries).step_by(LANES) {
+    q: &'a [f32],
+    kv: &'a [f32],
+    grad: &'a [f32],
+    dq: &'a mut [f32],
+    dkv: Option<&'a mut [f32]>,
+}
+
+impl<const HD: usize> WithSimd for Backward<'_, HD> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { s, q, kv, grad, dq, mut dkv } = self;
+        let (scale, stride) = (simd.splat_f32s(s.scale()), 2 * s.width);
+        let (mut p, mut ds) = (vec![[0f32; LANES]; s.keys], vec![[0f32; LANES]; s.keys]);
+        for b in 0..s.batch {
+            let kv = &kv[b * s.keys * stride..][..s.keys * stride];
+            let (q_start, g_start) = (s.query_start(b), b * s.queries * s.width);
+            for (h, first) in places(s) {
                 let (at, count) = (first * s.width + h * HD, LANES.min(s.queries - first));
                 let query_rows = rows::<HD>(q, q_start + at, s.width, count);
                 let grad_rows = rows::<HD>(grad, g_start + at, s.width, count);
-                let (queries, grads) = (turned(&query_rows), turned(&grad_rows));
-                probabilities::<FUSED, HD>(&queries, kv, stride, h * HD, scale, &mut p);
-                let mut mean = [0f32; LANES];
+                probabilities(simd, &turned(&query_rows), (kv, stride, h * HD), s.scale(), &mut p);
+                let grads = turned(&grad_rows);
+                let mut mean = simd.splat_f32s(0.0);
                 for ((ds, p), row) in ds.iter_mut().zip(&p).zip(kv.chunks_exact(stride)) {
-                    *ds = products::<FUSED, HD>(&grads, &lane::<HD>(row, s.width + h * HD));
-                    for ((m, d), p) in mean.iter_mut().zip(ds.iter()).zip(p) {
-                        *m = fused::<FUSED>(*d, *p, *m);
-                    }
+                    let slope = products(simd, &grads, &row[s.width + h * HD..]);
+                    mean = multiply_add(simd, slope, load(simd, p), mean);
+                    store(simd, ds, slope);
+                }
+                for (ds, p) in ds.iter_mut().zip(&p) {
+                    let above = simd.sub_f32s(load(simd, ds), mean);
+                    let slope = simd.mul_f32s(simd.mul_f32s(load(simd, p), above), scale);
+                    store(simd, ds, slope);
                 }
                 let mut dqueries = [[0f32; LANES]; HD];
-                for ((ds, p), row) in ds.iter_mut().zip(&p).zip(kv.chunks_exact(stride)) {
-                    for ((d, p), m) in ds.iter_mut().zip(p).zip(&mean) {
-                        *d = p * (*d - m) * scale;
-                    }
-                    let k = lane::<HD>(row, h * HD);
-                    for (sum, k) in dqueries.iter_mut().zip(&k) {
-                        for (o, d) in sum.iter_mut().zip(ds.iter()) {
-                            *o = fused::<FUSED>(*d, *k, *o);
-                        }
-                    }
-                }
+                gather(simd, &ds, kv, stride, h * HD, &mut dqueries);
                 for (l, to) in dq[q_start + at..].chunks_mut(s.width).take(count).enumerate() {
                     for (o, sum) in to[..HD].iter_mut().zip(&dqueries) {
                         *o += sum[l];
@@ -174,8 +233,8 @@ fn backward_loop<const FUSED: bool, const HD: usize>(
                     let sinks = dkv[b * s.keys * stride..][..s.keys * stride].chunks_exact_mut(stride);
                     for ((row, ds), p) in sinks.zip(&ds).zip(&p) {
                         let (dk, dv) = row.split_at_mut(s.width);
-                        add_weighted::<FUSED, HD>(&mut dk[h * HD..h * HD + HD], ds, &query_rows);
-                        add_weighted::<FUSED, HD>(&mut dv[h * HD..h * HD + HD], p, &grad_rows);
+                        scatter(simd, &mut dk[h * HD..], ds, &query_rows);
+                        scatter(simd, &mut dv[h * HD..], p, &grad_rows);
                     }
                 }
             }
@@ -183,23 +242,13 @@ fn backward_loop<const FUSED: bool, const HD: usize>(
     }
 }
 
-/// `to += sum over lanes of weight * row`.
+/// Heads and first queries of the groups worked on together.
 #[inline(always)]
-fn add_weighted<const FUSED: bool, const HD: usize>(
-    to: &mut [f32],
-    weights: &[f32; LANES],
-    rows: &[[f32; HD]; LANES],
-) {
-    let mut sum = lane::<HD>(to, 0);
-    for (w, row) in weights.iter().zip(rows) {
-        for (s, v) in sum.iter_mut().zip(row) {
-            *s = fused::<FUSED>(*w, *v, *s);
-        }
-    }
-    to.copy_from_slice(&sum);
+fn places(s: Sizes) -> impl Iterator<Item = (usize, usize)> {
+    (0..s.heads).flat_map(move |h| (0..s.queries).step_by(LANES).map(move |first| (h, first)))
 }
 
 /// Queries worked on together.
-const LANES: usize = 8;
+pub(super) const LANES: usize = 8;
 /// Most keys for which this beats loops over keys: the probabilities of a tile stay in the first-level cache.
 pub(super) const MAX_KEYS: usize = 64;

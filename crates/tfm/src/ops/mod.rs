@@ -12,6 +12,7 @@ pub(crate) mod linear;
 pub(crate) mod math;
 pub(crate) mod norm;
 pub(crate) mod rope;
+pub(crate) mod short;
 
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
 

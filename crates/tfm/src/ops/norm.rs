@@ -17,7 +17,7 @@ struct LayerNorm;
 
 /// Mean and inverse deviation of one row.
 #[inline(always)]
-pub(super) fn moments(row: &[f32]) -> (f32, f32) {
+fn moments(row: &[f32]) -> (f32, f32) {
     let width = row.len() as f32;
     let mean = sum(row) / width;
     let mut lanes = [0f32; 8];
@@ -135,6 +135,71 @@ fn backward_loop<const FUSED: bool>(
             for ((o, s), h) in to.iter_mut().zip(&scaled).zip(&hat) {
                 *o = (s - a - h * c) * inverse;
             }
+        }
+    }
+}
+
+wide!(
+    /// Standardised and normed rows, and the inverse deviation of each.
+    pub(crate) fn standardise(
+        rows: &'a [f32],
+        affine: (&'a [f32], &'a [f32]),
+        hat: &'a mut [f32],
+        normed: &'a mut [f32],
+        inverses: &'a mut [f32],
+    ) => standardise_loop
+);
+
+#[inline(always)]
+fn standardise_loop<const FUSED: bool>(
+    rows: &[f32],
+    (gain, bias): (&[f32], &[f32]),
+    hat: &mut [f32],
+    normed: &mut [f32],
+    inverses: &mut [f32],
+) {
+    let width = gain.len();
+    let sinks = hat.chunks_exact_mut(width).zip(normed.chunks_exact_mut(width)).zip(inverses);
+    for (row, ((hat, normed), kept)) in rows.chunks_exact(width).zip(sinks) {
+        let (mean, inverse) = moments(row);
+        *kept = inverse;
+        for ((((h, n), v), g), b) in hat.iter_mut().zip(normed).zip(row).zip(gain).zip(bias) {
+            *h = (v - mean) * inverse;
+            *n = *h * g + b;
+        }
+    }
+}
+
+wide!(
+    /// Adds what flows back through the norm.
+    pub(crate) fn add_row_gradients(
+        dx: &'a mut [f32],
+        dnormed: &'a [f32],
+        hat: &'a [f32],
+        inverses: &'a [f32],
+        gain: &'a [f32],
+    ) => add_row_gradients_loop
+);
+
+#[inline(always)]
+fn add_row_gradients_loop<const FUSED: bool>(
+    dx: &mut [f32],
+    dnormed: &[f32],
+    hat: &[f32],
+    inverses: &[f32],
+    gain: &[f32],
+) {
+    let width = gain.len();
+    let mut scaled = vec![0f32; width];
+    let sources = hat.chunks_exact(width).zip(dnormed.chunks_exact(width)).zip(inverses);
+    for (((hat, dn), inverse), dx) in sources.zip(dx.chunks_exact_mut(width)) {
+        for ((s, d), gain) in scaled.iter_mut().zip(dn).zip(gain) {
+            *s = d * gain;
+        }
+        let n = width as f32;
+        let (a, c) = (sum(&scaled) / n, dot(&scaled, hat) / n);
+        for ((x, s), h) in dx.iter_mut().zip(&scaled).zip(hat) {
+            *x += (s - a - h * c) * inverse;
         }
     }
 }

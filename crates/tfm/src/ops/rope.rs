@@ -32,7 +32,7 @@ impl Rotate {
 
 wide!(
     /// Turns the first `turned` of `width` features of each token, heads of twice `half`.
-    fn turn(
+    pub(crate) fn turn(
         values: &'a mut [f32],
         sizes: (usize, usize, usize),
         table: &'a [(f32, f32)],
