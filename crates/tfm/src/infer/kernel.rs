@@ -176,16 +176,72 @@ impl Product<'_> {
         for k in whole..depth {
             add_products(simd, &mut sums[0], &x, panel, strip, k);
         }
+        let mut total = sums[0];
         for i in 0..R {
             for v in 0..V {
-                let mut sum = sums[0][i][v];
-                for part in &sums[1..] {
-                    sum = simd.add_f32s(sum, part[i][v]);
+                for part in 1..PARTS {
+                    total[i][v] = simd.add_f32s(total[i][v], sums[part][i][v]);
                 }
-                let column = first + (strip + v) * LANES;
+            }
+        }
+        let column = first + strip * LANES;
+        if column + V * LANES <= self.outputs {
+            self.put_whole(simd, row, column, total);
+            return;
+        }
+        for i in 0..R {
+            for v in 0..V {
+                let column = column + v * LANES;
                 let left = self.outputs.saturating_sub(column).min(LANES);
                 if left > 0 {
-                    self.put(simd, row + i, column..column + left, sum);
+                    self.put(simd, row + i, column..column + left, total[i][v]);
+                }
+            }
+        }
+    }
+
+    /// Stores whole strips of some rows.
+    #[inline(always)]
+    fn put_whole<S: Simd, const R: usize, const V: usize>(
+        &mut self,
+        simd: S,
+        row: usize,
+        column: usize,
+        sums: [[S::f32s; V]; R],
+    ) {
+        let bias = |bias: &[f32]| {
+            let mut strips = [simd.splat_f32s(0.0); V];
+            strips.iter_mut().zip(S::as_simd_f32s(&bias[column..][..V * LANES]).0).for_each(|(s, b)| *s = *b);
+            strips
+        };
+        let add = |a, b| simd.add_f32s(a, b);
+        match self.start {
+            Start::Zero => self.store::<S, R, V>(row, column, sums, |_, _, sum| sum),
+            Start::Bias(given) => {
+                let bias = bias(given);
+                self.store::<S, R, V>(row, column, sums, |v, _, sum| add(bias[v], sum));
+            }
+            Start::Held => self.store::<S, R, V>(row, column, sums, |_, held, sum| add(held, sum)),
+            Start::HeldAndBias(given) => {
+                let bias = bias(given);
+                self.store::<S, R, V>(row, column, sums, |v, held, sum| add(add(held, bias[v]), sum));
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn store<S: Simd, const R: usize, const V: usize>(
+        &mut self,
+        row: usize,
+        column: usize,
+        sums: [[S::f32s; V]; R],
+        of: impl Fn(usize, S::f32s, S::f32s) -> S::f32s,
+    ) {
+        for i in 0..R {
+            let to = &mut self.out[(row + i) * self.out_stride + column..][..V * LANES];
+            if let Some(to) = S::as_mut_simd_f32s(to).0.first_chunk_mut::<V>() {
+                for v in 0..V {
+                    to[v] = of(v, to[v], sums[i][v]);
                 }
             }
         }
@@ -297,11 +353,11 @@ fn gelu_loop<const FUSED: bool>(values: &mut [f32]) {
     let (chunks, rest) = values.as_chunks_mut::<LANES>();
     for chunk in chunks {
         for v in chunk.iter_mut() {
-            *v *= normal(*v).0;
+            *v *= normal::<FUSED>(*v).0;
         }
     }
     for v in rest {
-        *v *= normal(*v).0;
+        *v *= normal::<FUSED>(*v).0;
     }
 }
 
@@ -314,7 +370,7 @@ wide!(
 fn gate_loop<const FUSED: bool>(q: &mut [f32], t: &[f32], base: &[f32]) {
     for (q, t) in q.chunks_exact_mut(base.len()).zip(t.chunks_exact(base.len())) {
         for ((q, t), b) in q.iter_mut().zip(t).zip(base) {
-            *q *= b * (1.0 + tanh(*t));
+            *q *= b * (1.0 + tanh::<FUSED>(*t));
         }
     }
 }
@@ -337,12 +393,12 @@ fn softmax_weights_loop<const FUSED: bool>(
     inverses: &mut [f32],
 ) {
     for (row, inverse) in scores.chunks_exact_mut(width).zip(inverses) {
-        *inverse = weights_of(row, scale);
+        *inverse = weights_of::<FUSED>(row, scale);
     }
 }
 
 #[inline(always)]
-fn weights_of(row: &mut [f32], scale: f32) -> f32 {
+fn weights_of<const FUSED: bool>(row: &mut [f32], scale: f32) -> f32 {
     let mut peaks = [f32::NEG_INFINITY; LANES];
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
@@ -359,7 +415,7 @@ fn weights_of(row: &mut [f32], scale: f32) -> f32 {
     let (chunks, rest) = row.as_chunks_mut::<LANES>();
     for chunk in chunks {
         for (s, sum) in chunk.iter_mut().zip(&mut sums) {
-            *s = exp((*s - peak) * scale);
+            *s = exp::<FUSED>((*s - peak) * scale);
             *sum += *s;
         }
     }
@@ -368,7 +424,7 @@ fn weights_of(row: &mut [f32], scale: f32) -> f32 {
         total += sum;
     }
     for s in rest {
-        *s = exp((*s - peak) * scale);
+        *s = exp::<FUSED>((*s - peak) * scale);
         total += *s;
     }
     1.0 / total

@@ -273,7 +273,7 @@ impl Model {
             let scores = self.decoded(&both, &encoded, Extent::Outputs, &mut |_, _| Ok(()))?;
             let mut scores: Vec<f32> = scores.narrow(2, 0, node.groups.len())?.flatten_all()?.to_vec1()?;
             for (row, weight) in scores.chunks_exact_mut(node.groups.len()).zip(&weights) {
-                softmax(row, 1.0 / SOFTMAX_TEMPERATURE);
+                softmax::<false>(row, 1.0 / SOFTMAX_TEMPERATURE);
                 row.iter_mut().for_each(|p| *p *= weight);
             }
             for (i, group) in node.groups.iter().enumerate() {

@@ -106,7 +106,7 @@ wide!(pub(super) fn gelu_in_place(values: &'a mut [f32]) => gelu_loop);
 #[inline(always)]
 fn gelu_loop<const FUSED: bool>(values: &mut [f32]) {
     for v in values {
-        *v *= normal(*v).0;
+        *v *= normal::<FUSED>(*v).0;
     }
 }
 
@@ -118,7 +118,7 @@ wide!(
 #[inline(always)]
 fn gelu_backward_loop<const FUSED: bool>(grad: &[f32], values: &mut [f32]) {
     for (v, g) in values.iter_mut().zip(grad) {
-        let (cdf, density) = normal(*v);
+        let (cdf, density) = normal::<FUSED>(*v);
         *v = g * (cdf + *v * density);
     }
 }
@@ -131,7 +131,7 @@ wide!(
 #[inline(always)]
 fn activate_loop<const FUSED: bool>(slopes: &mut [f32], active: &mut [f32]) {
     for (s, a) in slopes.iter_mut().zip(active) {
-        let (cdf, density) = normal(*s);
+        let (cdf, density) = normal::<FUSED>(*s);
         *a = *s * cdf;
         *s = cdf + *s * density;
     }
@@ -155,7 +155,7 @@ wide!(fn gate_in_place(q: &'a mut [f32], t: &'a [f32], base: &'a [f32], width: u
 fn gate_loop<const FUSED: bool>(q: &mut [f32], t: &[f32], base: &[f32], width: usize) {
     for (q, t) in q.chunks_exact_mut(width).zip(t.chunks_exact(width)) {
         for ((q, t), b) in q.iter_mut().zip(t).zip(base) {
-            *q = *q * b * (1.0 + tanh(*t));
+            *q = *q * b * (1.0 + tanh::<FUSED>(*t));
         }
     }
 }
@@ -186,7 +186,7 @@ fn gate_backward_loop<const FUSED: bool>(
         let sources = q.iter().zip(t).zip(g).zip(base);
         let sinks = dq.iter_mut().zip(dt).zip(db.iter_mut());
         for ((((q, t), g), b), ((dq, dt), db)) in sources.zip(sinks) {
-            let h = tanh(*t);
+            let h = tanh::<FUSED>(*t);
             let scaled = g * b;
             *dq = scaled * (1.0 + h);
             *dt = scaled * q * (1.0 - h * h);

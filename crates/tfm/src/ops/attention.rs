@@ -248,7 +248,7 @@ fn small_forward_loop<const FUSED: bool, const HD: usize>(s: Sizes, q: &[f32], k
                 } else {
                     project::<FUSED, HD>(&lane(q, at), &keys, &mut scores);
                 }
-                softmax(&mut scores, scale);
+                softmax::<FUSED>(&mut scores, scale);
                 let mut sum = [0f32; HD];
                 for (p, row) in scores.iter().zip(kv.chunks_exact(stride)) {
                     let v = lane::<HD>(row, s.width + h * HD);
@@ -297,7 +297,7 @@ fn small_backward_loop<const FUSED: bool, const HD: usize>(
                 let query = lane::<HD>(q, q_start + at);
                 let out_grad = lane::<HD>(grad, g_start + at);
                 project::<FUSED, HD>(&query, &keys, &mut p);
-                softmax(&mut p, scale);
+                softmax::<FUSED>(&mut p, scale);
                 project::<FUSED, HD>(&out_grad, &vals, &mut ds);
                 let mean = dot(&p, &ds);
                 for (d, p) in ds.iter_mut().zip(&p) {
@@ -340,7 +340,7 @@ wide!(
 #[inline(always)]
 fn softmax_rows_loop<const FUSED: bool>(scores: &mut [f32], width: usize, scale: f32) {
     for row in scores.chunks_exact_mut(width) {
-        softmax(row, scale);
+        softmax::<FUSED>(row, scale);
     }
 }
 

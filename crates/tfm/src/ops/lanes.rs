@@ -7,7 +7,7 @@
 use pulp::{Simd, WithSimd};
 
 use super::{attention::Sizes, math::exp};
-use crate::simd::{dispatch, multiply_add};
+use crate::simd::{dispatch, fuses, multiply_add};
 
 /// What queries read. `HD`, the size of a head, is a multiple of [`LANES`].
 pub(super) fn forward<const HD: usize>(s: Sizes, q: &[f32], kv: &[f32], out: &mut [f32]) {
@@ -136,8 +136,10 @@ fn probabilities<S: Simd, const HD: usize>(
         let above = simd.sub_f32s(load(simd, scores), peak);
         store(simd, scores, simd.mul_f32s(above, scaled));
     }
-    for score in p.as_flattened_mut() {
-        *score = exp(*score);
+    if fuses::<S>() {
+        p.as_flattened_mut().iter_mut().for_each(|score| *score = exp::<true>(*score));
+    } else {
+        p.as_flattened_mut().iter_mut().for_each(|score| *score = exp::<false>(*score));
     }
     let mut total = simd.splat_f32s(0.0);
     for scores in p.iter() {

@@ -95,7 +95,7 @@ impl Sequences {
         for (p, row) in p.iter_mut().zip(keys_values.chunks_exact(2 * self.width)) {
             *p = query.iter().zip(&row[head..]).map(|(q, k)| q * k).sum();
         }
-        softmax(p, 1.0 / (query.len() as f32).sqrt());
+        softmax::<false>(p, 1.0 / (query.len() as f32).sqrt());
     }
 
     fn head_dim(self) -> usize {

@@ -3,6 +3,8 @@
 //! Scores and slopes are products with keys and values in the panels of [`super::super::heads`]: on the way back keys and
 //! values change places. The context is no function of a query row, so it gets no gradient.
 
+use std::ops::Range;
+
 use super::super::{
     heads::{HeadSizes, Reading, put},
     kernel::softmax_weights,
@@ -49,15 +51,18 @@ impl ContextRows {
             inverses: Buffer::stale(self.sizes.heads * n),
             read: Buffer::stale(queries.len()),
         };
-        let parts =
-            kept.weights.chunks_exact_mut((n * keys).max(1)).zip(kept.inverses.chunks_exact_mut(n.max(1)));
-        for (h, (weights, inverses)) in parts.enumerate() {
-            let (reading, key_panels, value_panels) = self.head(&self.forward, h, n);
-            reading.score(queries, key_panels, 0, keys, weights);
+        let width = self.sizes.width();
+        for (h, rows) in self.blocks(n) {
+            let (reading, key_panels, value_panels) = self.head(&self.forward, h, rows.len());
+            let (from, at) = (rows.start * width, reading.at);
+            let weights = &mut kept.weights[(h * n + rows.start) * keys..][..rows.len() * keys];
+            let inverses = &mut kept.inverses[h * n + rows.start..][..rows.len()];
+            let read = &mut kept.read[from..][..rows.len() * width];
+            reading.score(&queries[from..], key_panels, 0, keys, weights);
             softmax_weights(weights, keys, self.scale(), inverses);
-            reading.gather(weights, value_panels, 0, keys, &mut kept.read);
-            for (row, inverse) in kept.read.chunks_exact_mut(self.sizes.width()).zip(inverses.iter()) {
-                row[reading.at..][..self.sizes.head_dim].iter_mut().for_each(|v| *v *= inverse);
+            reading.gather(weights, value_panels, 0, keys, read);
+            for (row, inverse) in read.chunks_exact_mut(width).zip(inverses.iter()) {
+                row[at..][..self.sizes.head_dim].iter_mut().for_each(|v| *v *= inverse);
             }
         }
         kept
@@ -68,22 +73,31 @@ impl ContextRows {
         let HeadSizes { head_dim, keys, .. } = self.sizes;
         let (width, n) = (self.sizes.width(), gradient.len() / self.sizes.width());
         let mut of_queries = Buffer::stale(gradient.len());
-        let mut slopes = Buffer::stale(n * keys);
-        let mut less = Buffer::stale(n);
-        let parts = kept.weights.chunks_exact((n * keys).max(1)).zip(kept.inverses.chunks_exact(n.max(1)));
-        for (h, (weights, inverses)) in parts.enumerate() {
-            let (reading, value_panels, key_panels) = self.head(&self.back, h, n);
-            let at = reading.at;
+        let mut slopes = Buffer::stale(BLOCK.min(n) * keys);
+        let mut less = [0f32; BLOCK];
+        for (h, rows) in self.blocks(n) {
+            let (reading, value_panels, key_panels) = self.head(&self.back, h, rows.len());
+            let (from, at) = (rows.start * width, reading.at);
+            let gradient = &gradient[from..][..rows.len() * width];
+            let read = kept.read[from..].chunks_exact(width);
             // What a score's slope is less of: the product of what was read with its gradient.
-            for (i, less) in less.iter_mut().enumerate() {
-                let from = i * width + at;
-                *less = dot(&kept.read[from..][..head_dim], &gradient[from..][..head_dim]);
+            for (less, (read, gradient)) in less.iter_mut().zip(read.zip(gradient.chunks_exact(width))) {
+                *less = dot(&read[at..][..head_dim], &gradient[at..][..head_dim]);
             }
-            reading.score(gradient, value_panels, 0, keys, &mut slopes);
-            weigh(&mut slopes, weights, &less, (self.scale(), inverses));
-            reading.gather(&slopes, key_panels, 0, keys, &mut of_queries);
+            let slopes = &mut slopes[..rows.len() * keys];
+            let weights = &kept.weights[(h * n + rows.start) * keys..][..slopes.len()];
+            let inverses = &kept.inverses[h * n + rows.start..][..rows.len()];
+            reading.score(gradient, value_panels, 0, keys, slopes);
+            weigh(slopes, weights, &less[..rows.len()], (self.scale(), inverses));
+            reading.gather(slopes, key_panels, 0, keys, &mut of_queries[from..]);
         }
         of_queries
+    }
+
+    /// Heads, and blocks of rows whose scores stay in the second-level cache with the head's keys and values.
+    fn blocks(&self, n: usize) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+        let blocks = move || (0..n).step_by(BLOCK).map(move |first| first..n.min(first + BLOCK));
+        (0..self.sizes.heads).flat_map(move |h| blocks().map(move |rows| (h, rows)))
     }
 
     fn scale(&self) -> f32 {
@@ -120,3 +134,6 @@ fn weigh_loop<const FUSED: bool>(
         }
     }
 }
+
+/// Rows of a block; products take six at a time.
+const BLOCK: usize = 36;
