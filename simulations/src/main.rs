@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+/// Training allocates and frees large tensors all the time, which the system's allocator gives back and asks for again.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     tabmesh_sim::cli::main(std::env::args_os().collect())
 }
