@@ -16,7 +16,7 @@ use crate::{
         activation::{gate, gelu},
         attention::attention,
         feed_forward::feed_forward,
-        linear::linear,
+        linear::{linear, linear_onto},
         norm::layer_norm,
         rope,
     },
@@ -129,8 +129,12 @@ impl Block {
         if let Some(scaling) = &self.scaling {
             q = scaling.apply(&q, context)?;
         }
-        let read = linear(&attention(&q, kv, self.heads)?, &self.out_proj.0, &self.out_proj.1)?;
-        let x = if read.dims() == x.dims() { (read + x)? } else { read.broadcast_add(x)? };
+        let (read, (weight, bias)) = (attention(&q, kv, self.heads)?, &self.out_proj);
+        let x = if read.dims() == x.dims() {
+            linear_onto(x, &read, weight, bias)?
+        } else {
+            linear(&read, weight, bias)?.broadcast_add(x)?
+        };
         Ok(feed_forward(&x, &self.norm2, &self.linear1, &self.linear2)?)
     }
 
