@@ -1,6 +1,6 @@
 //! Buffers that are used again: a pass takes dozens of them, and fresh memory costs more than what is written to it.
 //!
-//! Each thread keeps its own, up to a bound.
+//! Each thread keeps its own, up to a bound: little for serving, more once it has taken a pass forward and back.
 
 use std::{
     cell::RefCell,
@@ -16,14 +16,21 @@ pub(super) struct Buffer {
 }
 
 /// Memory not in use, by its size.
-#[derive(Default)]
 struct Store {
     sizes: BTreeMap<usize, Vec<Vec<f32>>>,
     numbers: usize,
+    /// Most numbers kept.
+    most: usize,
 }
 
 thread_local! {
-    static STORE: RefCell<Store> = RefCell::default();
+    static STORE: RefCell<Store> =
+        const { RefCell::new(Store { sizes: BTreeMap::new(), numbers: 0, most: FEW_NUMBERS }) };
+}
+
+/// Lets this thread keep what a pass forward and back takes, from now on.
+pub(super) fn keep_many() {
+    STORE.with_borrow_mut(|store| store.most = MOST_NUMBERS);
 }
 
 impl Buffer {
@@ -75,7 +82,7 @@ impl Drop for Buffer {
         let _ = STORE.try_with(|store| {
             let Ok(mut store) = store.try_borrow_mut() else { return };
             let total = store.numbers + numbers.len();
-            if total > MOST_NUMBERS {
+            if total > store.most {
                 return;
             }
             store.numbers = total;
@@ -86,12 +93,14 @@ impl Drop for Buffer {
 
 /// Smallest buffer: a kilobyte.
 const LEAST: usize = 256;
-/// Most numbers that a thread keeps: 32 megabytes.
+/// Most numbers that a thread keeps for serving: a megabyte.
+pub(super) const FEW_NUMBERS: usize = 1 << 18;
+/// Most numbers that a thread keeps for passes forward and back: 32 megabytes.
 const MOST_NUMBERS: usize = 8 << 20;
 
 #[cfg(test)]
 mod tests {
-    use super::{Buffer, MOST_NUMBERS, STORE};
+    use super::{Buffer, FEW_NUMBERS, MOST_NUMBERS, STORE, keep_many};
 
     #[test]
     fn memory_is_used_again_within_bounds() {
@@ -107,12 +116,18 @@ mod tests {
         let zeros = Buffer::zeros(2000);
         assert_eq!((zeros.as_ptr(), zeros[7]), (place, 0.0));
         assert_eq!(Buffer::copy(&[1.0, 2.0])[..], [1.0, 2.0]);
-        drop((0..=8).map(|_| Buffer::stale(MOST_NUMBERS / 8)).collect::<Vec<_>>());
-        drop(Buffer::stale(MOST_NUMBERS + 1));
-        STORE.with_borrow(|store| {
-            let held: usize = store.sizes.values().flatten().map(Vec::len).sum();
-            assert_eq!(store.numbers, held);
-            assert!(held > MOST_NUMBERS / 2 && held <= MOST_NUMBERS, "{held}");
-        });
+        let held = || {
+            STORE.with_borrow(|store| {
+                let held: usize = store.sizes.values().flatten().map(Vec::len).sum();
+                assert_eq!(store.numbers, held);
+                held
+            })
+        };
+        for (most, allow) in [(FEW_NUMBERS, None), (MOST_NUMBERS, Some(keep_many as fn()))] {
+            allow.into_iter().for_each(|allow| allow());
+            drop((0..=8).map(|_| Buffer::stale(most / 8)).collect::<Vec<_>>());
+            drop(Buffer::stale(most + 1));
+            assert!(held() > most / 2 && held() <= most, "{} of {most}", held());
+        }
     }
 }

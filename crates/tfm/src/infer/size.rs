@@ -9,6 +9,7 @@ use super::{
     CELL_ROWS,
     build::{COLUMN_ROWS, ICL_ROWS},
     heads::{HeadSizes, Precision, QUERY_BLOCK, WIDE_BLOCK},
+    scratch::FEW_NUMBERS,
 };
 use crate::{
     error::TfmError,
@@ -136,7 +137,9 @@ impl Footprint {
         };
         let count = rows.min(ICL_ROWS);
         let icl = icl.numbers(count, rows).max(3 * count * vector);
-        let transient = (threads * column).max(rows * vector + threads * cells.max(icl));
+        // Each thread keeps some memory for its next pass.
+        let transient =
+            (threads * column).max(rows * vector + threads * cells.max(icl)) + threads * FEW_NUMBERS;
         Self { held, building: held + transient * size_of::<f32>() }
     }
 }

@@ -17,7 +17,7 @@ use super::{
     change::{Change, TurnedFactors},
     heads::HeadSizes,
     matrix::{Matrix, Standardised},
-    scratch::Buffer,
+    scratch::{Buffer, keep_many},
     shifted,
 };
 
@@ -157,6 +157,7 @@ impl Passes<'_> {
 
     /// The way of some rows in one view.
     pub(crate) fn forward(&self, view: usize, entering: Entering<'_>) -> Trail {
+        keep_many();
         let (mut rows, kept_rows) = match entering {
             Entering::Cells(cells) => self.vectors(cells),
             Entering::Vectors(values) | Entering::Read(values) => (Buffer::copy(values), Vec::new()),
