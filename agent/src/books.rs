@@ -281,6 +281,17 @@ impl Books {
         found.ok_or_else(|| BooksError::NotReserved { plan: plan.to_owned(), purpose: purpose.label() })
     }
 
+    /// How often a stage or round of a plan was debited.
+    #[must_use]
+    pub fn debits(&self, plan: &str, purpose: Purpose, step: u64) -> usize {
+        let commits = self.ledger.state().commits.values();
+        let same = commits.filter(|committed| {
+            let entry = &committed.entry;
+            committed.plan_digest == plan && entry.purpose == purpose && entry.step == step
+        });
+        same.count()
+    }
+
     /// The place in the ledger that the next debit will have, and the noise that goes with it.
     fn next_noise(&self, purpose: Purpose) -> Result<(u64, ChaCha20Rng), BooksError> {
         let purpose = match purpose {

@@ -7,6 +7,7 @@ use garde::Validate;
 use miette::{Diagnostic, NamedSource};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tabmesh_federation::plan::MAX_RETRIES;
 use tabmesh_federation::secagg::roster::{MAX_MEMBERS, MIN_MEMBERS};
 use tabmesh_privacy::budget::{Delta, Epsilon};
 use tabmesh_tfm::context::{Budget, CacheKind, Plan, Precision};
@@ -303,17 +304,32 @@ pub struct SecureSumFloor {
     pub max_own_share_factor: u32,
 }
 
+    /// Fewest agents that this one exchanges masks with, 3 to 1023: all others of the cohort up to 128 agents, above that
+    /// the neighbours on a ring. Default 3.
+    #[garde(range(min = MIN_MEMBERS as u32 - 1, max = MAX_MEMBERS as u32 - 1))]
+    pub min_neighbours: u32,
+    /// Second attempts that a plan may set aside for at most, 0 to 8. Default 8: no limit beside the budget.
+    #[garde(range(max = MAX_RETRIES))]
+    pub max_retries: u32,
 impl Default for SecureSumFloor {
     fn default() -> Self {
-        Self { min_agents: 4, min_domains: 4, colluders: 1, max_own_share_factor: 1024 }
+        Self {
+            min_agents: 4,
+            min_domains: 4,
+            colluders: 1,
+            max_own_share_factor: 1024,
+            min_neighbours: 3,
+            max_retries: MAX_RETRIES,
+        }
     }
 }
 
 /// One grant of (ε, δ) for a data product.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
 pub struct Grant {
     /// The data product, by its contract's name.
+#[garde(allow_unvalidated)]
     pub product: String,
     /// ε, a decimal string such as "3".
     pub epsilon: Epsilon,

@@ -19,6 +19,8 @@ use tabmesh_federation::documents::PlanAnnouncement;
 use tabmesh_federation::id::AgentId;
 use tabmesh_federation::plan::{Plan, SecureSumSpec};
 use tabmesh_federation::release_plan::shared_schema;
+use tabmesh_federation::secagg::descriptor::least_threshold;
+use tabmesh_federation::secagg::graph::Topology;
 use tabmesh_privacy::accountant::zcdp;
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::{Balance, GrantRequest, RefusalRule};
@@ -345,6 +347,25 @@ impl Domain {
         let name = |text: &str| AgentId::new(text).map_err(|error| error.to_string());
         let both = BTreeMap::from([
             (name("announced")?, announcement.schema.clone()),
+        if spec.retries > floor.max_retries {
+            let reason = format!(
+                "the plan sets {} second attempts aside, this domain allows {}",
+                spec.retries, floor.max_retries
+            );
+            return Err((RefusalRule::Policy, reason));
+        }
+        let agents = cohort as usize;
+        let least = least_threshold(agents, spec.colluders);
+        let graph = Topology::for_cohort(agents, least, spec.dropouts, spec.colluders)
+            .map_err(|error| (RefusalRule::Policy, error.to_string()))?;
+        let neighbours = graph.degree(agents);
+        if neighbours < floor.min_neighbours as usize {
+            let reason = format!(
+                "secure sum with {neighbours} neighbours an agent, this domain's minimum is {}",
+                floor.min_neighbours
+            );
+            return Err((RefusalRule::Policy, reason));
+        }
             (name("own")?, self.schema.clone()),
         ]);
         let shared = shared_schema(&both, &plan.target).map_err(|error| error.to_string())?;

@@ -595,7 +595,7 @@ mod tests {
         assert_eq!(plan.secure_sum(), None);
         let secure = PlanChoices { secure_sum: true, ..PlanChoices::default() };
         let (plan, _) = Plan::parse(plan_yaml(&secure).as_bytes(), "p").unwrap();
-        assert_eq!(plan.secure_sum(), Some(SecureSumSpec { colluders: 1, dropouts: 1 }));
+        assert_eq!(plan.secure_sum(), Some(SecureSumSpec { colluders: 1, dropouts: 1, retries: 0 }));
     }
 
     #[test]
