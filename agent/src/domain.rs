@@ -23,7 +23,8 @@ use tabmesh_federation::secagg::descriptor::least_threshold;
 use tabmesh_federation::secagg::graph::Topology;
 use tabmesh_privacy::accountant::zcdp;
 use tabmesh_privacy::budget::Rho;
-use tabmesh_privacy::ledger::{Balance, GrantRequest, RefusalRule};
+use tabmesh_privacy::ledger::window::DAY_MS;
+use tabmesh_privacy::ledger::{Balance, GrantRequest, Pace, RefusalRule};
 use tabmesh_privacy::signature::{SigningKey, VerifyingKey};
 use tabmesh_proto::identity::SpiffeId;
 use thiserror::Error;
@@ -234,6 +235,13 @@ impl Domain {
         }
     }
 
+    /// How fast the local policy lets the grant be spent, for the ledger.
+    #[must_use]
+    pub fn pace(&self) -> Option<Pace> {
+        let window = self.policy.grant.window?;
+        Some(Pace { length_ms: u64::from(window.days) * DAY_MS, epsilon: window.epsilon })
+    }
+
     /// Judges a plan against contract, policy and budget: the plan, or the rule that refuses it.
     ///
     /// # Errors
@@ -339,14 +347,6 @@ impl Domain {
             );
             return Err((RefusalRule::Policy, reason));
         }
-        Ok(())
-    }
-
-    /// Every announced feature must be one of ours, declared alike.
-    fn check_schema(&self, announcement: &PlanAnnouncement, plan: &Plan) -> Result<(), String> {
-        let name = |text: &str| AgentId::new(text).map_err(|error| error.to_string());
-        let both = BTreeMap::from([
-            (name("announced")?, announcement.schema.clone()),
         if spec.retries > floor.max_retries {
             let reason = format!(
                 "the plan sets {} second attempts aside, this domain allows {}",
@@ -366,6 +366,14 @@ impl Domain {
             );
             return Err((RefusalRule::Policy, reason));
         }
+        Ok(())
+    }
+
+    /// Every announced feature must be one of ours, declared alike.
+    fn check_schema(&self, announcement: &PlanAnnouncement, plan: &Plan) -> Result<(), String> {
+        let name = |text: &str| AgentId::new(text).map_err(|error| error.to_string());
+        let both = BTreeMap::from([
+            (name("announced")?, announcement.schema.clone()),
             (name("own")?, self.schema.clone()),
         ]);
         let shared = shared_schema(&both, &plan.target).map_err(|error| error.to_string())?;

@@ -10,6 +10,7 @@ use rand::{SeedableRng, TryRngCore};
 use rand_chacha::ChaCha20Rng;
 use ring::rand::SystemRandom;
 use ring::signature::Ed25519KeyPair;
+use tabmesh_federation::documents::PlanClosing;
 use tabmesh_federation::manifest::Trust;
 use tabmesh_federation::release_plan::Release;
 use tabmesh_federation::secagg::agent::{Guard, Prepared};
@@ -71,11 +72,12 @@ type Planned = Result<World, RefusalRule>;
 
 impl World {
     fn new(agents: usize, retries: u32) -> Self {
-        Self::planned(agents, retries, "").unwrap()
+        Self::planned(agents, retries, "", "").unwrap()
     }
 
-    /// The agent in a cohort of so many, once it was asked to take a plan on; `floor` is its policy for secure sums.
-    fn planned(agents: usize, retries: u32, floor: &str) -> Planned {
+    /// The agent in a cohort of so many, once it was asked to take a plan on; `floor` is its policy for secure sums, `pace`
+    /// what its grant says of the time.
+    fn planned(agents: usize, retries: u32, floor: &str, pace: &str) -> Planned {
         let folder = tempfile::tempdir().unwrap();
         let write = |name: &str, bytes: &[u8]| std::fs::write(folder.path().join(name), bytes).unwrap();
         std::fs::create_dir_all(folder.path().join("keys")).unwrap();
@@ -83,8 +85,8 @@ impl World {
         let mut table = "label,tid,amount\n".to_owned();
         (0..40).for_each(|row| writeln!(table, "{},t{row},{row}", row % 2).unwrap());
         write("sales.csv", table.as_bytes());
-        let grant = "{product: shop.sales, epsilon: '3', delta: '0.00001', signer: owner@example.com}";
-        write("policy.yaml", format!("grant: {grant}\nsecure_sum: {{{floor}}}\n").as_bytes());
+        let grant = "product: shop.sales, epsilon: '3', delta: '0.00001', signer: owner@example.com";
+        write("policy.yaml", format!("grant: {{{grant}{pace}}}\nsecure_sum: {{{floor}}}\n").as_bytes());
         let pkcs8 = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap();
         write("keys/agent.pk8", pkcs8.as_ref());
         write("keys/coordinator.pub", &[7; 32]);
@@ -138,6 +140,14 @@ impl World {
         let id = self.collection.to_string().parse().unwrap();
         let (name, key) = &self.coordinator;
         Assignment::sign(id, kind, document, name, key).unwrap()
+    }
+
+    /// What the agent says to another plan.
+    fn announced(&self, plan: String, now_ms: i64) -> Result<(), RefusalRule> {
+        let (_, digest) = Plan::parse(plan.as_bytes(), "plan.yaml").unwrap();
+        let announcement = PlanAnnouncement { plan, digest, ..self.announcement.clone() };
+        let document = serde_json::to_vec(&announcement).unwrap();
+        self.work.plan(&self.assignment(AssignmentKind::Plan, document), now_ms).unwrap()
     }
 
     /// Everybody but some of the others.
@@ -324,9 +334,9 @@ fn a_second_attempt_with_those_who_are_left_is_answered_and_debited_again() {
 fn attempts_that_plan_or_policy_do_not_allow_are_refused() {
     let world = World::new(6, 0);
     assert!(world.stays_out(2, &world.without(2)).contains("attempt"), "the plan has paid for none");
-    let refused = World::planned(6, 2, "max_retries: 1").map(drop).unwrap_err();
+    let refused = World::planned(6, 2, "max_retries: 1", "").map(drop).unwrap_err();
     assert_eq!(refused, RefusalRule::Policy);
-    assert!(World::planned(6, 1, "max_retries: 1").is_ok());
+    assert!(World::planned(6, 1, "max_retries: 1", "").is_ok());
 }
 
 #[test]
@@ -341,10 +351,10 @@ fn the_smallest_ring_is_answered_step_by_step() {
 /// sum: the cohort may have become smaller in between.
 #[test]
 fn a_graph_below_the_domains_own_bound_is_refused() {
-    let ring = |floor: &str| World::planned(MAX_COMPLETE + 1, 0, floor).map(drop);
+    let ring = |floor: &str| World::planned(MAX_COMPLETE + 1, 0, floor, "").map(drop);
     assert_eq!(ring("min_neighbours: 100"), Err(RefusalRule::Policy));
     assert_eq!(ring("min_neighbours: 6"), Ok(()));
-    let world = World::planned(6, 1, "min_neighbours: 5").unwrap();
+    let world = World::planned(6, 1, "min_neighbours: 5", "").unwrap();
     let refused = world.stays_out(2, &world.without(1));
     assert!(refused.contains("neighbours: this agent's policy has 5, the descriptor 4"), "{refused}");
     assert!(world.attempt(1, &world.without(0), 0).is_ok());
@@ -357,14 +367,36 @@ fn confidential_aggregates_take_secure_sums_alone() {
     let plan = world.announcement.plan.replace("noise_placement: secure_sum", "noise_placement: local");
     let from = plan.find(", secure_sum:").unwrap();
     let plan = format!("{}}}\n", &plan[..from]);
-    let (_, digest) = Plan::parse(plan.as_bytes(), "plan.yaml").unwrap();
-    let announcement = PlanAnnouncement { plan, digest, ..world.announcement.clone() };
-    let document = serde_json::to_vec(&announcement).unwrap();
-    let judged = world.work.plan(&world.assignment(AssignmentKind::Plan, document), NOW_MS).unwrap();
-    assert_eq!(judged, Err(RefusalRule::AggregatesConfidential));
+    assert_eq!(world.announced(plan, NOW_MS), Err(RefusalRule::AggregatesConfidential));
     // Nor is a stage of a plan with secure sums answered by a vector of this domain alone.
     let query = world.assignment(AssignmentKind::ReleaseQuery, world.query.to_json());
     assert!(matches!(world.work.release(&query, NOW_MS), Err(WorkError::NeedsSum)));
     assert_eq!(world.debits(), 0);
     assert!(world.attempt(1, &world.without(0), 0).is_ok());
+}
+
+/// A domain that lets its budget be spent at a pace refuses a second plan in the same quarter, though the lifetime has room
+/// for it, and takes it on once the window has room again: when a plan that used nothing ends, or when time has passed.
+#[test]
+fn a_plan_beyond_the_budget_window_waits_for_another_time() {
+    let world = World::planned(6, 0, "", ", window: {days: 91, epsilon: '2'}").unwrap();
+    let another = |name: &str| world.announcement.plan.replace("name: p", &format!("name: {name}"));
+    let reserved = || world.work.books().balance().unwrap().reserved;
+    let before = reserved();
+    assert_eq!(world.announced(another("q"), NOW_MS + 1), Err(RefusalRule::OverWindow));
+    assert_eq!(reserved(), before, "a refused plan leaves nothing reserved");
+    assert!(world.attempt(1, &world.without(0), 0).is_ok());
+    let closing = PlanClosing { plan: world.announcement.digest };
+    let closing = world.assignment(AssignmentKind::ClosePlan, serde_json::to_vec(&closing).unwrap());
+    world.work.close(&closing, NOW_MS).unwrap();
+    // A stage was spent: the whole of a plan doesn't fit into the rest of the quarter, nor after the clock went back.
+    let quarter_ms = 91 * 24 * 3600 * 1000;
+    // The debit is dated by the refusal before it, which is a millisecond later than the clock was then.
+    for now_ms in [NOW_MS + 2, NOW_MS + quarter_ms, NOW_MS - 2 * quarter_ms] {
+        assert_eq!(world.announced(another("q"), now_ms), Err(RefusalRule::OverWindow), "{now_ms}");
+    }
+    assert_eq!(world.announced(another("q"), NOW_MS + quarter_ms + 1), Ok(()));
+    let without = World::new(6, 0);
+    let plan = without.announcement.plan.replace("name: p", "name: q");
+    assert_eq!(without.announced(plan, NOW_MS + 1), Ok(()), "without a window the lifetime decides");
 }
