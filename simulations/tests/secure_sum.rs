@@ -366,12 +366,6 @@ async fn a_sum_that_lost_too_many_is_made_again_by_those_who_are_left() {
     deployment.agents[0].kill().unwrap();
     let before = all_debits(&deployment.layout, DOMAINS[0].id);
     done(&operator, &id).await;
-    let report = report(&deployment).await;
-    let layout = stopped(deployment);
-    assert_eq!(all_debits(&layout, DOMAINS[0].id), before, "a debit is never taken back");
-    let survivors = sums_are_plain_sums(&layout);
-    assert_eq!(survivors[..STAGES as usize], [5; STAGES as usize]);
-    assert_eq!(survivors[STAGES as usize + 1..], [4], "{survivors:?}");
     for domain in members().skip(1) {
         let debits = all_debits(&layout, domain.id);
         // All four were asked for a vector twice in the last round: over five agents, then over four.
@@ -379,10 +373,29 @@ async fn a_sum_that_lost_too_many_is_made_again_by_those_who_are_left() {
         let agents: Vec<u32> = last.map(|(_, commit)| commit.event.shares.unwrap().agents).collect();
         assert_eq!(agents, [5, 4], "{}", domain.id);
         let spent: u64 = debits.iter().map(|(_, commit)| commit.event.rho.units()).sum();
-        let section = report.products.iter().find(|section| section.product.starts_with(domain.id)).unwrap();
-        assert_eq!(section.spent.rho.units(), spent, "every attempt is in the report");
-        assert!(section.spent.rho <= section.granted.rho);
+        every_debit_is_reported(&deployment, domain, spent).await;
     }
+    let layout = stopped(deployment);
+    assert_eq!(all_debits(&layout, DOMAINS[0].id), before, "a debit is never taken back");
+    let survivors = sums_are_plain_sums(&layout);
+    assert_eq!(survivors[..STAGES as usize], [5; STAGES as usize]);
+    assert_eq!(survivors[STAGES as usize + 1..], [4], "{survivors:?}");
+}
+
+/// Waits until a report has a domain's every debit: agents state their ledgers once they hear that the plan is over.
+async fn every_debit_is_reported(deployment: &Deployment, domain: &Domain, units: u64) {
+    let mut found = 0;
+    for _ in 0..300 {
+        let report = report(deployment).await;
+        let section = report.products.iter().find(|section| section.product.starts_with(domain.id)).unwrap();
+        assert!(section.spent.rho <= section.granted.rho);
+        found = section.spent.rho.units();
+        if found == units {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+    panic!("{}: expected {units} units in the report, got {found}", domain.id);
 }
 
 /// SIGKILL leaves no time for any clean-up: an agent within one round, the coordinator within the next. Both go on where
