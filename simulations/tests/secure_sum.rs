@@ -367,7 +367,7 @@ async fn a_sum_that_lost_too_many_is_made_again_by_those_who_are_left() {
     let before = all_debits(&deployment.layout, DOMAINS[0].id);
     done(&operator, &id).await;
     for domain in members().skip(1) {
-        let debits = all_debits(&layout, domain.id);
+        let debits = all_debits(&deployment.layout, domain.id);
         // All four were asked for a vector twice in the last round: over five agents, then over four.
         let last = debits.iter().filter(|(_, commit)| (commit.purpose, commit.step) == (Purpose::Round, 1));
         let agents: Vec<u32> = last.map(|(_, commit)| commit.event.shares.unwrap().agents).collect();

@@ -53,9 +53,14 @@ fn sent<M>(prepared: Prepared<M>) -> M {
 impl World {
     /// Six agents of a plan whose sums bear one loss.
     fn new(retries: u32) -> Self {
+        Self::with(retries, 4)
+    }
+
+    /// As [`Self::new`], with the fewest agents that the plan wants.
+    fn with(retries: u32, least: usize) -> Self {
         let test = TestMesh::new(AGENTS);
         let yaml = format!(
-            "kind: TabmeshPlan\nname: p\ntarget: sale.fraud\ncohort: {{min_agents: 4}}\n\
+            "kind: TabmeshPlan\nname: p\ntarget: sale.fraud\ncohort: {{min_agents: {least}}}\n\
              privacy: {{noise_placement: secure_sum, secure_sum: {{colluders: 1, dropouts: 1, retries: {retries}}}}}\n"
         );
         let yaml = yaml.into_bytes();
@@ -284,11 +289,15 @@ async fn what_a_plan_did_not_pay_for_is_not_attempted() {
 
 #[tokio::test]
 async fn fewer_than_the_plan_wants_are_not_asked_again() {
-    let mut world = World::new(3);
-    let losses = [(3, 1, Step::Mask), (4, 1, Step::Mask), (5, 1, Step::Mask)];
-    let end = world.run(&losses).await;
-    assert_eq!(cause(end), "secure sum: step mask: expected at least 5 agents, got 3");
-    assert_eq!((world.opened().attempt, world.used()), (1, 0));
+    // Below what the plan wants, and below what any secure sum takes.
+    for (least, lost) in [(5, 2), (4, 3)] {
+        let mut world = World::with(3, least);
+        let losses: Vec<_> = (AGENTS - lost..AGENTS).map(|i| (i, 1, Step::Mask)).collect();
+        let end = world.run(&losses).await;
+        let left = AGENTS - lost;
+        assert_eq!(cause(end), format!("secure sum: step mask: expected at least 5 agents, got {left}"));
+        assert_eq!((world.opened().attempt, world.used()), (1, 0));
+    }
 }
 
 /// A vector that was on its way when its attempt ended is none of the next one's.
