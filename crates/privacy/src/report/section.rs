@@ -49,7 +49,7 @@ pub struct Granted {
     pub window: Option<WindowFigures>,
 }
 
-/// A grant's rolling window at the end of the report's period.
+/// A grant's rolling window at the end of the report's period, or at the ledger's last entry if that is later.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WindowFigures {
