@@ -12,7 +12,7 @@ use tabmesh_federation::secagg::descriptor::SumDescriptor;
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::{
     Balance, ChainedEntry, CommitRequest, DebitReceipt, Entry, GrantRequest, Journal, JournalError, Ledger,
-    LedgerError, PlanRequest, Purpose, RefusalRule, Reservation,
+    LedgerError, Pace, PlanRequest, Purpose, RefusalRule, Reservation,
 };
 use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, MechanismEvent, Noise};
 use tabmesh_privacy::noise::{NoEntropy, NoiseSource, Purpose as NoisePurpose};
@@ -162,8 +162,13 @@ impl Books {
     ///
     /// # Errors
     /// [`BooksError::Ledger`] if it can't be recorded.
-    pub fn grant(&mut self, request: GrantRequest, now_ms: i64) -> Result<Rho, BooksError> {
-        Ok(self.ledger.grant(request, now_ms)?)
+    pub fn grant(
+        &mut self,
+        request: GrantRequest,
+        pace: Option<Pace>,
+        now_ms: i64,
+    ) -> Result<Rho, BooksError> {
+        Ok(self.ledger.grant_at_pace(request, pace, now_ms)?)
     }
 
     /// Reserves a plan's budget for one purpose, all or nothing.
@@ -274,6 +279,17 @@ impl Books {
     #[must_use]
     pub fn debited(&self, digest: &Digest) -> bool {
         self.ledger.find_commit(digest).is_some()
+    }
+
+    /// How often a stage or round of a plan was debited.
+    #[must_use]
+    pub fn debits(&self, plan: &str, purpose: Purpose, step: u64) -> usize {
+        let commits = self.ledger.state().commits.values();
+        let same = commits.filter(|committed| {
+            let entry = &committed.entry;
+            committed.plan_digest == plan && entry.purpose == purpose && entry.step == step
+        });
+        same.count()
     }
 
     fn reserved(&self, plan: &str, purpose: Purpose) -> Result<Reservation, BooksError> {
@@ -397,7 +413,7 @@ mod tests {
             delta: Delta::new(1e-5).unwrap(),
             signer: "owner".into(),
         };
-        books.grant(request, 1).unwrap();
+        books.grant(request, None, 1).unwrap();
         books
     }
 

@@ -7,8 +7,10 @@ use garde::Validate;
 use miette::{Diagnostic, NamedSource};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tabmesh_federation::plan::MAX_RETRIES;
 use tabmesh_federation::secagg::roster::{MAX_MEMBERS, MIN_MEMBERS};
 use tabmesh_privacy::budget::{Delta, Epsilon};
+use tabmesh_privacy::ledger::window::{DAY_MS, MAX_WINDOW_MS};
 use tabmesh_tfm::context::{Budget, CacheKind, Plan, Precision};
 use thiserror::Error;
 
@@ -270,6 +272,7 @@ impl Default for PromotionSection {
 #[garde(allow_unvalidated)]
 pub struct LocalPolicy {
     /// The privacy budget of the data product.
+    #[garde(dive)]
     pub grant: Grant,
     /// Smallest cohort this domain takes part in.
     #[serde(default = "default_minimum_cohort")]
@@ -301,17 +304,32 @@ pub struct SecureSumFloor {
     /// 1024. Default 1024: no limit beside the others.
     #[garde(range(min = 1, max = MAX_MEMBERS as u32))]
     pub max_own_share_factor: u32,
+    /// Fewest agents that this one exchanges masks with, 3 to 1023: all others of the cohort up to 128 agents, above that
+    /// the neighbours on a ring. Default 3.
+    #[garde(range(min = MIN_MEMBERS as u32 - 1, max = MAX_MEMBERS as u32 - 1))]
+    pub min_neighbours: u32,
+    /// Second attempts that a plan may set aside for at most, 0 to 8. Default 8: no limit beside the budget.
+    #[garde(range(max = MAX_RETRIES))]
+    pub max_retries: u32,
 }
 
 impl Default for SecureSumFloor {
     fn default() -> Self {
-        Self { min_agents: 4, min_domains: 4, colluders: 1, max_own_share_factor: 1024 }
+        Self {
+            min_agents: 4,
+            min_domains: 4,
+            colluders: 1,
+            max_own_share_factor: 1024,
+            min_neighbours: 3,
+            max_retries: MAX_RETRIES,
+        }
     }
 }
 
 /// One grant of (ε, δ) for a data product.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate)]
 #[serde(deny_unknown_fields)]
+#[garde(allow_unvalidated)]
 pub struct Grant {
     /// The data product, by its contract's name.
     pub product: String,
@@ -321,6 +339,33 @@ pub struct Grant {
     pub delta: Delta,
     /// Who granted it; shown in the report.
     pub signer: String,
+    /// How fast it may be spent; without one, as fast as it is left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[garde(dive, custom(within_lifetime(&self.epsilon)))]
+    pub window: Option<GrantWindow>,
+}
+
+/// A limit on what may be spent within any span of so many days. It rolls, and it limits the pace alone: nothing that was
+/// spent is ever given back, and the grant's ε caps the lifetime.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, Validate)]
+#[serde(deny_unknown_fields)]
+#[garde(allow_unvalidated)]
+pub struct GrantWindow {
+    /// Days, 1 to 3660; a quarter of a year has 91.
+    #[garde(range(min = 1, max = MAX_WINDOW_DAYS))]
+    pub days: u32,
+    /// ε within them at the grant's δ, a decimal string, at most the grant's own.
+    pub epsilon: Epsilon,
+}
+
+fn within_lifetime(lifetime: &Epsilon) -> impl FnOnce(&Option<GrantWindow>, &()) -> garde::Result + '_ {
+    move |window, ()| match window {
+        Some(window) if window.epsilon > *lifetime => Err(garde::Error::new(format!(
+            "its epsilon {} is above the lifetime's {lifetime}",
+            window.epsilon
+        ))),
+        _ => Ok(()),
+    }
 }
 
 impl Config {
@@ -416,6 +461,8 @@ pub const DEFAULT_HELD_MIB: usize = 512;
 pub const DEFAULT_BUILD_MIB: usize = 1024;
 /// Largest memory limit, MiB.
 pub const MOST_MIB: usize = 1 << 20;
+/// Longest window of a grant, days.
+pub const MAX_WINDOW_DAYS: u32 = (MAX_WINDOW_MS / DAY_MS) as u32;
 /// The example of `config example`; a test parses it.
 const EXAMPLE: &str = "\
 # tabmesh-agent run --config agent.yaml
@@ -504,6 +551,27 @@ mod tests {
         assert!(parsed("min_agents", 4) && !parsed("min_agents", 3));
         for key in ["min_agents", "min_domains", "colluders", "max_own_share_factor"] {
             assert!(parsed(key, 1024) && !parsed(key, 1025) && !parsed(key, 0), "{key}");
+        }
+        assert!(parsed("min_neighbours", 3) && parsed("min_neighbours", 1023));
+        assert!(!parsed("min_neighbours", 2) && !parsed("min_neighbours", 1024));
+        assert!(parsed("max_retries", 0) && parsed("max_retries", 8) && !parsed("max_retries", 9));
+    }
+
+    #[test]
+    fn a_window_is_within_its_limits_and_the_lifetime() {
+        let parsed = |days: u32, epsilon: &str| {
+            let window = format!("window: {{days: {days}, epsilon: \"{epsilon}\"}}");
+            let grant = format!("product: a.b, epsilon: \"3\", delta: \"0.00001\", signer: o, {window}");
+            parse::<LocalPolicy>(Path::new("policy.yaml"), &format!("grant: {{{grant}}}"))
+        };
+        let policy = parsed(91, "1").unwrap();
+        assert_eq!(policy.grant.window.unwrap().days, 91);
+        assert!(parsed(1, "3").is_ok() && parsed(MAX_WINDOW_DAYS, "0.1").is_ok());
+        for (days, epsilon, word) in
+            [(0, "1", "days"), (MAX_WINDOW_DAYS + 1, "1", "days"), (91, "3.01", "lifetime")]
+        {
+            let refused = parsed(days, epsilon).unwrap_err().to_string();
+            assert!(refused.contains(word), "{refused}");
         }
     }
 

@@ -19,9 +19,12 @@ use tabmesh_federation::documents::PlanAnnouncement;
 use tabmesh_federation::id::AgentId;
 use tabmesh_federation::plan::{Plan, SecureSumSpec};
 use tabmesh_federation::release_plan::shared_schema;
+use tabmesh_federation::secagg::descriptor::least_threshold;
+use tabmesh_federation::secagg::graph::Topology;
 use tabmesh_privacy::accountant::zcdp;
 use tabmesh_privacy::budget::Rho;
-use tabmesh_privacy::ledger::{Balance, GrantRequest, RefusalRule};
+use tabmesh_privacy::ledger::window::DAY_MS;
+use tabmesh_privacy::ledger::{Balance, GrantRequest, Pace, RefusalRule};
 use tabmesh_privacy::signature::{SigningKey, VerifyingKey};
 use tabmesh_proto::identity::SpiffeId;
 use thiserror::Error;
@@ -232,6 +235,13 @@ impl Domain {
         }
     }
 
+    /// How fast the local policy lets the grant be spent, for the ledger.
+    #[must_use]
+    pub fn pace(&self) -> Option<Pace> {
+        let window = self.policy.grant.window?;
+        Some(Pace { length_ms: u64::from(window.days) * DAY_MS, epsilon: window.epsilon })
+    }
+
     /// Judges a plan against contract, policy and budget: the plan, or the rule that refuses it.
     ///
     /// # Errors
@@ -334,6 +344,25 @@ impl Domain {
             let reason = format!(
                 "secure sum against {} colluders, this domain wants {}",
                 spec.colluders, floor.colluders
+            );
+            return Err((RefusalRule::Policy, reason));
+        }
+        if spec.retries > floor.max_retries {
+            let reason = format!(
+                "the plan sets {} second attempts aside, this domain allows {}",
+                spec.retries, floor.max_retries
+            );
+            return Err((RefusalRule::Policy, reason));
+        }
+        let agents = cohort as usize;
+        let least = least_threshold(agents, spec.colluders);
+        let graph = Topology::for_cohort(agents, least, spec.dropouts, spec.colluders)
+            .map_err(|error| (RefusalRule::Policy, error.to_string()))?;
+        let neighbours = graph.degree(agents);
+        if neighbours < floor.min_neighbours as usize {
+            let reason = format!(
+                "secure sum with {neighbours} neighbours an agent, this domain's minimum is {}",
+                floor.min_neighbours
             );
             return Err((RefusalRule::Policy, reason));
         }

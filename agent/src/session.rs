@@ -354,7 +354,7 @@ impl<D: Dial + Clone> Link<D> {
 
 fn code_of(rule: RefusalRule) -> AssignmentRefusal {
     match rule {
-        RefusalRule::OverBudget | RefusalRule::NoGrant => AssignmentRefusal::Budget,
+        RefusalRule::OverBudget | RefusalRule::OverWindow | RefusalRule::NoGrant => AssignmentRefusal::Budget,
         RefusalRule::WrongCost | RefusalRule::SecondOpinion | RefusalRule::ContractMismatch => {
             AssignmentRefusal::Contract
         }

@@ -76,9 +76,14 @@ pub enum SumError {
     /// Asked for a step of a sum this agent isn't in.
     #[error("this agent is in no such sum")]
     NotIn,
-    /// A step this agent doesn't take on a complete graph.
-    #[error("the sum asks for a ring, which no plan has")]
-    Ring,
+    /// The attempt was answered before, or an attempt after it.
+    #[error("{debited} attempts at this sum were debited: attempt {got} is none of those to come")]
+    OldAttempt {
+        /// Debits for this stage or round.
+        debited: usize,
+        /// The attempt asked for.
+        got: u32,
+    },
     /// Ledger or noise.
     #[error(transparent)]
     Books(#[from] BooksError),

@@ -157,7 +157,7 @@ impl Work {
         mut books: Books,
         now_ms: i64,
     ) -> Result<Self, WorkError> {
-        books.grant(domain.grant(), now_ms)?;
+        books.grant(domain.grant(), domain.pace(), now_ms)?;
         let gate = Gate::new(&domain.secret("gate"));
         let data_dir = &domain.config.data_dir;
         let guard = domain.config.sum_guard.clone().unwrap_or_else(|| data_dir.join("sum.guard"));
@@ -216,6 +216,11 @@ impl Work {
                     tracing::warn!(plan = %digest, %asked, %left, "plan refused: over budget");
                     books.close(&digest, now_ms)?;
                     return Ok(Err(RefusalRule::OverBudget));
+                }
+                Err(BooksError::Ledger(LedgerError::OverWindow { asked, left, length_ms })) => {
+                    tracing::warn!(plan = %digest, %asked, %left, length_ms, "plan refused: over the budget window");
+                    books.close(&digest, now_ms)?;
+                    return Ok(Err(RefusalRule::OverWindow));
                 }
                 Err(error) => return Err(error.into()),
             }

@@ -376,7 +376,9 @@ impl Collections {
     /// [`CoordinatorError::Store`] if they can't be removed.
     pub(crate) fn discard_all_but(&self, running: &BTreeSet<CollectionId>) -> Result<(), CoordinatorError> {
         let running: BTreeSet<String> = running.iter().map(ToString::to_string).collect();
-        for name in self.packs.list()?.iter().filter(|name| !running.contains(*name)) {
+        // Names begin with the collection's id; further attempts at a sum have a number behind it.
+        let kept = |name: &str| running.iter().any(|id| name.starts_with(id.as_str()));
+        for name in self.packs.list()?.iter().filter(|name| !kept(name)) {
             self.packs.remove(name)?;
         }
         Ok(())

@@ -107,6 +107,9 @@ pub enum CoordinatorError {
     /// A checkpoint of the audit log, or a cosignature on it.
     #[error("audit log: {0}")]
     Checkpoint(CheckpointError),
+    /// A secure sum can't be described over its roster.
+    #[error("secure sum: {0}")]
+    Sum(String),
     /// A step of the pipeline can't go on.
     #[error("{0}")]
     Step(String),

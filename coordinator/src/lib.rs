@@ -24,6 +24,8 @@ pub mod pretrain_job;
 mod report;
 mod service;
 mod sums;
+#[cfg(test)]
+mod test_mesh;
 pub mod witness;
 
 use std::future::Future;

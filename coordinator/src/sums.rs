@@ -1,5 +1,6 @@
 //! Open secure sums: what each agent answered, made durable before it counts, and what is asked next.
 //!
+//! A sum has one attempt or several, one after the other; each has records, keys and vectors of its own.
 //! The server's states ([`tabmesh_federation::secagg::server`]) are pure and hold nothing that a restart would lose:
 //! they follow from the sum's opening, the answers taken and the steps closed, which are what is stored. After a
 //! restart the answers are replayed, and the sum goes on where it was or ends with its reason. Masked vectors lie in
@@ -12,13 +13,12 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tabmesh_federation::id::{AgentId, CollectionId, Digest as NamedDigest};
 use tabmesh_federation::phase::abandon::AbandonReason;
+use tabmesh_federation::plan::MAX_RETRIES;
 use tabmesh_federation::secagg::descriptor::{SumDescriptor, SumDescriptorError};
 use tabmesh_federation::secagg::document::{self, Outcome, Reply, Request};
 use tabmesh_federation::secagg::message::{Masked, Step};
 use tabmesh_federation::secagg::roster::{Member, Roster, Seat};
-use tabmesh_federation::secagg::server::{
-    Abort, Accepted, Advertising, Consenting, Masking, Opening, Rejection, SecureSum, Sharing,
-};
+use tabmesh_federation::secagg::server::{Accepted, Advertising, Rejection, SecureSum};
 use tabmesh_privacy::mechanism::SigmaSquared;
 use tabmesh_proto::message::{AssignmentKind, Id};
 use tabmesh_proto::status::WireError;
@@ -29,7 +29,11 @@ use crate::error::CoordinatorError;
 use crate::mesh::{Clock, Mesh, locked, named, stored};
 use crate::pipeline::spiffe_id;
 
-/// What a sum is opened with, as stored.
+use phase::{Answer, Asked, Next, Phase, STEPS};
+
+mod phase;
+
+/// What an attempt at a sum is opened with, as stored.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Opened {
     /// What the agents are told.
@@ -39,13 +43,55 @@ pub(crate) struct Opened {
 }
 
 /// How a sum ended.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone)]
 pub(crate) enum SumEnd {
     /// With a result.
     Summed(Summed),
     /// Without one; what was debited stays debited.
     Abandoned(AbandonReason),
+}
+
+/// How an attempt at a sum ended.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum AttemptEnd {
+    /// With a result.
+    Summed(Summed),
+    /// By word: there is no other attempt.
+    Abandoned(AbandonReason),
+    /// The protocol gave it up.
+    Aborted(Aborted),
+}
+
+/// An attempt that the protocol gave up; what was debited stays debited.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Aborted {
+    /// Its number, from 1.
+    pub(crate) attempt: u32,
+    /// The step that it ended in.
+    pub(crate) step: Step,
+    /// Why, in seats and steps.
+    pub(crate) cause: String,
+    /// Who answered that step: those that another attempt can be made with.
+    pub(crate) left: BTreeSet<AgentId>,
+}
+
+impl Aborted {
+    /// Whether an agent may have been debited for it: from the masked vectors on.
+    pub(crate) fn charged(&self) -> bool {
+        self.step >= Step::Mask
+    }
+}
+
+/// A masked vector as it arrives.
+#[derive(Debug, Clone)]
+pub(crate) struct Arrived {
+    /// The attempt that it is for.
+    pub(crate) attempt: u32,
+    /// The words.
+    pub(crate) payload: Vec<u8>,
+    /// Their digest.
+    pub(crate) digest: NamedDigest,
 }
 
 /// A sum's result.
@@ -75,6 +121,14 @@ pub(crate) enum Refused {
         /// Step of the answer.
         got: Step,
     },
+    /// A vector for another attempt.
+    #[error("the vector is for attempt {got}, attempt {expected} is open")]
+    OtherAttempt {
+        /// The attempt that is open.
+        expected: u32,
+        /// The vector's.
+        got: u32,
+    },
     /// The protocol refuses it.
     #[error(transparent)]
     Rejected(#[from] Rejection),
@@ -90,6 +144,7 @@ impl Refused {
             Self::Unknown => WireError::NotFound,
             Self::NotYours => WireError::IdentityMismatch,
             Self::NotDue { .. } => WireError::StalePlan,
+            Self::OtherAttempt { .. } => WireError::WrongAttempt,
             Self::Rejected(Rejection::Late { .. }) => WireError::DeadlinePassed,
             Self::Rejected(Rejection::Conflict { .. }) => WireError::Conflict,
             Self::Rejected(Rejection::NotExpected { .. } | Rejection::WrongDescriptor { .. }) => {
@@ -113,6 +168,10 @@ pub(crate) struct Sums {
 
 struct Entry {
     id: CollectionId,
+    /// Where its records are.
+    place: String,
+    /// Name of the pack of its vectors.
+    pack: String,
     descriptor: SumDescriptor,
     digest: NamedDigest,
     roster: Arc<Roster>,
@@ -126,26 +185,6 @@ struct State {
     cancelled: Option<String>,
 }
 
-/// Documents of the current step, each with the seats that get it.
-type Asked = Vec<(BTreeSet<Seat>, Vec<u8>)>;
-
-#[derive(Clone)]
-enum Phase {
-    Advertise(Advertising),
-    Share(Sharing),
-    Mask(Masking),
-    Consent(Consenting),
-    Open(Opening),
-    /// Ended; the record says how.
-    Over,
-}
-
-/// An answer as stored and as taken.
-enum Answer {
-    Reply(Reply),
-    Masked(Masked),
-}
-
 impl Sums {
     pub(crate) fn new(
         records: Arc<dyn Records>,
@@ -156,7 +195,8 @@ impl Sums {
         Self { records, blobs, packs, clock, open: Mutex::new(BTreeMap::new()) }
     }
 
-    /// Stores a new sum, `with` whatever belongs to it in the same commit.
+    /// Stores a new attempt at a sum, `with` whatever belongs to it in the same commit; what was answered to the attempt
+    /// before is removed.
     ///
     /// # Errors
     /// [`CoordinatorError`] if its descriptor doesn't fit its roster or it can't be stored.
@@ -168,10 +208,37 @@ impl Sums {
     ) -> Result<(), CoordinatorError> {
         let entry = Entry::new(id, opened)?;
         let bytes = serde_json::to_vec(opened).map_err(CoordinatorError::stored("secure sum"))?;
-        with.push(Op::put(key(id, OPENED), self.blobs.put(&bytes)?.to_string().into_bytes()));
+        with.push(Op::put(key(&entry.place, OPENED), self.blobs.put(&bytes)?.to_string().into_bytes()));
         self.records.commit(&with)?;
+        if let Some(before) = entry.descriptor.attempt.checked_sub(1).filter(|before| *before > 0) {
+            self.forget(id, before)?;
+        }
         locked(&self.open).insert(id, Arc::new(entry));
         Ok(())
+    }
+
+    /// What the latest attempt at a sum was opened with.
+    ///
+    /// # Errors
+    /// [`CoordinatorError`] if there is none or it is damaged.
+    pub(crate) fn opened(&self, id: CollectionId) -> Result<Opened, CoordinatorError> {
+        let missing = || CoordinatorError::NotFound { what: "secure sum", id: id.to_string() };
+        let record = self.records.get(&key(&self.latest(id)?, OPENED))?.ok_or_else(missing)?;
+        let bytes = self.blobs.get(&String::from_utf8_lossy(&record).parse()?)?;
+        serde_json::from_slice(&bytes).map_err(CoordinatorError::stored("secure sum"))
+    }
+
+    /// Where the records of a sum's latest attempt are; of its first, if there is none.
+    fn latest(&self, id: CollectionId) -> Result<String, CoordinatorError> {
+        let mut latest = place(id, 1);
+        for attempt in 2..=MAX_ATTEMPTS {
+            let next = place(id, attempt);
+            if self.records.get(&key(&next, OPENED))?.is_none() {
+                break;
+            }
+            latest = next;
+        }
+        Ok(latest)
     }
 
     /// Whether there is or was such a sum.
@@ -179,7 +246,7 @@ impl Sums {
     /// # Errors
     /// [`CoordinatorError::Store`] if the record can't be read.
     pub(crate) fn knows(&self, id: CollectionId) -> Result<bool, CoordinatorError> {
-        Ok(locked(&self.open).contains_key(&id) || self.records.get(&key(id, OPENED))?.is_some())
+        Ok(locked(&self.open).contains_key(&id) || self.records.get(&key(&place(id, 1), OPENED))?.is_some())
     }
 
     /// Takes an agent's answer to a step; durable when this returns, and taking it again is harmless.
@@ -208,11 +275,15 @@ impl Sums {
         &self,
         id: CollectionId,
         agent: &AgentId,
-        payload: Vec<u8>,
-        digest: NamedDigest,
+        arrived: Arrived,
         settles: Op,
     ) -> Result<(), Refused> {
         let entry = self.entry(id)?;
+        let Arrived { attempt: got, payload, digest } = arrived;
+        let expected = entry.descriptor.attempt;
+        if got != expected {
+            return Err(Refused::OtherAttempt { expected, got });
+        }
         let seat = entry.roster.seat(agent).ok_or(Refused::NotYours)?;
         let masked = Masked { descriptor: entry.digest, seat, payload, digest };
         self.take(&entry, Answer::Masked(masked), settles)
@@ -230,23 +301,23 @@ impl Sums {
             Answer::Reply(reply) => reply.to_bytes(),
             Answer::Masked(masked) => {
                 let part = (stored(masked.digest), masked.payload.as_slice());
-                self.packs.append(&entry.id.to_string(), &[part]).map_err(CoordinatorError::from)?;
+                self.packs.append(&entry.pack, &[part]).map_err(CoordinatorError::from)?;
                 masked.digest.to_string().into_bytes()
             }
         };
-        let ops = [Op::put(answer_key(entry.id, step, seat), value), settles];
+        let ops = [Op::put(answer_key(&entry.place, step, seat), value), settles];
         self.records.commit(&ops).map_err(CoordinatorError::from)?;
         state.phase = next;
         entry.changed.notify_one();
         Ok(())
     }
 
-    /// How a sum ended, if it has.
+    /// How a sum's latest attempt ended, if it has.
     ///
     /// # Errors
     /// [`CoordinatorError`] if the record is damaged.
-    fn ended(&self, id: CollectionId) -> Result<Option<SumEnd>, CoordinatorError> {
-        let Some(record) = self.records.get(&key(id, ENDED))? else { return Ok(None) };
+    fn ended(&self, id: CollectionId) -> Result<Option<AttemptEnd>, CoordinatorError> {
+        let Some(record) = self.records.get(&key(&self.latest(id)?, ENDED))? else { return Ok(None) };
         let bytes = self.blobs.get(&String::from_utf8_lossy(&record).parse()?)?;
         serde_json::from_slice(&bytes).map(Some).map_err(CoordinatorError::stored("end of a secure sum"))
     }
@@ -256,12 +327,7 @@ impl Sums {
         if let Some(entry) = locked(&self.open).get(&id) {
             return Ok(Arc::clone(entry));
         }
-        let missing = || CoordinatorError::NotFound { what: "secure sum", id: id.to_string() };
-        let record = self.records.get(&key(id, OPENED))?.ok_or_else(missing)?;
-        let bytes = self.blobs.get(&String::from_utf8_lossy(&record).parse()?)?;
-        let opened: Opened =
-            serde_json::from_slice(&bytes).map_err(CoordinatorError::stored("secure sum"))?;
-        let entry = Entry::new(id, &opened)?;
+        let entry = Entry::new(id, &self.opened(id)?)?;
         self.replay(&entry)?;
         let entry = Arc::new(entry);
         locked(&self.open).insert(id, Arc::clone(&entry));
@@ -270,18 +336,21 @@ impl Sums {
 
     /// Takes every stored answer again, and closes the steps that were closed.
     fn replay(&self, entry: &Entry) -> Result<(), CoordinatorError> {
-        let closed = self.records.get(&key(entry.id, CLOSED))?.unwrap_or_default();
+        let closed = self.records.get(&key(&entry.place, CLOSED))?.unwrap_or_default();
         let closed: i64 = String::from_utf8_lossy(&closed).parse().unwrap_or(0);
-        let payloads = self.packs.read(&entry.id.to_string())?;
+        let payloads = self.packs.read(&entry.pack)?;
         let damaged = |reason: String| CoordinatorError::Stored { what: "answer of a secure sum", reason };
         let mut state = locked(&entry.state);
         for step in STEPS {
-            let prefix = step_prefix(entry.id, step);
+            if state.phase.step() != Some(step) {
+                continue;
+            }
+            let prefix = step_prefix(&entry.place, step);
             for (at, value) in self.records.scan_all(prefix.as_bytes())? {
                 let answer = if step == Step::Mask {
                     let digest: Digest = String::from_utf8_lossy(&value).parse()?;
-                    let seat = String::from_utf8_lossy(at.get(prefix.len()..).unwrap_or_default()).parse();
-                    let seat = Seat::new(seat.map_err(|_| damaged("a key names no seat".to_owned()))?);
+                    let seat = seat_of(&at, &prefix);
+                    let seat = seat.ok_or_else(|| damaged("a key names no seat".to_owned()))?;
                     let payload = payloads.get(&digest).cloned();
                     let payload = payload.ok_or_else(|| damaged(format!("vector {digest} is lost")))?;
                     Answer::Masked(Masked { descriptor: entry.digest, seat, payload, digest: named(digest) })
@@ -305,19 +374,19 @@ impl Sums {
     }
 
     /// Waits until the current step can be closed, and closes it: the end, if there is nothing left to ask.
-    async fn advance(&self, entry: &Entry) -> Result<Option<SumEnd>, CoordinatorError> {
+    async fn advance(&self, entry: &Entry) -> Result<Option<AttemptEnd>, CoordinatorError> {
         loop {
             let due_ms = {
                 let mut state = locked(&entry.state);
                 if let Some(by) = &state.cancelled {
                     let cause = AbandonReason::Cancelled { by: by.clone() };
-                    return self.end(entry, &mut state, SumEnd::Abandoned(cause)).map(Some);
+                    return self.end(entry, &mut state, AttemptEnd::Abandoned(cause)).map(Some);
                 }
-                let Some((step, missing)) = state.phase.missing() else {
+                let Some(step) = state.phase.step() else {
                     return Err(CoordinatorError::Step("a secure sum went on after its end".to_owned()));
                 };
                 let left_ms = entry.descriptor.deadline_ms(step).saturating_sub((self.clock)());
-                if missing.is_empty() || left_ms <= 0 {
+                if state.phase.missing().is_empty() || left_ms <= 0 {
                     return self.close(entry, &mut state, step);
                 }
                 left_ms
@@ -333,30 +402,42 @@ impl Sums {
         entry: &Entry,
         state: &mut State,
         step: Step,
-    ) -> Result<Option<SumEnd>, CoordinatorError> {
+    ) -> Result<Option<AttemptEnd>, CoordinatorError> {
         match state.phase.clone().close() {
             Ok(Next::Step(phase, asked)) => {
                 // Which answers the step closed with is what is stored of them: later ones aren't taken.
                 let closed = step.number().to_string().into_bytes();
-                self.records.put(&key(entry.id, CLOSED), &closed)?;
+                self.records.put(&key(&entry.place, CLOSED), &closed)?;
                 (state.phase, state.asked) = (*phase, asked);
                 Ok(None)
             }
             Ok(Next::Sum(sum)) => {
-                let end = SumEnd::Summed(entry.summed(*sum));
+                let end = AttemptEnd::Summed(entry.summed(*sum));
                 self.end(entry, state, end).map(Some)
             }
             Err(abort) => {
-                let cause = AbandonReason::SecureSum { cause: abort.to_string() };
-                self.end(entry, state, SumEnd::Abandoned(cause)).map(Some)
+                let (attempt, left) = (entry.descriptor.attempt, self.answered(entry, step)?);
+                let end = AttemptEnd::Aborted(Aborted { attempt, step, cause: abort.to_string(), left });
+                self.end(entry, state, end).map(Some)
             }
         }
     }
 
-    fn end(&self, entry: &Entry, state: &mut State, end: SumEnd) -> Result<SumEnd, CoordinatorError> {
+    /// Who answered a step.
+    fn answered(&self, entry: &Entry, step: Step) -> Result<BTreeSet<AgentId>, CoordinatorError> {
+        let prefix = step_prefix(&entry.place, step);
+        let stored = self.records.scan_all(prefix.as_bytes())?;
+        let agent = |(at, _): &(Vec<u8>, Vec<u8>)| {
+            let seat = seat_of(at, &prefix)?;
+            entry.roster.member(seat).map(|member| member.agent.clone())
+        };
+        Ok(stored.iter().filter_map(agent).collect())
+    }
+
+    fn end(&self, entry: &Entry, state: &mut State, end: AttemptEnd) -> Result<AttemptEnd, CoordinatorError> {
         let bytes = serde_json::to_vec(&end).map_err(CoordinatorError::stored("end of a secure sum"))?;
         let digest = self.blobs.put(&bytes)?;
-        self.records.put(&key(entry.id, ENDED), digest.to_string().as_bytes())?;
+        self.records.put(&key(&entry.place, ENDED), digest.to_string().as_bytes())?;
         state.phase = Phase::Over;
         state.asked.clear();
         Ok(end)
@@ -376,15 +457,24 @@ impl Sums {
     /// [`CoordinatorError::Store`] if they can't be removed.
     pub(crate) fn discard(&self, id: CollectionId) -> Result<(), CoordinatorError> {
         locked(&self.open).remove(&id);
+        for attempt in 1..=MAX_ATTEMPTS {
+            self.forget(id, attempt)?;
+        }
+        Ok(())
+    }
+
+    /// Removes the answers to one attempt.
+    fn forget(&self, id: CollectionId, attempt: u32) -> Result<(), CoordinatorError> {
+        let place = place(id, attempt);
         let mut ops: Vec<Op> = Vec::new();
         for step in STEPS {
-            let found = self.records.scan_all(step_prefix(id, step).as_bytes())?;
+            let found = self.records.scan_all(step_prefix(&place, step).as_bytes())?;
             ops.extend(found.into_iter().map(|(key, _)| Op::delete(key)));
         }
         for chunk in ops.chunks(OPS_PER_COMMIT) {
             self.records.commit(chunk)?;
         }
-        Ok(self.packs.remove(&id.to_string())?)
+        Ok(self.packs.remove(&pack(id, attempt))?)
     }
 
     fn entry(&self, id: CollectionId) -> Result<Arc<Entry>, Refused> {
@@ -392,18 +482,18 @@ impl Sums {
             return Ok(Arc::clone(entry));
         }
         // Stored, and not open: over, or not yet taken up after a restart. The pipeline asks again.
-        match self.records.get(&key(id, OPENED)).map_err(CoordinatorError::from)? {
+        match self.records.get(&key(&place(id, 1), OPENED)).map_err(CoordinatorError::from)? {
             Some(_) => Err(Refused::NotDue { got: Step::Advertise }),
             None => Err(Refused::Unknown),
         }
     }
 }
 
-/// Drives a sum to its end: asks, waits, closes, step by step.
+/// Drives the latest attempt at a sum to its end: asks, waits, closes, step by step.
 ///
 /// # Errors
-/// [`CoordinatorError`] if it isn't there, is damaged, or can't be stored. An abandoned sum is no error.
-pub(crate) async fn run(mesh: &Mesh, id: CollectionId) -> Result<SumEnd, CoordinatorError> {
+/// [`CoordinatorError`] if it isn't there, is damaged, or can't be stored. An attempt without a result is no error.
+pub(crate) async fn run(mesh: &Mesh, id: CollectionId) -> Result<AttemptEnd, CoordinatorError> {
     let assignment: Id = id.to_string().parse()?;
     let end = match mesh.sums.ended(id)? {
         Some(end) => end,
@@ -419,7 +509,7 @@ pub(crate) async fn run(mesh: &Mesh, id: CollectionId) -> Result<SumEnd, Coordin
             }
         }
     };
-    if let SumEnd::Summed(summed) = &end {
+    if let AttemptEnd::Summed(summed) = &end {
         let peers = summed.survivors.iter().map(spiffe_id).collect::<Result<Vec<_>, _>>()?;
         let told = Request::Ended(summed.outcome.clone()).to_bytes();
         mesh.outbox.assign(&peers, &assignment, AssignmentKind::SecureSum, &told)?;
@@ -429,26 +519,26 @@ pub(crate) async fn run(mesh: &Mesh, id: CollectionId) -> Result<SumEnd, Coordin
 
 impl Entry {
     fn new(id: CollectionId, opened: &Opened) -> Result<Self, CoordinatorError> {
-        let roster = Roster::new(opened.members.clone())
-            .map_err(|error| CoordinatorError::Step(format!("secure sum: {error}")))?;
+        let roster =
+            Roster::new(opened.members.clone()).map_err(|error| CoordinatorError::Sum(error.to_string()))?;
         let roster = Arc::new(roster);
         let bytes = opened.opening.descriptor.as_bytes();
         let descriptor = SumDescriptor::from_bytes(bytes)?;
         let advertising = Advertising::open(bytes, Arc::clone(&roster))
-            .map_err(|error| CoordinatorError::Step(format!("secure sum: {error}")))?;
+            .map_err(|error| CoordinatorError::Sum(error.to_string()))?;
         let request = Request::Advertise(opened.opening.clone()).to_bytes();
         let asked = vec![(roster.seats().collect(), request)];
         let state = State { phase: Phase::Advertise(advertising), asked, cancelled: None };
         let (digest, state) = (NamedDigest::of(bytes), Mutex::new(state));
-        Ok(Self { id, descriptor, digest, roster, state, changed: Notify::new() })
+        let (place, pack) = (place(id, descriptor.attempt), pack(id, descriptor.attempt));
+        Ok(Self { id, place, pack, descriptor, digest, roster, state, changed: Notify::new() })
     }
 
     /// Asks everybody who hasn't answered the current step, and nobody else any more.
     fn ask(&self, mesh: &Mesh, assignment: &Id) -> Result<(), CoordinatorError> {
         let (missing, asked) = {
             let state = locked(&self.state);
-            let missing = state.phase.missing().map(|(_, missing)| missing).unwrap_or_default();
-            (missing.into_iter().collect::<BTreeSet<Seat>>(), state.asked.clone())
+            (state.phase.missing().into_iter().collect::<BTreeSet<Seat>>(), state.asked.clone())
         };
         let others = self.roster.seats().filter(|seat| !missing.contains(seat));
         mesh.outbox.withdraw(&self.peers(others)?, assignment)?;
@@ -489,120 +579,52 @@ impl Entry {
     }
 }
 
-/// What closing a step leads to.
-enum Next {
-    Step(Box<Phase>, Asked),
-    Sum(Box<SecureSum>),
-}
-
-impl Phase {
-    fn accept(&mut self, answer: &Answer, now_ms: i64) -> Result<Accepted, Refused> {
-        Ok(match (self, answer) {
-            (Self::Advertise(phase), Answer::Reply(Reply::Advert(advert))) => {
-                phase.accept(advert.clone(), now_ms)?
-            }
-            (Self::Share(phase), Answer::Reply(Reply::Shares(shares))) => {
-                phase.accept(shares.clone(), now_ms)?
-            }
-            (Self::Mask(phase), Answer::Masked(masked)) => phase.accept(masked, now_ms)?,
-            (Self::Consent(phase), Answer::Reply(Reply::Consent(consent))) => {
-                phase.accept(consent, now_ms)?
-            }
-            (Self::Open(phase), Answer::Reply(Reply::Opened(opened))) => {
-                phase.accept(opened.clone(), now_ms)?
-            }
-            (_, answer) => return Err(Refused::NotDue { got: answer.step() }),
-        })
-    }
-
-    /// The current step and who hasn't answered it; nothing after the end.
-    fn missing(&self) -> Option<(Step, Vec<Seat>)> {
-        Some(match self {
-            Self::Advertise(phase) => (Step::Advertise, phase.missing()),
-            Self::Share(phase) => (Step::Share, phase.missing()),
-            Self::Mask(phase) => (Step::Mask, phase.missing()),
-            Self::Consent(phase) => (Step::Consent, phase.missing()),
-            Self::Open(phase) => (Step::Open, phase.missing()),
-            Self::Over => return None,
-        })
-    }
-
-    fn close(self) -> Result<Next, Abort> {
-        Ok(match self {
-            Self::Advertise(phase) => {
-                let (list, revealing) = phase.close()?;
-                // On the complete graph there is nothing to reveal.
-                let (_, sharing) = revealing.close()?;
-                let seats = list.adverts.iter().map(|advert| advert.seat).collect();
-                Next::Step(Box::new(Self::Share(sharing)), vec![(seats, Request::Share(list).to_bytes())])
-            }
-            Self::Share(phase) => {
-                let (deliveries, masking) = phase.close()?;
-                let each = |(seat, delivery)| (BTreeSet::from([seat]), Request::Mask(delivery).to_bytes());
-                Next::Step(Box::new(Self::Mask(masking)), deliveries.into_iter().map(each).collect())
-            }
-            Self::Mask(phase) => {
-                let (list, consenting) = phase.close()?;
-                let seats = list.survivors.iter().map(|(seat, _)| *seat).collect();
-                Next::Step(
-                    Box::new(Self::Consent(consenting)),
-                    vec![(seats, Request::Consent(list).to_bytes())],
-                )
-            }
-            Self::Consent(phase) => {
-                let (list, opening) = phase.close()?;
-                let seats = list.signatures.iter().map(|(seat, _)| *seat).collect();
-                Next::Step(Box::new(Self::Open(opening)), vec![(seats, Request::Open(list).to_bytes())])
-            }
-            Self::Open(phase) => Next::Sum(Box::new(phase.close()?)),
-            Self::Over => Next::Step(Box::new(Self::Over), Vec::new()),
-        })
-    }
-}
-
-impl Answer {
-    fn step(&self) -> Step {
-        match self {
-            Self::Reply(Reply::Advert(_)) => Step::Advertise,
-            Self::Reply(Reply::Shares(_)) => Step::Share,
-            Self::Masked(_) => Step::Mask,
-            Self::Reply(Reply::Consent(_)) => Step::Consent,
-            Self::Reply(Reply::Opened(_)) => Step::Open,
-        }
-    }
-
-    fn seat(&self) -> Seat {
-        match self {
-            Self::Reply(reply) => reply.seat(),
-            Self::Masked(masked) => masked.seat,
-        }
-    }
-}
-
 impl From<SumDescriptorError> for CoordinatorError {
     fn from(error: SumDescriptorError) -> Self {
-        Self::Step(format!("secure sum: {error}"))
+        Self::Sum(error.to_string())
     }
 }
 
-fn key(id: CollectionId, what: &str) -> Vec<u8> {
-    format!("sum/{id}/{what}").into_bytes()
+/// Where the records of an attempt are.
+fn place(id: CollectionId, attempt: u32) -> String {
+    match attempt {
+        1 => format!("sum/{id}"),
+        again => format!("sum/{id}/attempt-{again}"),
+    }
 }
 
-fn step_prefix(id: CollectionId, step: Step) -> String {
-    format!("sum/{id}/answer/{}/", step.number())
+/// Name of the pack of an attempt's vectors; begins with the sum's id.
+fn pack(id: CollectionId, attempt: u32) -> String {
+    match attempt {
+        1 => id.to_string(),
+        again => format!("{id}-{again}"),
+    }
 }
 
-fn answer_key(id: CollectionId, step: Step, seat: Seat) -> Vec<u8> {
+fn key(place: &str, what: &str) -> Vec<u8> {
+    format!("{place}/{what}").into_bytes()
+}
+
+fn step_prefix(place: &str, step: Step) -> String {
+    format!("{place}/answer/{}/", step.number())
+}
+
+fn answer_key(place: &str, step: Step, seat: Seat) -> Vec<u8> {
     // Padded, so that the order of keys is the order of seats.
-    format!("{}{:05}", step_prefix(id, step), seat.index()).into_bytes()
+    format!("{}{:05}", step_prefix(place, step), seat.index()).into_bytes()
+}
+
+/// The seat that an answer's key ends with.
+fn seat_of(key: &[u8], prefix: &str) -> Option<Seat> {
+    let index = String::from_utf8_lossy(key.get(prefix.len()..)?).parse();
+    index.ok().map(Seat::new)
 }
 
 const OPENED: &str = "opened";
 const CLOSED: &str = "closed";
 const ENDED: &str = "ended";
-/// The steps on the complete graph, in order.
-const STEPS: [Step; 5] = [Step::Advertise, Step::Share, Step::Mask, Step::Consent, Step::Open];
+/// Attempts at one sum at most.
+const MAX_ATTEMPTS: u32 = MAX_RETRIES + 1;
 /// Longest sleep between two looks at the clock, in milliseconds: a clock that jumps is noticed.
 const LONGEST_WAIT_MS: u64 = 500;
 /// Records written in one commit.

@@ -241,3 +241,6 @@ fn failed(error: CheckpointError) -> CoordinatorError {
 const LATEST: &[u8] = b"witness/latest";
 /// Record of the assignment that asks for its cosignatures.
 const ASKED: &[u8] = b"witness/asked";
+
+#[cfg(test)]
+mod tests;

@@ -57,7 +57,7 @@ fn setup(deadline_s: u32) -> Setup {
     Setup { program: env!("CARGO_BIN_EXE_tabmesh-sim").into(), rows: Some(200), plan, seed: Some(SEED) }
 }
 
-/// A deployment with its plan submitted.
+/// A deployment with its plan submitted. Every contract keeps its domain's aggregates confidential.
 async fn started(root: &Path, deadline_s: u32) -> (Deployment, OperatorClient, Id) {
     let mut deployment = Deployment::start(root, setup(deadline_s)).unwrap();
     let (operator, id) = submitted(&mut deployment).await;
@@ -69,20 +69,27 @@ async fn done(operator: &OperatorClient, id: &Id) {
     assert_eq!(last.phase, "done", "{last:?}");
 }
 
-/// Debits of secure sums by purpose and step, with their places in the ledger; a step debited twice stops the test.
-fn debits(layout: &Layout, domain: &str) -> BTreeMap<(Purpose, u64), (u64, Commit)> {
+/// Debits of secure sums, with their places in the ledger.
+fn all_debits(layout: &Layout, domain: &str) -> Vec<(u64, Commit)> {
     let folder = layout.domain(domain).join("data").join("books");
-    let mut found = BTreeMap::new();
+    let mut found = Vec::new();
     for entry in tabmesh_agent::books::read_entries(&folder).unwrap() {
         if let Entry::Commit(commit) = Entry::from_json(&entry.payload).unwrap() {
-            let shares = commit.event.shares.expect("no vector left without a mask");
-            assert_eq!((shares.agents, shares.dropouts, shares.colluders), (5, 1, 1));
-            let step = (commit.purpose, commit.step);
-            assert!(
-                found.insert(step, (entry.seq, *commit)).is_none(),
-                "{domain}: {step:?} was debited twice"
-            );
+            assert!(commit.event.shares.is_some(), "no vector leaves without a mask");
+            found.push((entry.seq, *commit));
         }
+    }
+    found
+}
+
+/// Debits by purpose and step; a step debited twice stops the test.
+fn debits(layout: &Layout, domain: &str) -> BTreeMap<(Purpose, u64), (u64, Commit)> {
+    let mut found = BTreeMap::new();
+    for (seq, commit) in all_debits(layout, domain) {
+        let shares = commit.event.shares.unwrap();
+        assert_eq!((shares.agents, shares.dropouts, shares.colluders), (5, 1, 1));
+        let step = (commit.purpose, commit.step);
+        assert!(found.insert(step, (seq, commit)).is_none(), "{domain}: {step:?} was debited twice");
     }
     found
 }
@@ -107,7 +114,8 @@ struct Opened {
 
 #[derive(Deserialize)]
 struct Ended {
-    summed: Sum,
+    /// Nothing of an attempt that was given up.
+    summed: Option<Sum>,
 }
 
 #[derive(Deserialize)]
@@ -131,7 +139,7 @@ fn recorded(layout: &Layout) -> Vec<Recorded> {
         let end = records.get(format!("{id}/ended").as_bytes()).unwrap().unwrap();
         let opened: Opened = serde_json::from_slice(&blob(record)).unwrap();
         let ended: Ended = serde_json::from_slice(&blob(&end)).unwrap();
-        let Sum { values, survivors } = ended.summed;
+        let Some(Sum { values, survivors }) = ended.summed else { continue };
         sums.push(Recorded { opening: opened.opening, values, survivors });
     }
     sums
@@ -166,29 +174,31 @@ fn contribution(layout: &Layout, domain: &Domain, agent: &Agent, sum: &Recorded)
     let facts = &agent.work.domain;
     let rows = facts.rows(&facts.schema).unwrap();
     let training = rows.take(&Gate::new(&facts.secret("gate")).split(&rows).training);
-    let (step, purpose, vector) = match &sum.opening.summed {
+    let (purpose, vector) = match &sum.opening.summed {
         Summed::Stage(text) => {
             let query = ReleaseQuery::from_json(text.as_bytes()).unwrap();
-            let step = (Purpose::Release, u64::from(query.stage));
-            (step, NoisePurpose::Release, counts(&query, agent, &training))
+            (NoisePurpose::Release, counts(&query, agent, &training))
         }
         Summed::Round(text) => {
             let descriptor = RoundDescriptor::from_bytes(text.as_bytes()).unwrap();
             let (plan, _) = Plan::parse(&std::fs::read(layout.plan()).unwrap(), "plan.yaml").unwrap();
             let artefacts = &agent.work.artefacts;
             let trainer = Trainer::new(artefacts, &descriptor, &plan, &facts.schema, &training).unwrap();
-            let step = (Purpose::Round, u64::from(descriptor.index));
-            (step, NoisePurpose::Round, trainer.clipped_sum(&descriptor).unwrap())
+            (NoisePurpose::Round, trainer.clipped_sum(&descriptor).unwrap())
         }
     };
-    let (seq, commit) = debits(layout, domain.id).remove(&step).unwrap();
     let bytes = sum.opening.descriptor.as_bytes();
-    assert_eq!(commit.query_digest, *Digest::of(bytes).as_bytes(), "the debit is for this attempt");
+    let mut debits = all_debits(layout, domain.id);
+    debits.retain(|(_, commit)| commit.query_digest == *Digest::of(bytes).as_bytes());
+    let [(seq, commit)] = debits.as_slice() else { panic!("one debit for an attempt, got {}", debits.len()) };
+    let seq = *seq;
     let descriptor = SumDescriptor::from_bytes(bytes).unwrap();
     let (id, product) = (facts.identity.to_string(), &facts.contract.name);
     let mut noise = NoiseSource::Seeded { seed: SEED }.stream(&id, product, seq, purpose).unwrap();
     let noised = Contribution::noised(&vector, &descriptor, Digest::of(bytes), seq, &mut noise).unwrap();
     assert_ne!(noised.values().as_slice(), vector, "there is noise in it");
+    let unmasked = Digest::of_payload(noised.values().as_slice());
+    assert_ne!(commit.payload_digest, *unmasked.as_bytes(), "what was sent is masked");
     noised.values().as_slice().to_vec()
 }
 
@@ -196,21 +206,68 @@ fn contribution(layout: &Layout, domain: &Domain, agent: &Agent, sum: &Recorded)
 fn sums_are_plain_sums(layout: &Layout) -> Vec<usize> {
     let agents: Vec<(&Domain, Agent)> = members().map(|domain| (domain, opened(layout, domain))).collect();
     let mut survivors = Vec::new();
-    for sum in recorded(layout) {
+    let (sums, mut own_vectors) = (recorded(layout), Vec::new());
+    for sum in &sums {
         let mut plain = vec![0_i64; sum.values.len()];
         let within = |agent: &Agent| {
             let id = agent.work.domain.identity.to_string();
             sum.survivors.iter().any(|survivor| survivor.as_str() == id)
         };
         for (domain, agent) in agents.iter().filter(|(_, agent)| within(agent)) {
-            let own = contribution(layout, domain, agent, &sum);
-            plain.iter_mut().zip(own).for_each(|(total, value)| *total += value);
+            let own = contribution(layout, domain, agent, sum);
+            plain.iter_mut().zip(&own).for_each(|(total, value)| *total += value);
+            own_vectors.push(own);
         }
         assert!(plain.iter().any(|value| *value != 0));
         assert_eq!(sum.values, plain, "sum number {}", survivors.len());
         survivors.push(sum.survivors.len());
     }
+    sums_alone_are_kept(layout, &sums, &own_vectors);
     survivors
+}
+
+/// What the coordinator keeps of a release stage.
+#[derive(Deserialize)]
+struct StageKept {
+    #[serde(rename = "query")]
+    _query: serde_json::Value,
+    totals: BTreeMap<String, f64>,
+}
+
+/// The coordinator has every sum, and nowhere a domain's own vector or total.
+fn sums_alone_are_kept(layout: &Layout, sums: &[Recorded], own_vectors: &[Vec<i64>]) {
+    let mut files = Vec::new();
+    read_all(&layout.coordinator(), &mut files);
+    for sum in sums {
+        assert!(keeps(&files, &sum.values), "the sums must be found, or this sees nothing");
+    }
+    assert_eq!(own_vectors.len(), sums.iter().map(|sum| sum.survivors.len()).sum::<usize>());
+    for own in own_vectors {
+        assert!(!keeps(&files, own), "the coordinator keeps a domain's own vector");
+    }
+    let stages: Vec<StageKept> = files.iter().filter_map(|file| serde_json::from_slice(file).ok()).collect();
+    assert_eq!(stages.len(), STAGES as usize);
+    assert!(stages.iter().all(|stage| stage.totals.is_empty()), "the coordinator keeps a domain's own total");
+}
+
+fn read_all(path: &Path, files: &mut Vec<Vec<u8>>) {
+    if path.is_dir() {
+        std::fs::read_dir(path).unwrap().for_each(|entry| read_all(&entry.unwrap().path(), files));
+    } else {
+        files.push(std::fs::read(path).unwrap());
+    }
+}
+
+/// Whether a file has the first of these values in a row, as 64-bit words or as digits.
+fn keeps(files: &[Vec<u8>], values: &[i64]) -> bool {
+    let run = &values[..8];
+    let words: Vec<u8> = run.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let digits = run.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let has = |file: &[u8], wanted: &[u8]| {
+        let starts = file.iter().enumerate().filter(|(_, byte)| **byte == wanted[0]);
+        starts.into_iter().any(|(at, _)| file[at..].starts_with(wanted))
+    };
+    files.iter().any(|file| has(file, &words) || has(file, digits.as_bytes()))
 }
 
 /// Stops every process of a deployment, so that its files can be opened.
@@ -233,6 +290,7 @@ async fn undisturbed() -> &'static Published {
         let (mut deployment, operator, id) = started(root.path(), 180).await;
         done(&operator, &id).await;
         deployment.promoted().await.unwrap();
+        local_noise_is_refused(&deployment.layout, &operator).await;
         let report = report(&deployment).await;
         assert_eq!(report.deployment_model, DEPLOYMENT_MODEL_SUMS);
         assert!(report.trust_model.iter().any(|line| line.contains("no more of the others collude")));
@@ -250,6 +308,22 @@ async fn undisturbed() -> &'static Published {
     };
     REFERENCE.get_or_init(run).await
 }
+
+/// The same plan with local noise would show each domain's aggregates: the contracts refuse it, by name.
+async fn local_noise_is_refused(layout: &Layout, operator: &OperatorClient) {
+    let plan = std::fs::read_to_string(layout.plan()).unwrap();
+    let local = plan.replace(SECURE, "");
+    assert_ne!(local, plan);
+    let local = local.into_bytes();
+    let validation = operator.validate_plan(local.clone()).await.unwrap();
+    assert!(!validation.valid);
+    let named = |rule: &str| validation.findings.iter().any(|finding| finding.text.contains(rule));
+    assert!(named("confidential_aggregates"), "{:?}", validation.findings);
+    assert!(operator.submit_plan(local).await.is_err());
+}
+
+/// What makes the plan one with secure sums.
+const SECURE: &str = ", noise_placement: secure_sum, secure_sum: {colluders: 1, dropouts: 1}";
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_sum_is_the_plain_sum_of_the_same_noised_vectors() {
@@ -273,6 +347,55 @@ async fn a_sum_goes_on_without_an_agent_that_died() {
     assert_eq!(survivors[..STAGES as usize], [5; STAGES as usize]);
     assert!([4, 5].contains(&survivors[STAGES as usize]), "{survivors:?}");
     assert_eq!(survivors[STAGES as usize + 1..], [4], "{survivors:?}");
+}
+
+/// A plan whose sums bear no loss loses an agent for good: those who are left sum again, with fresh noise, at another
+/// debit, out of what the plan has set aside.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sum_that_lost_too_many_is_made_again_by_those_who_are_left() {
+    let root = tempfile::tempdir().unwrap();
+    let mut deployment = Deployment::start(root.path(), setup(60)).unwrap();
+    let plan = std::fs::read_to_string(deployment.layout.plan()).unwrap();
+    let (cohort, again) =
+        ("min_agents: 5", "noise_placement: secure_sum, secure_sum: {dropouts: 0, retries: 2}");
+    assert!(plan.contains(cohort) && plan.contains(SECURE));
+    let plan = plan.replace(cohort, "min_agents: 4").replace(SECURE, &format!(", {again}"));
+    std::fs::write(deployment.layout.plan(), plan).unwrap();
+    let (operator, id) = submitted(&mut deployment).await;
+    until(&operator, &id, "round 1 asked").await;
+    deployment.agents[0].kill().unwrap();
+    let before = all_debits(&deployment.layout, DOMAINS[0].id);
+    done(&operator, &id).await;
+    for domain in members().skip(1) {
+        let debits = all_debits(&deployment.layout, domain.id);
+        // All four were asked for a vector twice in the last round: over five agents, then over four.
+        let last = debits.iter().filter(|(_, commit)| (commit.purpose, commit.step) == (Purpose::Round, 1));
+        let agents: Vec<u32> = last.map(|(_, commit)| commit.event.shares.unwrap().agents).collect();
+        assert_eq!(agents, [5, 4], "{}", domain.id);
+        let spent: u64 = debits.iter().map(|(_, commit)| commit.event.rho.units()).sum();
+        every_debit_is_reported(&deployment, domain, spent).await;
+    }
+    let layout = stopped(deployment);
+    assert_eq!(all_debits(&layout, DOMAINS[0].id), before, "a debit is never taken back");
+    let survivors = sums_are_plain_sums(&layout);
+    assert_eq!(survivors[..STAGES as usize], [5; STAGES as usize]);
+    assert_eq!(survivors[STAGES as usize + 1..], [4], "{survivors:?}");
+}
+
+/// Waits until a report has a domain's every debit: agents state their ledgers once they hear that the plan is over.
+async fn every_debit_is_reported(deployment: &Deployment, domain: &Domain, units: u64) {
+    let mut found = 0;
+    for _ in 0..300 {
+        let report = report(deployment).await;
+        let section = report.products.iter().find(|section| section.product.starts_with(domain.id)).unwrap();
+        assert!(section.spent.rho <= section.granted.rho);
+        found = section.spent.rho.units();
+        if found == units {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+    panic!("{}: expected {units} units in the report, got {found}", domain.id);
 }
 
 /// SIGKILL leaves no time for any clean-up: an agent within one round, the coordinator within the next. Both go on where

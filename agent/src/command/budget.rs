@@ -87,6 +87,21 @@ fn print(section: &ProductSection, reproducible: bool) {
     }
     println!("{table}");
     println!("delta {}; granted by {}", section.granted.delta, section.granted.signer);
+    if let Some(window) = &section.granted.window {
+        println!(
+            "within any {} days: epsilon {} (rho {}); in those that end now epsilon {} is spent (rho {}), rho {} is left",
+            window.days(),
+            window.epsilon,
+            window.rho,
+            figure(window.spent.epsilon),
+            window.spent.rho,
+            window.left
+        );
+        println!(
+            "nothing spent is ever given back: over the lifetime epsilon is {}",
+            figure(section.spent.epsilon)
+        );
+    }
     println!("{}", section.odds_spent.sentence());
     if reproducible {
         println!("REPRODUCIBLE, NOT PRIVATE: noise was drawn from a fixed seed");

@@ -17,7 +17,7 @@ use tabmesh_federation::secagg::document::Summed;
 use tabmesh_federation::secagg::message::{Advert, AdvertList, Delivery, Step};
 use tabmesh_federation::secagg::policy::{Expected, Policy};
 use tabmesh_federation::secagg::roster::{Member, Seat};
-use tabmesh_federation::secagg::setup::Subject;
+use tabmesh_federation::secagg::setup::{Attempt, Subject};
 use tabmesh_privacy::budget::Rho;
 
 use super::*;
@@ -54,9 +54,15 @@ impl World {
         };
         let rho = Rho::from_f64_round_down(0.01).unwrap();
         let subject = Subject { expected, rho, plausible: 1 << 20, deadline_s: 60 };
-        let spec = SecureSumSpec { colluders: 1, dropouts: 1 };
+        let spec = SecureSumSpec { colluders: 1, dropouts: 1, retries: 0 };
         let roster = Roster::new(members.clone()).unwrap();
-        let descriptor = subject.describe(spec, &roster, 1_000_000, Digest::of(b"head")).unwrap();
+        let descriptor = subject
+            .describe(
+                spec,
+                &roster,
+                Attempt { number: 1, opened_ms: 1_000_000, log_head: Digest::of(b"head") },
+            )
+            .unwrap();
         let descriptor = String::from_utf8(descriptor.to_bytes()).unwrap();
         let opening = Opening { descriptor, summed, roster: (0..AGENTS).map(agent_id).collect() };
         Self { keys, members, subject, opening }
@@ -70,6 +76,7 @@ impl World {
             max_attempts: 1,
             max_rho: self.subject.rho,
             max_local_rho: Rho::from_units(u64::MAX),
+            min_neighbours: 3,
         };
         let entry = Entry {
             agent: &agent_id(i),

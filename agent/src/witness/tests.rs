@@ -51,11 +51,15 @@ impl Mesh {
     }
 
     fn head(&mut self, agent: &str, seq: u64) {
+        self.head_with_hash(agent, seq, [seq as u8; 32]);
+    }
+
+    fn head_with_hash(&mut self, agent: &str, seq: u64, hash: [u8; 32]) {
         let head = LedgerHead {
             agent: AgentId::new(agent).unwrap(),
             product: PRODUCT.to_owned(),
             seq,
-            hash: tabmesh_federation::id::Digest::from_bytes([seq as u8; 32]),
+            hash: tabmesh_federation::id::Digest::from_bytes(hash),
         };
         let entry = serde_json::json!({ "action": LEDGER_HEAD_ACTION, "facts": head });
         self.push(&entry.to_string());
@@ -179,6 +183,29 @@ fn a_log_without_the_agents_own_head_is_refused() {
     refused(&false_hash, "root");
     assert!(!folder.path().join("audit-seen.json").exists(), "nothing was confirmed");
     assert!(judge(&witness(&folder), &mesh.request(1, 0, 3)).is_ok());
+}
+
+/// Attack: the log itself records, provably, an entry that this agent never wrote at that place.
+#[test]
+fn a_head_that_the_log_includes_under_another_hash_is_not_cosigned() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut mesh = Mesh::new(&["start"]);
+    mesh.head_with_hash(AGENT, 2, [3; 32]);
+    match judge(&witness(&folder), &mesh.request(1, 0, 1)) {
+        Err(WitnessError::NotIncluded { reason }) => {
+            assert!(reason.contains("another entry at that place"), "{reason}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(!folder.path().join("audit-seen.json").exists(), "nothing was confirmed");
+    // The hash of the neighbouring entry is no better, and the true one is taken.
+    mesh.head_with_hash(AGENT, 3, [2; 32]);
+    assert!(matches!(
+        judge(&witness(&folder), &mesh.request(1, 0, 2)),
+        Err(WitnessError::NotIncluded { .. })
+    ));
+    mesh.head(AGENT, 3);
+    assert!(matches!(judge(&witness(&folder), &mesh.request(1, 0, 3)), Ok(WitnessReply::Cosigned { .. })));
 }
 
 #[test]

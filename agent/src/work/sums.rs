@@ -17,7 +17,7 @@ use tabmesh_federation::secagg::document::{Opening, Reply, Request, Summed};
 use tabmesh_federation::secagg::message::Delivery;
 use tabmesh_federation::secagg::policy::Policy;
 use tabmesh_federation::secagg::roster::Roster;
-use tabmesh_federation::secagg::setup::{self, Subject};
+use tabmesh_federation::secagg::setup::{self, Attempt, Subject};
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::Purpose;
 use tabmesh_privacy::mechanism::EventShape;
@@ -57,14 +57,21 @@ impl Work {
             Request::Advertise(opening) => {
                 document(self.advertise(&store, &opening, collection(assignment)?, now_ms)?)
             }
-            Request::Share(list) => {
+            // What follows the adverts is this agent's to say: on a ring it has something to reveal first.
+            Request::Share(list) | Request::Reveal(list) => {
                 let mut current = self.current(&store)?;
                 let mut keys = self.books().keys(current.agent.guard().answers)?;
                 let joined = current.agent.adverts(&list, &mut keys, now_ms).map_err(SumError::from)?;
-                match store.keep(joined)? {
-                    Joined::Shares(shares) => document(Reply::Shares(shares)),
-                    Joined::Reveal(_) => Err(SumError::Ring.into()),
-                }
+                document(match store.keep(joined)? {
+                    Joined::Shares(shares) => Reply::Shares(shares),
+                    Joined::Reveal(reveal) => Reply::Revealed(reveal),
+                })
+            }
+            Request::Ring(list) => {
+                let mut current = self.current(&store)?;
+                let mut keys = self.books().keys(current.agent.guard().answers)?;
+                let shares = current.agent.reveals(&list, &mut keys, now_ms).map_err(SumError::from)?;
+                document(Reply::Shares(store.keep(shares)?))
             }
             Request::Mask(delivery) => self.contribute(&store, assignment, &delivery, now_ms),
             Request::Consent(survivors) => {
@@ -125,11 +132,17 @@ impl Work {
             return Err(SumError::AnsweredBefore.into());
         }
         let (plan, announcement) = self.kept(&plan_of(&opening.summed)?)?;
-        let asked = self.asked(opening, &plan, &announcement)?;
+        let descriptor = SumDescriptor::from_bytes(bytes).map_err(SumError::from)?;
+        let asked = self.asked(opening, descriptor.attempt, &plan, &announcement)?;
         let spec = plan.secure_sum().ok_or(SumError::NotPlanned)?;
+        let (plan_digest, step) = (announcement.digest.to_string(), u64::from(asked.step()));
+        let debited = self.books().debits(&plan_digest, asked.purpose(), step);
+        // One debit an attempt at most, so whatever opens now comes after as many.
+        if descriptor.attempt as usize <= debited {
+            return Err(SumError::OldAttempt { debited, got: descriptor.attempt }.into());
+        }
         let subject = asked.subject(opening, &plan, announcement.digest, collection)?;
         let roster = Arc::new(self.roster(opening)?);
-        let descriptor = SumDescriptor::from_bytes(bytes).map_err(SumError::from)?;
         follows(&descriptor, &subject, spec, &roster, now_ms)?;
         let own = AgentId::new(self.domain.identity.to_string()).map_err(|_| WorkError::NotInRoster)?;
         let guard = store.guard()?;
@@ -137,7 +150,7 @@ impl Work {
             agent: &own,
             identity: Arc::clone(&self.domain.signer),
             roster,
-            policy: &self.floor(subject.rho),
+            policy: &self.floor(spec, subject.rho),
             expected: &subject.expected,
             guard,
         };
@@ -157,7 +170,7 @@ impl Work {
     ) -> Result<SumReply, WorkError> {
         let Current { mut agent, opening } = self.current(store)?;
         let (plan, announcement) = self.kept(&plan_of(&opening.summed)?)?;
-        let asked = self.asked(&opening, &plan, &announcement)?;
+        let asked = self.asked(&opening, agent.descriptor().attempt, &plan, &announcement)?;
         let target = SubmissionTarget {
             assignment_id: assignment.id().clone(),
             plan_digest: *announcement.digest.0.as_bytes(),
@@ -200,10 +213,12 @@ impl Work {
         Ok(SumReply::Vector(Box::new(Answer { target, payload, debit })))
     }
 
-    /// What is summed, held against plan and contract as if it were asked alone.
+    /// What is summed, held against plan and contract as if it were asked alone. Later attempts are about the same, over
+    /// those who are left of the first one's roster.
     fn asked(
         &self,
         opening: &Opening,
+        attempt: u32,
         plan: &Plan,
         announcement: &PlanAnnouncement,
     ) -> Result<Asked, WorkError> {
@@ -217,13 +232,20 @@ impl Work {
             Summed::Stage(text) => {
                 let query = ReleaseQuery::from_json(text.as_bytes())?;
                 let (schema, rows) = (&self.domain.schema, self.domain.max_rows());
-                check_query(&query, schema, rows, plan, &announcement.digest, opening.roster.len())?;
+                let check = |agents| check_query(&query, schema, rows, plan, &announcement.digest, agents);
+                let (now, first) = (opening.roster.len(), announcement.cohort as usize);
+                // How many agents the first attempt had decides how much noise a stage can afford at least.
+                let before = attempt > 1 && (now + 1..=first).any(|agents| check(agents).is_ok());
+                if !before {
+                    check(now)?;
+                }
                 Ok(Asked::Stage(query))
             }
             Summed::Round(text) => {
                 let descriptor = RoundDescriptor::from_bytes(text.as_bytes())?;
                 descriptor.check(plan, &announcement.digest)?;
-                if descriptor.roster != opening.roster {
+                let same = descriptor.roster == opening.roster;
+                if !same && (attempt == 1 || !opening.roster.is_subset(&descriptor.roster)) {
                     return Err(WorkError::NotInRoster);
                 }
                 Ok(Asked::Round(Box::new(descriptor)))
@@ -250,7 +272,7 @@ impl Work {
     }
 
     /// The local policy as the protocol has it.
-    fn floor(&self, rho: Rho) -> Policy {
+    fn floor(&self, spec: SecureSumSpec, rho: Rho) -> Policy {
         let floor = self.domain.policy.secure_sum;
         let cohort = u32::try_from(self.domain.policy.minimum_cohort).unwrap_or(u32::MAX);
         let factor = u64::from(floor.max_own_share_factor);
@@ -258,9 +280,10 @@ impl Work {
             min_agents: floor.min_agents.max(cohort),
             min_organisations: floor.min_domains,
             colluders: floor.colluders,
-            max_attempts: 1,
+            max_attempts: spec.retries.min(floor.max_retries).saturating_add(1),
             max_rho: rho,
             max_local_rho: Rho::from_units(rho.units().saturating_mul(factor)),
+            min_neighbours: floor.min_neighbours,
         }
     }
 }
@@ -313,8 +336,8 @@ impl Asked {
     }
 }
 
-/// Holds a descriptor against the one that follows from this agent's own facts; only when it opened and where the
-/// coordinator's log stood are the coordinator's to say.
+/// Holds a descriptor against the one that follows from this agent's own facts; only which attempt it is, when it opened
+/// and where the coordinator's log stood are the coordinator's to say.
 fn follows(
     descriptor: &SumDescriptor,
     subject: &Subject,
@@ -322,7 +345,8 @@ fn follows(
     roster: &Roster,
     now_ms: i64,
 ) -> Result<(), SumError> {
-    let own = subject.describe(spec, roster, descriptor.opened_ms, descriptor.log_head)?;
+    let SumDescriptor { attempt: number, opened_ms, log_head, .. } = *descriptor;
+    let own = subject.describe(spec, roster, Attempt { number, opened_ms, log_head })?;
     if own != *descriptor {
         return Err(SumError::OtherDescriptor);
     }
@@ -350,3 +374,6 @@ fn collection(assignment: &Assignment) -> Result<CollectionId, SumError> {
 
 /// How far a sum's opening may be ahead of this agent's clock, in milliseconds.
 const MAX_AHEAD_MS: i64 = 5 * 60 * 1000;
+
+#[cfg(test)]
+mod tests;

@@ -126,13 +126,20 @@ fn cost(plan: &Plan, digest: PlanDigest) -> miette::Result<Cost> {
 
 /// Who adds the noise, in words.
 fn placement(plan: &Plan) -> String {
-    let Some(SecureSumSpec { colluders, dropouts }) = plan.secure_sum() else {
+    let Some(SecureSumSpec { colluders, dropouts, retries }) = plan.secure_sum() else {
         return "local noise: each agent adds all of it".to_owned();
     };
     let least = plan.cohort.min_agents as usize;
+    let again = match retries {
+        0 => String::new(),
+        some => format!(
+            "; {some} more sums of the release and {some} of the rounds may be attempted again, which is reserved and not \
+             in the figures"
+        ),
+    };
     format!(
         "secure sums: the figures hold against the coordinator and {colluders} colluding agents, with {dropouts} missing; \
-         if all others collude, a step costs {} times its rho in a cohort of {least}",
+         if all others collude, a step costs {} times its rho in a cohort of {least}{again}",
         plan.counted(least).unwrap_or(1)
     )
 }

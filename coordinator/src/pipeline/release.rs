@@ -14,6 +14,7 @@ use tabmesh_federation::release_plan::{Attributes, Release, shared_max_rows};
 use tabmesh_federation::schedule::Window;
 use tabmesh_federation::secagg::document;
 use tabmesh_federation::secagg::setup::Subject;
+use tabmesh_privacy::ledger::Purpose;
 use tabmesh_privacy::mechanism::SigmaSquared;
 use tabmesh_privacy::release::{MarginalTable, ReleaseQuery};
 use tabmesh_proto::message::AssignmentKind;
@@ -26,7 +27,7 @@ use crate::collections::Open;
 use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, named, stored};
 use crate::plans::Submitted;
-use crate::sums::{self, SumEnd};
+use crate::sums::SumEnd;
 
 /// A stage's result: what was asked, and the sum over the agents.
 #[derive(Debug, Serialize, Deserialize)]
@@ -168,7 +169,11 @@ pub(super) async fn run(
 ) -> Result<JobEvent, CoordinatorError> {
     let query = query(mesh, submitted, job, stage)?;
     if submitted.plan.secure_sum().is_some() {
-        return match sums::run(mesh, collection).await? {
+        let (json, deadline_s) = (query.to_json(), submitted.plan.release.deadline_s);
+        let payload = tabmesh_federation::id::Digest::of(&json);
+        let subject = Subject::stage(&query, payload, collection, submitted.digest, deadline_s);
+        let what = format!("release stage {stage}");
+        return match secure::run(mesh, submitted, &subject, (Purpose::Release, &what)).await? {
             SumEnd::Summed(summed) => {
                 let (agents, share) = (summed.survivors.len(), Some(summed.share));
                 let (sum, totals) = (summed.values, BTreeMap::new());

@@ -15,6 +15,7 @@ use tabmesh_federation::plan::{AdapterSpec, ClipNorm, Plan, SecureSumSpec};
 use tabmesh_federation::round::{Phase, Round, RoundEvent};
 use tabmesh_federation::secagg::document;
 use tabmesh_federation::secagg::setup::Subject;
+use tabmesh_privacy::ledger::Purpose;
 use tabmesh_proto::message::AssignmentKind;
 use tabmesh_store::{Digest, Op};
 use tabmesh_tfm::adapter::{Adapter, Kind, Layout};
@@ -29,7 +30,7 @@ use crate::collections::Open;
 use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, locked, named, stored};
 use crate::plans::Submitted;
-use crate::sums::{self, SumEnd, Summed};
+use crate::sums::{SumEnd, Summed};
 
 /// The adapter between rounds: kind, keys, current iterate, optimiser, clip norm.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -177,11 +178,13 @@ async fn run_sum(
     index: u32,
     round: RoundId,
 ) -> Result<JobEvent, CoordinatorError> {
-    let summed = match sums::run(mesh, round).await? {
+    let (descriptor, bytes) = descriptor_of(mesh, round)?;
+    let subject = Subject::round(&descriptor, NamedDigest::of(&bytes), submitted.plan.rounds.deadline_s);
+    let what = format!("round {}", index + 1);
+    let summed = match secure::run(mesh, submitted, &subject, (Purpose::Round, &what)).await? {
         SumEnd::Summed(summed) => summed,
         SumEnd::Abandoned(cause) => return Ok(JobEvent::RoundAbandoned { index, cause }),
     };
-    let (descriptor, _) = descriptor_of(mesh, round)?;
     let before = state(mesh, submitted, job).await?;
     let Summed { values, survivors, .. } = &summed;
     let divisor = divisor_of(survivors, &released_totals(mesh, submitted, job)?, &descriptor);

@@ -24,7 +24,7 @@ use crate::error::CoordinatorError;
 use crate::mesh::Mesh;
 use crate::mirror::Stated;
 use crate::outbox::Outbox;
-use crate::sums::Refused;
+use crate::sums::{Arrived, Refused};
 use crate::witness;
 use std::sync::Arc;
 use std::time::Duration;
@@ -212,10 +212,10 @@ async fn take(mesh: &Arc<Mesh>, peer: &SpiffeId, submission: Submission) -> Answ
     let collection = collection(&submission.assignment_id)?;
     let digest = NamedDigest::from_bytes(submission.payload_digest);
     if mesh.sums.knows(collection).map_err(refused(peer, "vector"))? {
-        let Submission { assignment_id, payload, payload_digest, .. } = submission;
-        let sums = Arc::clone(mesh);
+        let Submission { assignment_id, attempt, payload, payload_digest, .. } = submission;
+        let (sums, arrived) = (Arc::clone(mesh), Arrived { attempt, payload, digest });
         return take_in_sum(mesh, peer, assignment_id, payload_digest, move |id, agent, settles| {
-            sums.sums.masked(id, &agent, payload, digest, settles)
+            sums.sums.masked(id, &agent, arrived, settles)
         })
         .await;
     }

@@ -17,7 +17,7 @@ pub mod window;
 
 pub use entry::{
     ADJACENCY, Commit, Derive, Entry, Grant, MAX_APPROVALS, MAX_ENTRY_BYTES, MAX_FIELD_BYTES, Purpose,
-    Refund, RefusalRule, Refuse, Reserve,
+    Refund, RefusalRule, Refuse, Reserve, WindowLimit,
 };
 pub use error::LedgerError;
 pub use journal::{ChainedEntry, GENESIS, Journal, JournalError, MemoryJournal, verify_chain};
@@ -46,6 +46,15 @@ pub struct GrantRequest {
     pub delta: Delta,
     /// Who signed the policy.
     pub signer: String,
+}
+
+/// How fast a granted budget may be spent, as a domain's policy says it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Pace {
+    /// Length of the rolling window in milliseconds.
+    pub length_ms: u64,
+    /// ε of what may be spent within it.
+    pub epsilon: Epsilon,
 }
 
 /// A plan that asks for budget.
@@ -262,7 +271,24 @@ impl<J: Journal> Ledger<J> {
     /// # Errors
     /// [`LedgerError::Malformed`] for empty or oversized texts, or a storage failure.
     pub fn grant(&mut self, request: GrantRequest, time_ms: i64) -> Result<Rho, LedgerError> {
+        self.grant_at_pace(request, None, time_ms)
+    }
+
+    /// As [`Self::grant`], with a limit on how fast it may be spent.
+    ///
+    /// # Errors
+    /// As [`Self::grant`], and [`LedgerError::Window`] for a window that can't be.
+    pub fn grant_at_pace(
+        &mut self,
+        request: GrantRequest,
+        pace: Option<Pace>,
+        time_ms: i64,
+    ) -> Result<Rho, LedgerError> {
         let rho = zcdp::rho_for(request.epsilon, request.delta);
+        let window = pace.map(|Pace { length_ms, epsilon }| {
+            let rho = zcdp::rho_for(epsilon, request.delta);
+            WindowLimit { length_ms, epsilon, rho }
+        });
         let grant = Grant {
             time_ms,
             reproducible: self.reproducible,
@@ -275,6 +301,7 @@ impl<J: Journal> Ledger<J> {
             delta: request.delta,
             rho,
             signer: request.signer,
+            window,
         };
         let present =
             self.state.account_of(&grant.product).and_then(|(_, account)| account.grants.get(&grant.product));
@@ -323,7 +350,7 @@ impl<J: Journal> Ledger<J> {
     /// again and isn't charged twice.
     ///
     /// # Errors
-    /// [`LedgerError::OverBudget`], [`LedgerError::NoGrant`], [`LedgerError::Mechanism`] or
+    /// [`LedgerError::OverBudget`], [`LedgerError::OverWindow`], [`LedgerError::NoGrant`], [`LedgerError::Mechanism`] or
     /// [`LedgerError::CrossCheck`], each after a refusal was recorded; [`LedgerError::PlanReserved`];
     /// [`LedgerError::Malformed`]; or a storage failure. Nothing is charged on any of them.
     pub fn reserve(&mut self, plan: PlanRequest, time_ms: i64) -> Result<Reservation, LedgerError> {
@@ -604,6 +631,7 @@ fn check_planned(planned: &[MechanismEvent], rho: Rho) -> Result<(), LedgerError
 fn rule_of(error: &LedgerError) -> Option<RefusalRule> {
     match error {
         LedgerError::OverBudget { .. } => Some(RefusalRule::OverBudget),
+        LedgerError::OverWindow { .. } => Some(RefusalRule::OverWindow),
         LedgerError::NoGrant { .. } => Some(RefusalRule::NoGrant),
         LedgerError::Mechanism(_) | LedgerError::OverReserved { .. } => Some(RefusalRule::WrongCost),
         LedgerError::CrossCheck(_) => Some(RefusalRule::SecondOpinion),

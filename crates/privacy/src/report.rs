@@ -17,6 +17,7 @@ pub use build::build;
 pub use html::render_html;
 pub use section::{
     ByStep, EventKind, EventLine, Granted, Headline, Odds, ProductSection, RefusalLine, Spending,
+    WindowFigures,
 };
 pub use verify::{MAX_REPORT_BYTES, Verified, VerifyError, verify};
 
@@ -54,6 +55,12 @@ pub const SUM_STATEMENTS: [&str; 3] = [
     "What a unit adds in several domains of one namespace adds up within one sum. So the headline multiplies rho of \
      secure sums by the number of the namespace's accounts, never less than the square of the sum of their roots.",
 ];
+
+/// What a report on grants with windows says.
+pub const WINDOW_STATEMENT: &str = "A budget window limits how fast a budget is spent, not what is lost: it rolls, each debit leaves it by itself, and no \
+     refresh takes back what was released. Rho adds up over all windows, so the claim is the lifetime figure, which the \
+     grant's own epsilon caps; the window's figure is of the window alone. Times are the agent's clock, never counted \
+     backwards.";
 
 /// What every report says, whatever the figures are.
 pub const STATEMENTS: [&str; 5] = [

@@ -14,7 +14,7 @@ use tabmesh_federation::id::{AgentId, CollectionId, Digest, PlanDigest};
 use tabmesh_federation::secagg::agent::{Agent, Entry, Guard, Joined, Prepared};
 use tabmesh_federation::secagg::contribution::Contribution;
 use tabmesh_federation::secagg::descriptor::SumDescriptor;
-use tabmesh_federation::secagg::graph::{Regular, Topology};
+use tabmesh_federation::secagg::graph::Topology;
 use tabmesh_federation::secagg::keys::Secret;
 use tabmesh_federation::secagg::mask::{RingVector, Sign, Width};
 use tabmesh_federation::secagg::noise::NoisePlan;
@@ -113,10 +113,7 @@ fn case(case: &Case, output: Output) -> anyhow::Result<()> {
     let agent_s = spent.agents_ns as f64 / 1e9 / case.agents as f64;
     let noise_s = spent.noise_ns as f64 / 1e9 / case.agents as f64;
     let server_s = spent.server_ns as f64 / 1e9;
-    let degree = match &descriptor.topology {
-        Topology::Complete => case.agents - 1,
-        Topology::Regular(shape) => shape.degree as usize,
-    };
+    let degree = descriptor.topology.degree(case.agents);
     let Case { agents, coordinates, dropouts, width } = case;
     match output {
         Output::Text => println!(
@@ -228,11 +225,7 @@ fn describe(case: &Case, roster: &Roster) -> anyhow::Result<SumDescriptor> {
     let dropouts = u32::try_from(n / 10)?;
     let colluders = u32::try_from((n / 20).max(1))?;
     let threshold = n - dropouts as usize;
-    let topology = if n <= COMPLETE_UP_TO {
-        Topology::Complete
-    } else {
-        Topology::Regular(Regular::for_cohort(n, threshold, dropouts, colluders)?)
-    };
+    let topology = Topology::for_cohort(n, threshold, dropouts, colluders)?;
     let central = SigmaSquared::new(1 << 40, 1)?;
     let mut rng = ChaCha20Rng::seed_from_u64(0);
     let descriptor = SumDescriptor {
@@ -289,10 +282,9 @@ const POLICY: Policy = Policy {
     max_attempts: 1,
     max_rho: Rho::from_units(1 << 40),
     max_local_rho: Rho::from_units(1 << 60),
+    min_neighbours: 3,
 };
 const NOW_MS: i64 = 1;
-/// Largest roster with the complete graph.
-const COMPLETE_UP_TO: usize = 128;
 /// Share of the agents that may drop out.
 const TOLERATED: f64 = 0.1;
 const MASK_VALUES: usize = 1 << 20;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use tabmesh_contract::contract::DomainAggregates;
 use tabmesh_proto::client::{AuditorClient, OperatorClient};
 use tabmesh_proto::connect::{CoordinatorAddress, Link, TcpDial, connect};
 use tabmesh_proto::identity::DevelopmentCa;
@@ -63,7 +64,12 @@ impl Deployment {
         let pki = pki::write(&layout.certificates(), &deployment::roles(), time::OffsetDateTime::now_utc())?;
         std::fs::create_dir_all(root.join("models"))?;
         std::fs::write(base_model(&layout), BASE_MODEL)?;
-        deployment::write_domains(&layout, setup.rows)?;
+        // What secure sums are for: no domain's own aggregates are seen.
+        let aggregates = match setup.plan.secure_sum {
+            true => DomainAggregates::Confidential,
+            false => DomainAggregates::Open,
+        };
+        deployment::write_domains(&layout, setup.rows, aggregates)?;
         deployment::write_plan(&layout, &setup.plan)?;
         if setup.plan.secure_sum {
             let names: Vec<&str> = DOMAINS.iter().map(|domain| domain.id).collect();

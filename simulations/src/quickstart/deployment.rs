@@ -8,6 +8,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use tabmesh_contract::contract::DomainAggregates;
 use tabmesh_contract::schema::Scale;
 
 use crate::quickstart::dataset::{
@@ -176,11 +177,11 @@ impl Default for PlanChoices {
 ///
 /// # Errors
 /// A file or folder that can't be written.
-pub fn write_domains(layout: &Layout, rows: Option<usize>) -> Result<()> {
+pub fn write_domains(layout: &Layout, rows: Option<usize>, aggregates: DomainAggregates) -> Result<()> {
     for domain in &DOMAINS {
         domain.write_train(&layout.train_table(domain.id), rows)?;
         domain.write_test(&layout.test_table(domain.id), rows)?;
-        write_contract(layout, domain)?;
+        write_contract(layout, domain, aggregates)?;
         write_policy(layout, domain.id, &product(domain), PlanChoices::default().epsilon)?;
     }
     Ok(())
@@ -190,8 +191,8 @@ pub fn write_domains(layout: &Layout, rows: Option<usize>) -> Result<()> {
 ///
 /// # Errors
 /// The file can't be written.
-pub fn write_contract(layout: &Layout, domain: &Domain) -> Result<()> {
-    put(&layout.contract(domain.id), &contract_yaml(domain))
+pub fn write_contract(layout: &Layout, domain: &Domain, aggregates: DomainAggregates) -> Result<()> {
+    put(&layout.contract(domain.id), &contract_yaml(domain, aggregates))
 }
 
 /// Writes a domain's local policy: the grant, its signer and the smallest cohort.
@@ -290,7 +291,7 @@ pub fn auditor() -> Role {
     Role::Auditor { name: "compliance".into() }
 }
 
-fn contract_yaml(domain: &Domain) -> String {
+fn contract_yaml(domain: &Domain, aggregates: DomainAggregates) -> String {
     let mut text = String::new();
     let member = domain.participation == Participation::Member;
     line(
@@ -337,6 +338,9 @@ fn contract_yaml(domain: &Domain) -> String {
     line(&mut text, format_args!("  allow_training: {member}"));
     line(&mut text, format_args!("  unit: row        # a row is a person"));
     line(&mut text, format_args!("  max_units: {DECLARED_MAX_UNITS}"));
+    if aggregates == DomainAggregates::Confidential {
+        line(&mut text, format_args!("  domain_aggregates: confidential  # plans with secure sums only"));
+    }
     line(&mut text, format_args!("quality_slo: {{row_completeness: 0.99}}"));
     line(&mut text, format_args!("source: {{type: parquet, path: {TRAIN_FILE}}}"));
     text
@@ -549,10 +553,16 @@ mod tests {
     }
 
     fn contract(id: &str) -> Contract {
-        let (contract, warnings) = Contract::parse("contract.yaml", &contract_yaml(domain(id)))
-            .unwrap_or_else(|e| panic!("{}", e.render()));
-        assert!(warnings.is_empty(), "{warnings:?}");
-        contract
+        let parsed = [DomainAggregates::Confidential, DomainAggregates::Open].map(|aggregates| {
+            let yaml = contract_yaml(domain(id), aggregates);
+            let (contract, warnings) =
+                Contract::parse("contract.yaml", &yaml).unwrap_or_else(|e| panic!("{}", e.render()));
+            assert!(warnings.is_empty(), "{warnings:?}");
+            assert_eq!(contract.privacy.domain_aggregates, aggregates);
+            contract
+        });
+        let [_, open] = parsed;
+        open
     }
 
     #[test]
@@ -595,7 +605,7 @@ mod tests {
         assert_eq!(plan.secure_sum(), None);
         let secure = PlanChoices { secure_sum: true, ..PlanChoices::default() };
         let (plan, _) = Plan::parse(plan_yaml(&secure).as_bytes(), "p").unwrap();
-        assert_eq!(plan.secure_sum(), Some(SecureSumSpec { colluders: 1, dropouts: 1 }));
+        assert_eq!(plan.secure_sum(), Some(SecureSumSpec { colluders: 1, dropouts: 1, retries: 0 }));
     }
 
     #[test]
@@ -603,7 +613,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let layout = Layout::at(root.path());
         pki::write(&layout.certificates(), &roles(), time::OffsetDateTime::UNIX_EPOCH).unwrap();
-        write_domains(&layout, None).unwrap();
+        write_domains(&layout, None, DomainAggregates::Open).unwrap();
         let base = root.path().join("base.safetensors");
         std::fs::write(&base, b"weights").unwrap();
         write_coordinator(&layout, &base, 2, "127.0.0.1:0").unwrap();
@@ -641,7 +651,9 @@ mod tests {
     fn no_file_of_a_domain_names_its_test_table() {
         for domain in &DOMAINS {
             let policy = policy_yaml(domain.id, &product(domain), 3.0);
-            for text in [contract_yaml(domain), policy, agent_yaml(domain.id, "h:1", true)] {
+            for text in
+                [contract_yaml(domain, DomainAggregates::Open), policy, agent_yaml(domain.id, "h:1", true)]
+            {
                 assert!(!text.contains("held_out"), "{text}");
             }
         }

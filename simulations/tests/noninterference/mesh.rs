@@ -15,6 +15,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha20Rng;
 use tabmesh_agent::gate::Gate;
 use tabmesh_agent::{Agent, Switches};
+use tabmesh_contract::contract::DomainAggregates;
 use tabmesh_coordinator::Surroundings;
 use tabmesh_privacy::noise::NoiseSource;
 use tabmesh_proto::client::{AuditorClient, OperatorClient};
@@ -38,6 +39,14 @@ pub(crate) enum Placement {
 }
 
 impl Placement {
+    /// What the contracts say of a domain's own aggregates.
+    fn aggregates(self) -> DomainAggregates {
+        match self {
+            Self::Local => DomainAggregates::Open,
+            Self::SecureSum => DomainAggregates::Confidential,
+        }
+    }
+
     /// Agents of the loop: a secure sum needs four.
     pub(crate) fn agents(self) -> usize {
         match self {
@@ -120,7 +129,7 @@ pub(crate) async fn run(
     for (at, domain) in domains.iter().enumerate() {
         let address = addresses[at];
         let tap = Tap::start(pki, &Role::agent(domain.id), address, coordinator).await;
-        deployment::write_contract(&layout, domain).unwrap();
+        deployment::write_contract(&layout, domain, placement.aggregates()).unwrap();
         deployment::write_policy(&layout, domain.id, &deployment::product(domain), 3.0).unwrap();
         if placement == Placement::SecureSum {
             deployment::write_peers(&layout, domain.id, &names).unwrap();

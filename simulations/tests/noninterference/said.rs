@@ -68,6 +68,7 @@ fn about(reply: &Reply) -> String {
     let seat = reply.seat();
     match reply {
         Reply::Advert(_) => format!("{seat} advert"),
+        Reply::Revealed(_) => format!("{seat} reveals its part of the order"),
         Reply::Shares(shares) => format!("{seat} shares for {:?}", shares.sealed.keys()),
         Reply::Consent(_) => format!("{seat} consent"),
         Reply::Opened(opened) => {

@@ -20,11 +20,11 @@ pub(super) const PPM: u64 = 1_000_000;
 pub struct PlanBudget {
     /// ρ that ε and δ stand for.
     pub total: Rho,
-    /// ρ of the release.
+    /// ρ of the release, second attempts at its sums included.
     pub release: Rho,
     /// ρ of each release stage.
     pub per_stage: [Rho; STAGES],
-    /// ρ of all rounds.
+    /// ρ of all rounds, second attempts at their sums included.
     pub rounds: Rho,
     /// ρ of one round.
     pub per_round: Rho,
@@ -39,9 +39,14 @@ impl PlanBudget {
         let total = zcdp::rho_for(epsilon, delta);
         let release = total.share(ppm(spec.release_share), PPM);
         let StageShares { one_way, label_pairs, structure, tree } = plan.release.shares;
-        let per_stage = [one_way, label_pairs, structure, tree].map(|share| release.share(ppm(share), PPM));
+        // What a second attempt at a sum may cost is set aside, at the price of the dearest stage.
+        let retries = plan.secure_sum().map_or(0, |spec| u64::from(spec.retries));
+        let shares = [one_way, label_pairs, structure, tree].map(ppm);
+        let dearest = shares.iter().max().copied().unwrap_or(0);
+        let whole = (shares.iter().sum::<u64>() + retries * dearest).max(PPM);
+        let per_stage = shares.map(|share| release.share(share, whole));
         let rounds = total.saturating_sub(release);
-        let allowed = rounds.share(1, plan.rounds.count.max(1).into());
+        let allowed = rounds.share(1, u64::from(plan.rounds.count.max(1)) + retries);
         if allowed == Rho::ZERO || per_stage.contains(&Rho::ZERO) {
             let message = "epsilon and delta leave nothing for some stage or round".to_owned();
             return Err(("privacy.epsilon", message));

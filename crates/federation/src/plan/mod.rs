@@ -23,7 +23,7 @@ use crate::id::PlanDigest;
 pub use adapter::{AdapterSpec, MAX_ADAPTER_RANK};
 pub use budget::{PlanBudget, STAGES};
 pub use document::{Fault, Faults, PlanError, read_document};
-pub use placement::{MAX_SUM_AGENTS, NoisePlacement, SUM_STEPS, SecureSumSpec};
+pub use placement::{MAX_RETRIES, MAX_SUM_AGENTS, NoisePlacement, SUM_STEPS, SecureSumSpec};
 
 /// A checked plan.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]

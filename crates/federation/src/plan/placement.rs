@@ -35,11 +35,16 @@ pub struct SecureSumSpec {
     /// Agents that may drop out of a sum; beyond it the sum is given up. The noise of so many more is added. Default 1.
     #[garde(range(max = MAX_SUM_AGENTS))]
     pub dropouts: u32,
+    /// Sums of the release, and as many again of the rounds, that may be attempted once more with the agents that are left
+    /// after one was given up, 0 to 8. Each is paid for in advance at the price of the dearest, and given back if it isn't
+    /// needed. Default 0.
+    #[garde(range(max = MAX_RETRIES))]
+    pub retries: u32,
 }
 
 impl Default for SecureSumSpec {
     fn default() -> Self {
-        Self { colluders: 1, dropouts: 1 }
+        Self { colluders: 1, dropouts: 1, retries: 0 }
     }
 }
 
@@ -56,14 +61,14 @@ impl Plan {
     /// Agents of a cohort whose noise can be counted on in a secure sum; nothing under local noise.
     #[must_use]
     pub fn counted(&self, agents: usize) -> Option<u64> {
-        let SecureSumSpec { colluders, dropouts } = self.secure_sum()?;
+        let SecureSumSpec { colluders, dropouts, .. } = self.secure_sum()?;
         Some((agents as u64).saturating_sub(u64::from(colluders) + u64::from(dropouts)))
     }
 
     /// What doesn't go with the noise's place: path and message of each contradiction.
     pub(super) fn placement_contradictions(&self) -> Vec<(&'static str, String)> {
         let mut found = Vec::new();
-        let Some(SecureSumSpec { colluders, dropouts }) = self.secure_sum() else {
+        let Some(SecureSumSpec { colluders, dropouts, .. }) = self.secure_sum() else {
             if self.privacy.secure_sum.is_some() {
                 let message = "means something under noise_placement secure_sum only".to_owned();
                 found.push(("privacy.secure_sum", message));
@@ -78,19 +83,13 @@ impl Plan {
             );
             found.push(("rounds.aggregation", message));
         }
-        let (least, most) = (self.cohort.min_agents, self.cohort.max_agents);
+        let least = self.cohort.min_agents;
         if (least as usize) < MIN_MEMBERS {
             let message = format!(
                 "noise_placement secure_sum needs at least {MIN_MEMBERS} agents, min_agents is {least}: with fewer, noise_placement must be local"
             );
             found.push(("cohort.min_agents", message));
             return found;
-        }
-        if most > MAX_SUM_AGENTS {
-            let message = format!(
-                "noise_placement secure_sum joins every agent with every other and takes at most {MAX_SUM_AGENTS}, max_agents is {most}"
-            );
-            found.push(("cohort.max_agents", message));
         }
         let third = (least - 1) / 3;
         if colluders > third {
@@ -118,7 +117,9 @@ impl Plan {
     }
 }
 
-/// Most agents of a cohort with secure sums: masks are between all pairs.
-pub const MAX_SUM_AGENTS: u32 = 128;
+/// Most agents that a secure sum's assumptions may be about.
+pub const MAX_SUM_AGENTS: u32 = super::MAX_AGENTS;
+/// Most sums of either kind that a plan may attempt again.
+pub const MAX_RETRIES: u32 = 8;
 /// Steps that share a stage's or round's deadline evenly.
 pub const SUM_STEPS: u32 = Step::Open.number() as u32;

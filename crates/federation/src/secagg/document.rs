@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use crate::id::{AgentId, CollectionId, Digest, PlanDigest};
 use crate::secagg::message::{
-    Advert, AdvertList, Consent, Consents, Delivery, Opened, Shares, Step, Survivors,
+    Advert, AdvertList, Consent, Consents, Delivery, Opened, Reveal, RevealList, Shares, Step, Survivors,
 };
 use crate::secagg::roster::Seat;
 use tabmesh_privacy::budget::Rho;
@@ -87,7 +87,11 @@ pub struct Outcome {
 pub enum Request {
     /// Take part?
     Advertise(Opening),
-    /// Everybody's keys: share your secrets.
+    /// Everybody's keys, on a ring: reveal your part of its order.
+    Reveal(AdvertList),
+    /// Everybody's part of the ring's order: share your secrets with your neighbours.
+    Ring(RevealList),
+    /// Everybody's keys, on the complete graph: share your secrets.
     Share(AdvertList),
     /// The shares for you: send your masked vector.
     Mask(Delivery),
@@ -105,7 +109,8 @@ impl Request {
     pub fn step(&self) -> Option<Step> {
         match self {
             Self::Advertise(_) => Some(Step::Advertise),
-            Self::Share(_) => Some(Step::Share),
+            Self::Reveal(_) => Some(Step::Reveal),
+            Self::Ring(_) | Self::Share(_) => Some(Step::Share),
             Self::Mask(_) => Some(Step::Mask),
             Self::Consent(_) => Some(Step::Consent),
             Self::Open(_) => Some(Step::Open),
@@ -134,6 +139,8 @@ impl Request {
 pub enum Reply {
     /// Its keys.
     Advert(Advert),
+    /// Its part of a ring's order.
+    Revealed(Reveal),
     /// Its secrets, shared out and sealed.
     Shares(Shares),
     /// Its signature on who is in the sum.
@@ -148,6 +155,7 @@ impl Reply {
     pub fn seat(&self) -> Seat {
         match self {
             Self::Advert(advert) => advert.seat,
+            Self::Revealed(reveal) => reveal.seat,
             Self::Shares(shares) => shares.seat,
             Self::Consent(consent) => consent.seat,
             Self::Opened(opened) => opened.seat,
@@ -188,7 +196,7 @@ fn from_bytes<T: serde::de::DeserializeOwned>(
 
 /// Largest request, in bytes: as an assignment's document.
 pub const MAX_REQUEST_BYTES: usize = 4 << 20;
-/// Largest reply, in bytes: sealed shares for the most agents there can be take a quarter of it.
+/// Largest reply, in bytes: sealed shares for the most neighbours there can be fit.
 pub const MAX_REPLY_BYTES: usize = 128 << 10;
 
 #[cfg(test)]
@@ -197,18 +205,21 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::plan::MAX_SUM_AGENTS;
     use crate::secagg::agent::SEALED_SHARES_BYTES;
+    use crate::secagg::graph::{MAX_COMPLETE, MAX_DEGREE};
     use crate::secagg::message::Sealed;
+    use crate::secagg::roster::MAX_MEMBERS;
 
     #[test]
     fn the_largest_reply_fits_and_one_byte_too_many_does_not() {
-        let seats = (0..u16::try_from(MAX_SUM_AGENTS).unwrap()).map(Seat::new);
-        let sealed: BTreeMap<Seat, Sealed> =
-            seats.map(|seat| (seat, Sealed(vec![255; SEALED_SHARES_BYTES]))).collect();
+        assert!(MAX_COMPLETE <= MAX_DEGREE as usize + 1);
+        let seat = |i: usize| Seat::new(u16::try_from(i).unwrap());
+        let sealed: BTreeMap<Seat, Sealed> = (MAX_MEMBERS - MAX_DEGREE as usize..MAX_MEMBERS)
+            .map(|i| (seat(i), Sealed(vec![255; SEALED_SHARES_BYTES])))
+            .collect();
         let reply = Reply::Shares(Shares { descriptor: Digest::of(b"d"), seat: Seat::new(127), sealed });
         let mut bytes = reply.to_bytes();
-        assert!(bytes.len() * 4 <= MAX_REPLY_BYTES, "{}", bytes.len());
+        assert!(bytes.len() <= MAX_REPLY_BYTES, "{}", bytes.len());
         assert_eq!(Reply::from_bytes(&bytes), Ok(reply));
         bytes.resize(MAX_REPLY_BYTES, b' ');
         assert!(Reply::from_bytes(&bytes).is_ok());

@@ -32,6 +32,35 @@ pub enum Topology {
     Regular(Regular),
 }
 
+impl Topology {
+    /// The graph of a sum over `agents`: complete up to [`MAX_COMPLETE`], above it the smallest ring that will do.
+    ///
+    /// `least` is the fewest agents that may be left after the first phase.
+    ///
+    /// # Errors
+    /// [`GraphError::None`] if no ring bears so many dropouts and colluders.
+    pub fn for_cohort(
+        agents: usize,
+        least: usize,
+        dropouts: u32,
+        colluders: u32,
+    ) -> Result<Self, GraphError> {
+        if agents <= MAX_COMPLETE {
+            return Ok(Self::Complete);
+        }
+        Regular::for_cohort(agents, least, dropouts, colluders).map(Self::Regular)
+    }
+
+    /// Neighbours that each of `agents` has.
+    #[must_use]
+    pub fn degree(&self, agents: usize) -> usize {
+        match self {
+            Self::Complete => agents.saturating_sub(1),
+            Self::Regular(shape) => shape.degree as usize,
+        }
+    }
+}
+
 /// A ring in random order, each agent joined to the `degree` nearest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -72,7 +101,7 @@ pub enum GraphError {
     },
     /// No degree below the number of agents is enough.
     #[error(
-        "no graph over {agents} agents bears {dropouts} dropouts and {colluders} colluders: use the complete one"
+        "no ring over {agents} agents bears {dropouts} dropouts and {colluders} colluders: assume fewer, or use the complete graph over at most {MAX_COMPLETE} agents"
     )]
     None {
         /// Agents there are.
@@ -98,7 +127,7 @@ impl Regular {
         dropouts: u32,
         colluders: u32,
     ) -> Result<Self, GraphError> {
-        let most = least.min(agents).saturating_sub(2) as u32;
+        let most = (least.min(agents).saturating_sub(2) as u32).min(MAX_DEGREE);
         for degree in (2..=most).step_by(2) {
             let Some(max_dropped) = (0..degree / 2).find(|max_dropped| {
                 let lost = tail(agents - 1, dropouts, degree, max_dropped + 1);
@@ -278,6 +307,10 @@ fn ln_choose(n: u64, k: u64) -> f64 {
     (0..k.min(n - k)).map(|i| ((n - i) as f64 / (i + 1) as f64).ln()).sum()
 }
 
+/// Most agents that are all joined with each other; above, an agent's work would grow with the cohort.
+pub const MAX_COMPLETE: usize = 128;
+/// Most neighbours on a ring: their sealed shares fit one answer.
+pub const MAX_DEGREE: u32 = 384;
 /// −log₂ of the largest chance of a graph that is bad for somebody, for each attempt.
 pub const SECURITY_BITS: f64 = 40.0;
 /// −log₂ of the largest chance that dropouts at random end an attempt.

@@ -57,6 +57,8 @@ pub struct Policy {
     pub max_rho: Rho,
     /// Most this agent's contribution may cost if everybody else colludes.
     pub max_local_rho: Rho,
+    /// Fewest agents that this one exchanges masks with: on a ring these hide it.
+    pub min_neighbours: u32,
 }
 
 /// What the agent knows of the sum from its own checks: the plan it admitted, the model it verified.
@@ -100,6 +102,8 @@ impl Policy {
         at_least("colluders", self.colluders.max(1).into(), descriptor.noise.colluders.into())?;
         let floor = least_threshold(roster.len(), self.colluders.max(1)) as u64;
         at_least("threshold", floor, descriptor.threshold.into())?;
+        let neighbours = descriptor.topology.degree(roster.len()) as u64;
+        at_least("neighbours", self.min_neighbours.into(), neighbours)?;
         at_most("attempt", self.max_attempts.into(), descriptor.attempt.into())?;
         let guarantee = descriptor.guarantee(roster)?;
         at_most("rho units of the sum", self.max_rho.units(), guarantee.rho.units())?;

@@ -30,6 +30,17 @@ pub struct Subject {
     pub deadline_s: u32,
 }
 
+/// What the coordinator alone can say of an attempt at a sum.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Attempt {
+    /// Its number, from 1.
+    pub number: u32,
+    /// When it opens, UTC milliseconds.
+    pub opened_ms: i64,
+    /// Head of the coordinator's audit log then.
+    pub log_head: Digest,
+}
+
 impl Subject {
     /// A training round; `payload` is the digest of the descriptor as sent.
     #[must_use]
@@ -66,7 +77,7 @@ impl Subject {
         Self { expected, rho: query.rho, plausible: MAX_PLAUSIBLE_ROWS, deadline_s }
     }
 
-    /// The descriptor of its first attempt.
+    /// The descriptor of an attempt over a roster.
     ///
     /// # Errors
     /// [`SumDescriptorError`] if the cost buys no usable shares, or the figures don't fit the roster.
@@ -74,17 +85,17 @@ impl Subject {
         &self,
         spec: SecureSumSpec,
         roster: &Roster,
-        opened_ms: i64,
-        log_head: Digest,
+        attempt: Attempt,
     ) -> Result<SumDescriptor, SumDescriptorError> {
         let expected = self.expected.clone();
         let (agents, l2_squared) = (roster.len(), expected.l2_sensitivity_squared);
-        let SecureSumSpec { colluders, dropouts } = spec;
+        let SecureSumSpec { colluders, dropouts, .. } = spec;
+        let Attempt { number, opened_ms, log_head } = attempt;
         let noise = NoisePlan::for_cost(l2_squared, self.rho, agents, dropouts, colluders)?;
-        let width = Width::Bits64;
+        let (width, threshold) = (Width::Bits64, least_threshold(agents, colluders));
         let mut descriptor = SumDescriptor {
             collection: expected.collection,
-            attempt: 1,
+            attempt: number,
             payload: expected.payload,
             model: expected.model,
             plan: expected.plan,
@@ -94,8 +105,8 @@ impl Subject {
             max_abs: 0,
             l2_sensitivity_squared: l2_squared,
             noise,
-            threshold: u32::try_from(least_threshold(agents, colluders)).unwrap_or(u32::MAX),
-            topology: Topology::Complete,
+            threshold: u32::try_from(threshold).unwrap_or(u32::MAX),
+            topology: Topology::for_cohort(agents, threshold, dropouts, colluders)?,
             opened_ms,
             step_s: (self.deadline_s / SUM_STEPS).max(1),
             log_head,
@@ -135,12 +146,18 @@ mod tests {
 
     use super::*;
     use crate::id::AgentId;
+    use crate::secagg::graph::{GraphError, MAX_COMPLETE};
     use crate::secagg::roster::Member;
 
-    fn roster(agents: u8) -> Roster {
-        let member = |i: u8| Member {
-            agent: AgentId::new(format!("agent-{i:03}")).unwrap(),
-            key: VerifyingKey::from_bytes([i + 1; 32]),
+    fn roster(agents: u16) -> Roster {
+        let key = |i: u16| {
+            let mut key = [1; 32];
+            key[..2].copy_from_slice(&i.to_le_bytes());
+            VerifyingKey::from_bytes(key)
+        };
+        let member = |i: u16| Member {
+            agent: AgentId::new(format!("agent-{i:04}")).unwrap(),
+            key: key(i),
             organisation: format!("org-{i}"),
         };
         Roster::new((0..agents).map(member).collect()).unwrap()
@@ -159,12 +176,19 @@ mod tests {
         Subject { expected, rho, plausible, deadline_s: 61 }
     }
 
+    fn first() -> Attempt {
+        Attempt { number: 1, opened_ms: 5_000, log_head: Digest::of(b"head") }
+    }
+
+    fn spec(colluders: u32, dropouts: u32) -> SecureSumSpec {
+        SecureSumSpec { colluders, dropouts, retries: 0 }
+    }
+
     #[test]
     fn a_described_sum_costs_what_it_may_and_fits_its_roster() {
-        for agents in [4, 5, 7, 64, 128] {
+        for agents in [4, 5, 7, 64, 128, 129, 1024] {
             let (roster, subject) = (roster(agents), subject(0.003, 1 << 30));
-            let spec = SecureSumSpec { colluders: 1, dropouts: 1 };
-            let descriptor = subject.describe(spec, &roster, 5_000, Digest::of(b"head")).unwrap();
+            let descriptor = subject.describe(spec(1, 1), &roster, first()).unwrap();
             let cost = descriptor.guarantee(&roster).unwrap();
             assert!(cost.rho <= subject.rho, "{agents}");
             assert_eq!(descriptor.step_s, 10);
@@ -178,15 +202,39 @@ mod tests {
     #[test]
     fn absurd_bounds_end_at_the_modulus_and_assumptions_that_do_not_fit_are_refused() {
         let (roster, subject) = (roster(5), subject(0.003, u64::MAX));
-        let spec = SecureSumSpec { colluders: 1, dropouts: 1 };
-        let descriptor = subject.describe(spec, &roster, 5_000, Digest::of(b"head")).unwrap();
+        let descriptor = subject.describe(spec(1, 1), &roster, first()).unwrap();
         assert_eq!(descriptor.max_abs, i64::MAX as u64 / 5);
-        for spec in [
-            SecureSumSpec { colluders: 2, dropouts: 0 },
-            SecureSumSpec { colluders: 1, dropouts: 2 },
-            SecureSumSpec { colluders: 0, dropouts: 1 },
-        ] {
-            assert!(subject.describe(spec, &roster, 5_000, Digest::of(b"head")).is_err(), "{spec:?}");
+        for spec in [spec(2, 0), spec(1, 2), spec(0, 1)] {
+            assert!(subject.describe(spec, &roster, first()).is_err(), "{spec:?}");
         }
+    }
+
+    #[test]
+    fn the_ring_begins_with_one_agent_more_than_the_complete_graph_takes() {
+        let of = |agents: usize, colluders, dropouts| {
+            let roster = roster(u16::try_from(agents).unwrap());
+            subject(0.003, 1 << 30).describe(spec(colluders, dropouts), &roster, first())
+        };
+        assert_eq!(of(MAX_COMPLETE, 5, 10).unwrap().topology, Topology::Complete);
+        let Topology::Regular(shape) = of(MAX_COMPLETE + 1, 5, 10).unwrap().topology else {
+            panic!("a ring")
+        };
+        assert!((6..MAX_COMPLETE as u32).contains(&shape.degree), "{shape:?}");
+        // A third of the agents hostile and a fifth gone is more than a ring of this size bears.
+        let refused = of(MAX_COMPLETE + 1, 40, 25).unwrap_err();
+        assert!(
+            matches!(refused, SumDescriptorError::Graph(GraphError::None { agents: 129, .. })),
+            "{refused}"
+        );
+    }
+
+    #[test]
+    fn another_attempt_is_another_descriptor() {
+        let (roster, subject) = (roster(5), subject(0.003, 1 << 20));
+        let describe = |attempt| subject.describe(spec(1, 1), &roster, attempt).unwrap();
+        let (one, two) = (describe(first()), describe(Attempt { number: 2, ..first() }));
+        assert_eq!((one.attempt, two.attempt), (1, 2));
+        assert_ne!(Digest::of(&one.to_bytes()), Digest::of(&two.to_bytes()));
+        assert_eq!(SumDescriptor { attempt: 1, ..two }, one);
     }
 }

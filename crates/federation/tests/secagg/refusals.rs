@@ -39,6 +39,24 @@ fn thresholds_are_the_ones_the_bounds_give() {
 }
 
 #[test]
+fn a_graph_with_fewer_neighbours_than_the_policy_wants_is_refused() {
+    for ring in [false, true] {
+        let shape = Shape { agents: 40, dropouts: 2, ring, ..Shape::complete(40, 20) };
+        let mut world = World::new(shape);
+        let degree = u32::try_from(world.descriptor.topology.degree(40)).unwrap();
+        assert!(if ring { degree < 39 } else { degree == 39 }, "{degree}");
+        world.policy.min_neighbours = degree;
+        assert!(world.enter(0, Guard::default()).is_ok());
+        world.policy.min_neighbours += 1;
+        let refused = world.enter(0, Guard::default()).unwrap_err();
+        let Refusal::Policy(PolicyRefusal::Beyond { what: "neighbours", limit, got }) = refused else {
+            panic!("{refused}")
+        };
+        assert_eq!((limit, got), (u64::from(degree) + 1, u64::from(degree)));
+    }
+}
+
+#[test]
 fn figures_an_agent_did_not_admit_are_refused() {
     let world = world();
     let change = |change: fn(&mut SumDescriptor)| {

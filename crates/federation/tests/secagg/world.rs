@@ -80,6 +80,7 @@ impl World {
             max_attempts: 3,
             max_rho: Rho::from_f64_round_down(0.1).unwrap(),
             max_local_rho: Rho::from_f64_round_down(100.0).unwrap(),
+            min_neighbours: 3,
         };
         Self { keys, roster, descriptor, policy, expected }
     }

@@ -46,6 +46,8 @@ impl Purpose {
 pub enum RefusalRule {
     /// The plan asks for more than is left.
     OverBudget,
+    /// The plan asks for more than may be spent in one window of time.
+    OverWindow,
     /// The product has no grant.
     NoGrant,
     /// A planned mechanism's cost isn't what the plan says.
@@ -70,6 +72,7 @@ impl RefusalRule {
     pub fn label(self) -> &'static str {
         match self {
             Self::OverBudget => "asks for more than is left",
+            Self::OverWindow => "asks for more than may be spent in one window of time",
             Self::NoGrant => "no budget granted",
             Self::WrongCost => "stated cost is wrong",
             Self::SecondOpinion => "second accountant disagrees",
@@ -109,6 +112,24 @@ pub struct Grant {
     pub rho: Rho,
     /// Who signed the policy with this grant.
     pub signer: String,
+    /// How fast it may be spent; without one, as fast as it is left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<WindowLimit>,
+}
+
+/// A limit on what may be spent within any span of a given length.
+///
+/// It rolls: there is no date at which a budget comes back, each debit leaves the window by itself. And it limits the pace,
+/// not the loss: what was spent before stays spent, ρ adds up over all windows, and the grant's own ε caps the lifetime.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WindowLimit {
+    /// Length of the span in milliseconds.
+    pub length_ms: u64,
+    /// ε of what may be spent within it, at the grant's δ.
+    pub epsilon: Epsilon,
+    /// What that buys, rounded down: the limit that is enforced.
+    pub rho: Rho,
 }
 
 /// A source of rows that came out of another one: a split, a copy, a move to another place.

@@ -16,6 +16,22 @@ pub enum LedgerError {
         /// ρ neither spent nor reserved.
         left: Rho,
     },
+    /// The plan asks for more than is left of a window of time.
+    #[error("over the budget of {length_ms} ms: asked for rho {asked}, {left} is left within that time")]
+    OverWindow {
+        /// ρ of the plan.
+        asked: Rho,
+        /// ρ of the window neither spent in it nor reserved.
+        left: Rho,
+        /// Length of the window in milliseconds.
+        length_ms: u64,
+    },
+    /// The window of a grant can't be.
+    #[error("window of a grant: {reason}")]
+    Window {
+        /// What is wrong with it, naming expected and found.
+        reason: String,
+    },
     /// The product has no grant.
     #[error("no grant for product {product:?}: the domain's policy must grant a budget first")]
     NoGrant {

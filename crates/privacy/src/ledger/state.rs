@@ -6,7 +6,8 @@
 //! integers.
 
 use super::LedgerError;
-use super::entry::{Commit, Derive, Entry, Grant, Purpose, Refund, Reserve};
+use super::entry::{Commit, Derive, Entry, Grant, Purpose, Refund, Reserve, WindowLimit};
+use super::window::{MAX_WINDOW_MS, Window};
 use crate::accountant::zcdp;
 use crate::budget::{Epsilon, Rho};
 use crate::private::Digest;
@@ -74,6 +75,8 @@ pub struct Committed {
     pub seq: u64,
     /// Chain hash.
     pub hash: Digest,
+    /// Its time, UTC milliseconds since 1970; that of the latest entry before it where the clock had gone back.
+    pub dated_ms: i64,
     /// The entry.
     pub entry: Commit,
     /// Product of its reservation.
@@ -103,6 +106,8 @@ pub struct State {
     pub last_reservation: u64,
     /// Whether any entry was made under reproducible noise.
     pub reproducible: bool,
+    /// Latest time that an entry states.
+    pub latest_ms: Option<i64>,
 }
 
 impl State {
@@ -130,6 +135,31 @@ impl State {
         self.charges.get(&committed.entry.reservation)
     }
 
+    /// A time as the ledger's windows count it: never before an entry that there is, so that a clock that goes back frees
+    /// nothing and hides nothing.
+    #[must_use]
+    pub fn dated(&self, time_ms: i64) -> i64 {
+        self.latest_ms.map_or(time_ms, |latest_ms| latest_ms.max(time_ms))
+    }
+
+    /// What was charged to an account within a span of the ledger's time.
+    #[must_use]
+    pub fn spent_within(&self, account: &AccountKey, span: Window) -> Rho {
+        let within = self.commits.values().filter(|committed| {
+            span.contains(committed.dated_ms) && self.charged_to(committed).is_some_and(|key| key == account)
+        });
+        // Parts of what the account has spent.
+        within.fold(Rho::ZERO, |sum, committed| add(sum, committed.entry.event.rho))
+    }
+
+    /// What is left of a window's limit on an account; open reservations count, whenever they will be used.
+    #[must_use]
+    pub fn left_within(&self, key: &AccountKey, limit: &WindowLimit, now_ms: i64) -> Rho {
+        let reserved = self.accounts.get(key).map_or(Rho::ZERO, |account| account.reserved);
+        let spent = self.spent_within(key, Window::ending(self.dated(now_ms), limit.length_ms));
+        limit.rho.saturating_sub(spent).saturating_sub(reserved)
+    }
+
     /// Whether an entry may come next. Changes nothing.
     ///
     /// # Errors
@@ -153,6 +183,8 @@ impl State {
     pub fn apply(&mut self, seq: u64, hash: Digest, entry: &Entry) -> Result<(), LedgerError> {
         self.admit(entry)?;
         self.reproducible |= entry.reproducible();
+        let dated_ms = self.dated(entry.time_ms());
+        self.latest_ms = Some(dated_ms);
         match entry {
             Entry::Grant(grant) => {
                 let key = self.origin_of(&key_of(grant));
@@ -168,7 +200,7 @@ impl State {
                 let open = OpenReservation { entry: reserve.clone(), account, committed: Rho::ZERO };
                 self.reservations.insert(reserve.reservation, open);
             }
-            Entry::Commit(commit) => self.apply_commit(seq, hash, commit),
+            Entry::Commit(commit) => self.apply_commit(seq, hash, dated_ms, commit),
             Entry::Refund(refund) => {
                 if let Some(open) = self.reservations.remove(&refund.reservation) {
                     self.move_reserved(&open.account, Rho::ZERO, refund.rho);
@@ -184,9 +216,17 @@ impl State {
     }
 
     fn admit_reserve(&self, reserve: &Reserve) -> Result<(), LedgerError> {
-        let (_, account) = self.account_of(&reserve.product).ok_or_else(|| no_grant(&reserve.product))?;
+        let (key, account) = self.account_of(&reserve.product).ok_or_else(|| no_grant(&reserve.product))?;
         if reserve.rho > account.left() {
             return Err(LedgerError::OverBudget { asked: reserve.rho, left: account.left() });
+        }
+        // As the account's limit is the smallest of its grants, so every window of one of them holds.
+        for limit in account.grants.values().filter_map(|grant| grant.window.as_ref()) {
+            let left = self.left_within(key, limit, reserve.time_ms);
+            if reserve.rho > left {
+                let (asked, length_ms) = (reserve.rho, limit.length_ms);
+                return Err(LedgerError::OverWindow { asked, left, length_ms });
+            }
         }
         if Some(reserve.reservation) == self.last_reservation.checked_add(1) {
             Ok(())
@@ -227,7 +267,7 @@ impl State {
         self.reservations.get(&reservation).ok_or(LedgerError::NotReserved { reservation })
     }
 
-    fn apply_commit(&mut self, seq: u64, hash: Digest, commit: &Commit) {
+    fn apply_commit(&mut self, seq: u64, hash: Digest, dated_ms: i64, commit: &Commit) {
         let Some(open) = self.reservations.get_mut(&commit.reservation) else { return };
         let rho = commit.event.rho;
         open.committed = add(open.committed, rho);
@@ -240,7 +280,7 @@ impl State {
             *by_purpose = add(*by_purpose, rho);
         }
         self.queries.insert(commit.query_digest, commit.payload_digest);
-        let committed = Committed { seq, hash, entry: commit.clone(), product, plan_digest };
+        let committed = Committed { seq, hash, dated_ms, entry: commit.clone(), product, plan_digest };
         self.commits.insert(commit.payload_digest, committed);
     }
 
@@ -276,6 +316,18 @@ fn admit_grant(grant: &Grant) -> Result<(), LedgerError> {
         && zcdp::epsilon(grant.rho, grant.delta).get() > grant.epsilon.get() * (1.0 + 1e-9)
     {
         return Err(LedgerError::GrantTooLarge { rho: grant.rho, epsilon: grant.epsilon });
+    }
+    let Some(WindowLimit { length_ms, epsilon, rho }) = grant.window else { return Ok(()) };
+    if !(1..=MAX_WINDOW_MS).contains(&length_ms) {
+        let reason = format!("expected a length of 1 to {MAX_WINDOW_MS} ms, got {length_ms}");
+        return Err(LedgerError::Window { reason });
+    }
+    if epsilon > grant.epsilon {
+        let reason = format!("its epsilon {epsilon} is above the lifetime's {}", grant.epsilon);
+        return Err(LedgerError::Window { reason });
+    }
+    if rho > Rho::ZERO && zcdp::epsilon(rho, grant.delta).get() > epsilon.get() * (1.0 + 1e-9) {
+        return Err(LedgerError::GrantTooLarge { rho, epsilon });
     }
     Ok(())
 }

@@ -2,8 +2,14 @@
 //!
 //! A budget is for a source's lifetime; windows show how fast it goes and print the lifetime figure beside their own. The
 //! unit and adjacency are those of the grants (add or remove one unit), the loss is ρ, and whoever keeps the ledger is
-//! trusted to have recorded every release.
+//! trusted to have recorded every release, with a clock that doesn't run ahead.
+//!
+//! A grant may limit its pace ([`super::WindowLimit`]). That is enforced when a plan reserves: what was spent in the window
+//! that ends then, what is reserved and what is asked must stay within the limit. So it holds for every window of that
+//! length: what is committed in one after the last reservation was reserved then, and what was committed before lies in
+//! the window that was looked at.
 
+use super::entry::WindowLimit;
 use super::state::{AccountKey, State};
 use crate::accountant::zcdp;
 use crate::budget::{Delta, Epsilon, Rho};
@@ -69,6 +75,39 @@ pub fn spending(state: &State, account: &AccountKey, window: Window, delta: Delt
     }
 }
 
+/// Where a product's account stands in the window that its grant sets.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Standing {
+    /// The limit.
+    pub limit: WindowLimit,
+    /// The window that ends now, in the ledger's time.
+    pub window: Window,
+    /// Committed within it.
+    pub spent: Rho,
+    /// Neither spent within it nor reserved.
+    pub left: Rho,
+    /// When the oldest of what was spent within it has left it, UTC milliseconds; nothing where nothing was spent.
+    pub frees_ms: Option<i64>,
+}
+
+/// Where a product's account stands in its grant's window; nothing without one.
+#[must_use]
+pub fn standing(state: &State, product: &str, now_ms: i64) -> Option<Standing> {
+    let (key, account) = state.account_of(product)?;
+    let limit = account.grants.get(product)?.window?;
+    let window = Window::ending(state.dated(now_ms), limit.length_ms);
+    let own = |committed: &&super::Committed| state.charged_to(committed) == Some(key);
+    let dates = state.commits.values().filter(own).map(|committed| committed.dated_ms);
+    let oldest = dates.filter(|dated_ms| window.contains(*dated_ms)).min();
+    Some(Standing {
+        limit,
+        window,
+        spent: state.spent_within(key, window),
+        left: state.left_within(key, &limit, now_ms),
+        frees_ms: oldest.map(|dated_ms| dated_ms.saturating_add_unsigned(limit.length_ms)),
+    })
+}
+
 /// The loss of one unit of a namespace over all its sources: the sum, because a unit may be in every one.
 ///
 /// Sources that their owners declared to have no unit in common (`disjoint`, signed by both; checking that is the
@@ -130,13 +169,183 @@ fn plus(a: Rho, b: Rho) -> Rho {
     a.checked_add(b).unwrap_or(Rho::from_units(u64::MAX))
 }
 
+/// Longest window of a grant: ten years, in milliseconds.
+pub const MAX_WINDOW_MS: u64 = 3_660 * DAY_MS;
+/// A day, in milliseconds.
+pub const DAY_MS: u64 = 24 * 3_600 * 1_000;
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-    use super::super::{Account, MemoryJournal};
+    use super::super::{Account, Entry, LedgerError, MemoryJournal, Pace, RefusalRule, replay};
     use super::*;
     use crate::ledger::Ledger;
     use crate::ledger::tests::{grant, payload, plan};
+    use proptest::prelude::*;
+
+    const QUARTER_MS: u64 = 91 * DAY_MS;
+
+    /// A ledger whose product `p` has ε = 3 for ever and ε = 1 within any quarter.
+    fn paced() -> (Ledger<MemoryJournal>, Rho) {
+        let mut ledger = Ledger::open(MemoryJournal::default()).unwrap();
+        let pace = Pace { length_ms: QUARTER_MS, epsilon: Epsilon::new(1.0).unwrap() };
+        ledger.grant_at_pace(grant("p", "db.table", 3.0), Some(pace), 0).unwrap();
+        let limit = standing(ledger.state(), "p", 0).unwrap().limit;
+        assert!(limit.rho < ledger.balance("p").unwrap().granted);
+        (ledger, limit.rho)
+    }
+
+    /// Reserves, commits as much as one event of at most `rho` takes, and closes; what it cost.
+    fn spend(
+        ledger: &mut Ledger<MemoryJournal>,
+        query: u8,
+        rho: Rho,
+        time_ms: i64,
+    ) -> Result<Rho, LedgerError> {
+        let reservation = ledger.reserve(plan(&format!("{query}"), "p", rho), time_ms)?;
+        let (bytes, request) = payload(rho, query);
+        let cost = request.event.rho;
+        ledger.commit(&reservation, request, &bytes, time_ms)?;
+        ledger.close(&reservation, time_ms)?;
+        Ok(cost)
+    }
+
+    #[test]
+    fn a_window_admits_its_limit_and_not_one_unit_more() {
+        let (mut ledger, limit) = paced();
+        let more = Rho::from_units(limit.units() + 1);
+        let refused = ledger.reserve(plan("a", "p", more), 10);
+        assert_eq!(refused, Err(LedgerError::OverWindow { asked: more, left: limit, length_ms: QUARTER_MS }));
+        let all = ledger.reserve(plan("b", "p", limit), 11).unwrap();
+        // What is reserved counts, whenever it will be used.
+        let one = Rho::from_units(1);
+        let full = Err(LedgerError::OverWindow { asked: one, left: Rho::ZERO, length_ms: QUARTER_MS });
+        assert_eq!(ledger.reserve(plan("c", "p", one), 12 + 2 * QUARTER_MS as i64), full);
+        ledger.close(&all, 13).unwrap();
+        assert!(ledger.reserve(plan("d", "p", one), 14 + 2 * QUARTER_MS as i64).is_ok());
+        let rules =
+            ledger.entries().iter().filter_map(|entry| match Entry::from_json(&entry.payload).unwrap() {
+                Entry::Refuse(refuse) => Some(refuse.rule),
+                _ => None,
+            });
+        assert_eq!(rules.collect::<Vec<_>>(), [RefusalRule::OverWindow, RefusalRule::OverWindow]);
+    }
+
+    /// A refresh gives time, not privacy: each debit leaves the window by itself, the lifetime keeps it.
+    #[test]
+    fn what_was_spent_leaves_the_window_to_the_millisecond_and_never_the_lifetime() {
+        let (mut ledger, limit) = paced();
+        let (at, quarter) = (1_000, QUARTER_MS as i64);
+        let spent = spend(&mut ledger, 1, limit, at).unwrap();
+        let stood = standing(ledger.state(), "p", at).unwrap();
+        assert_eq!((stood.spent, stood.left), (spent, limit.saturating_sub(spent)));
+        assert_eq!(stood.frees_ms, Some(at + quarter));
+        // One millisecond early, then on time.
+        let early = ledger.reserve(plan("2", "p", limit), at + quarter - 1);
+        assert!(matches!(early, Err(LedgerError::OverWindow { .. })), "{early:?}");
+        assert_eq!(standing(ledger.state(), "p", at + quarter).unwrap().left, limit);
+        let mut total = spent;
+        for quarters in 1_u8..30 {
+            let time_ms = at + i64::from(quarters) * quarter;
+            match spend(&mut ledger, 1 + quarters, limit, time_ms) {
+                Ok(cost) => total = plus(total, cost),
+                // The lifetime's limit ends it, with the window empty.
+                Err(error) => {
+                    assert!(matches!(error, LedgerError::OverBudget { .. }), "{error}");
+                    assert_eq!(standing(ledger.state(), "p", time_ms).unwrap().left, limit);
+                    let balance = ledger.balance("p").unwrap();
+                    assert_eq!(balance.spent, total);
+                    assert!(plus(balance.spent, limit) > balance.granted && balance.spent <= balance.granted);
+                    assert!(balance.epsilon_spent.unwrap() <= balance.grant.epsilon);
+                    return;
+                }
+            }
+        }
+        panic!("the lifetime has room for fewer windows than these");
+    }
+
+    #[test]
+    fn a_clock_that_goes_back_frees_nothing_and_hides_nothing() {
+        let (mut ledger, limit) = paced();
+        let (at, quarter) = (10 * QUARTER_MS as i64, QUARTER_MS as i64);
+        let half = limit.share(1, 2);
+        spend(&mut ledger, 1, half, at).unwrap();
+        // Back by five quarters: the debit of the future still counts, and a debit made now counts as late as that one.
+        for back in [at - 5 * quarter, 0, i64::MIN] {
+            let refused = ledger.reserve(plan("x", "p", limit), back);
+            assert!(matches!(refused, Err(LedgerError::OverWindow { .. })), "{refused:?}");
+        }
+        spend(&mut ledger, 2, half, at - 5 * quarter).unwrap();
+        assert!(matches!(
+            ledger.reserve(plan("y", "p", half), at + quarter - 1),
+            Err(LedgerError::OverWindow { .. })
+        ));
+        assert!(ledger.reserve(plan("y", "p", half), at + quarter).is_ok());
+        // Whoever reads the entries comes to the same.
+        assert_eq!(replay(ledger.entries()).unwrap(), *ledger.state());
+    }
+
+    #[test]
+    fn windows_that_cannot_be_are_refused() {
+        let mut ledger = Ledger::open(MemoryJournal::default()).unwrap();
+        let mut granted = |length_ms: u64, epsilon: f64| {
+            let pace = Pace { length_ms, epsilon: Epsilon::new(epsilon).unwrap() };
+            ledger.grant_at_pace(grant("p", "db.table", 3.0), Some(pace), 0).map(drop)
+        };
+        assert!(granted(MAX_WINDOW_MS, 3.0).is_ok() && granted(1, 0.5).is_ok());
+        for (length_ms, epsilon) in [(0, 1.0), (MAX_WINDOW_MS + 1, 1.0), (DAY_MS, 3.001)] {
+            let refused = granted(length_ms, epsilon);
+            assert!(matches!(refused, Err(LedgerError::Window { .. })), "{refused:?}");
+        }
+        // One that states more than its epsilon buys isn't believed by a reader either.
+        let entries = ledger.entries().to_vec();
+        let stated = String::from_utf8(entries.last().unwrap().payload.clone()).unwrap();
+        let Entry::Grant(mut generous) = Entry::from_json(stated.as_bytes()).unwrap() else {
+            panic!("a grant")
+        };
+        let window = generous.window.as_mut().unwrap();
+        window.rho = Rho::from_units(2 * window.rho.units());
+        let refused = State::default().admit(&Entry::Grant(generous));
+        assert!(matches!(refused, Err(LedgerError::GrantTooLarge { .. })), "{refused:?}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        /// The naive twin: no span of a window's length, wherever it begins, holds more than the limit.
+        #[test]
+        fn no_window_anywhere_holds_more_than_its_limit(
+            steps in prop::collection::vec((1_u64..60, -20_i64..70, any::<bool>()), 1..24)
+        ) {
+            let (mut ledger, limit) = paced();
+            let day = DAY_MS as i64;
+            let (mut now, mut open) = (0_i64, Vec::new());
+            for (number, (percent, days, closes)) in steps.into_iter().enumerate() {
+                now += days * day;
+                let query = u8::try_from(number).unwrap();
+                if let Ok(reservation) = ledger.reserve(plan(&format!("{number}"), "p", limit.share(percent, 100)), now) {
+                    open.push((query, reservation));
+                }
+                // Some reservations are used long after they were made, or never.
+                if closes && let Some((query, reservation)) = open.pop() {
+                    let (bytes, request) = payload(reservation.rho(), query);
+                    ledger.commit(&reservation, request, &bytes, now).unwrap();
+                    ledger.close(&reservation, now).unwrap();
+                }
+            }
+            let commits: Vec<(i64, u64)> = ledger
+                .state()
+                .commits
+                .values()
+                .map(|committed| (committed.dated_ms, committed.entry.event.rho.units()))
+                .collect();
+            for (begins, _) in &commits {
+                let within = commits.iter().filter(|(at, _)| (*begins..begins + QUARTER_MS as i64).contains(at));
+                let sum: u64 = within.map(|(_, units)| *units).sum();
+                prop_assert!(sum <= limit.units(), "{sum} of {}", limit.units());
+            }
+        }
+    }
 
     fn key(lineage: &str) -> AccountKey {
         AccountKey { entity_namespace: "customers".to_owned(), lineage: lineage.to_owned() }

@@ -4,13 +4,15 @@
 
 use super::section::{
     ByStep, EventKind, EventLine, Granted, Headline, Odds, ProductSection, RefusalLine, Spending,
+    WindowFigures,
 };
 use super::{
     DEPLOYMENT_MODEL, DEPLOYMENT_MODEL_BOTH, DEPLOYMENT_MODEL_SUMS, FORMAT, LOCAL_STATEMENT, LedgerRecord,
     Period, ProductLedger, RecordedEntry, Report, ReportError, ReportInput, STATEMENTS, SUM_STATEMENTS,
-    SignedHead,
+    SignedHead, WINDOW_STATEMENT,
 };
 use crate::budget::{Delta, Rho};
+use crate::ledger::window::{Standing, standing};
 use crate::ledger::{
     Account, AccountKey, ChainedEntry, Entry, LedgerError, Purpose, State, epsilon_of, verify_chain,
 };
@@ -31,7 +33,10 @@ pub fn build(input: ReportInput) -> Result<Report, ReportError> {
     }
     products.sort_by(|a, b| (&a.agent, &a.product).cmp(&(&b.agent, &b.product)));
     products.dedup_by(|a, b| a.agent == b.agent && a.product == b.product);
-    let (deployment_model, statements) = placement(&histories);
+    let (deployment_model, mut statements) = placement(&histories);
+    if products.iter().any(|section| section.granted.window.is_some()) {
+        statements.push(WINDOW_STATEMENT.to_owned());
+    }
     Ok(Report {
         format: FORMAT.to_owned(),
         deployment: input.deployment,
@@ -220,6 +225,8 @@ impl History {
                 delta,
                 rho: account.granted(),
                 signer: grant.signer.clone(),
+                window: standing(&self.state, &wanted.product, period.until_ms.saturating_sub(1))
+                    .map(|standing| window_figures(&standing, delta)),
             },
             spent,
             spent_in_period: Spending::of(in_period, delta),
@@ -294,6 +301,12 @@ fn headlines(histories: &BTreeMap<String, History>) -> Vec<Headline> {
         })
     };
     totals.into_iter().filter_map(headline).collect()
+}
+
+fn window_figures(standing: &Standing, delta: Delta) -> WindowFigures {
+    let Standing { limit, spent, left, frees_ms, .. } = *standing;
+    let (length_ms, epsilon, rho) = (limit.length_ms, limit.epsilon, limit.rho);
+    WindowFigures { length_ms, epsilon, rho, spent: Spending::of(spent, delta), left, frees_ms }
 }
 
 fn charged(account: &Account) -> Rho {

@@ -2,6 +2,7 @@
 
 use crate::accountant::{gdp, zcdp};
 use crate::budget::{Delta, Epsilon, Rho};
+use crate::ledger::window::DAY_MS;
 use crate::ledger::{Purpose, RefusalRule};
 use crate::mechanism::MechanismEvent;
 use serde::{Deserialize, Serialize};
@@ -43,6 +44,35 @@ pub struct Granted {
     pub rho: Rho,
     /// Who signed the policy.
     pub signer: String,
+    /// How fast it may be spent, if that is limited.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window: Option<WindowFigures>,
+}
+
+/// A grant's rolling window at the end of the report's period, or at the ledger's last entry if that is later.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WindowFigures {
+    /// Its length in milliseconds.
+    pub length_ms: u64,
+    /// ε of what may be spent within it.
+    pub epsilon: Epsilon,
+    /// What that buys: the limit that is enforced.
+    pub rho: Rho,
+    /// Spent within it, alone; the lifetime figure stands beside it, and is the claim.
+    pub spent: Spending,
+    /// Neither spent within it nor reserved.
+    pub left: Rho,
+    /// When the oldest of what was spent within it has left it, UTC milliseconds since 1970.
+    pub frees_ms: Option<i64>,
+}
+
+impl WindowFigures {
+    /// Its length in days, rounded up.
+    #[must_use]
+    pub fn days(&self) -> u64 {
+        self.length_ms.div_ceil(DAY_MS)
+    }
 }
 
 /// Each kind of step alone; the figures don't add up to the total.

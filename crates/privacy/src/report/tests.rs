@@ -4,7 +4,7 @@
 use super::*;
 use crate::accountant::zcdp;
 use crate::budget::{Delta, Epsilon, Rho};
-use crate::ledger::{CommitRequest, GrantRequest, Ledger, MemoryJournal, PlanRequest, Purpose};
+use crate::ledger::{CommitRequest, GrantRequest, Ledger, MemoryJournal, Pace, PlanRequest, Purpose};
 use crate::mechanism::{DiscreteGaussian, EventShape, Noise, NoiseShares, SigmaSquared};
 use crate::private::Mask;
 use crate::signature::tests::fresh_key;
@@ -91,6 +91,43 @@ fn input(ledger: &Ledger<MemoryJournal>, head: Option<SignedHead>) -> ReportInpu
 fn report() -> Report {
     let ledger = filled(Ledger::open(MemoryJournal::default()).unwrap());
     build(input(&ledger, None)).unwrap()
+}
+
+/// A grant that is limited in its pace shows the window's figure beside the lifetime's, and neither can be changed.
+#[test]
+fn a_budget_window_stands_beside_the_lifetime_and_is_recomputed() {
+    let mut ledger = Ledger::open(MemoryJournal::default()).unwrap();
+    let pace = Pace { length_ms: 30_000, epsilon: Epsilon::new(2.0).unwrap() };
+    ledger.grant_at_pace(grant("orders", "customers"), Some(pace), 1_000).unwrap();
+    let part = ledger.balance("orders").unwrap().granted.share(1, 4);
+    run_plan(&mut ledger, "orders", Purpose::Release, part, 2_000);
+    run_plan(&mut ledger, "orders", Purpose::Round, part, 50_000);
+    let mut wanted = input(&ledger, None);
+    wanted.products.retain(|product| product.product == "orders");
+    let built = build(wanted).unwrap();
+    let section = built.products.first().unwrap();
+    let window = section.granted.window.unwrap();
+    assert_eq!((window.length_ms, window.epsilon, window.days()), (30_000, pace.epsilon, 1));
+    // The ledger's last entry is later than the period: the second plan alone is within the window.
+    assert_eq!(window.spent.rho.units() * 2, section.spent.rho.units());
+    assert_eq!(window.left, window.rho.saturating_sub(window.spent.rho));
+    assert_eq!(window.frees_ms, Some(51_000 + 30_000));
+    assert!(
+        window.spent.epsilon < section.spent.epsilon && section.spent.epsilon < Some(section.granted.epsilon)
+    );
+    assert!(built.statements.iter().any(|line| line == WINDOW_STATEMENT));
+    let key = fresh_key();
+    let signed = built.sign(&key);
+    assert_eq!(verify(signed.to_json().as_bytes(), None).unwrap().report, built);
+    let page = render_html(&built, &signed).unwrap();
+    assert!(page.contains("within any 1 days") && verify(page.as_bytes(), None).is_ok());
+    let mut changed = built;
+    changed.products.first_mut().unwrap().granted.window.as_mut().unwrap().spent.rho = Rho::ZERO;
+    let refused = verify(changed.sign(&key).to_json().as_bytes(), None).unwrap_err();
+    assert!(matches!(&refused, VerifyError::Figure { place, .. } if place.contains("window")), "{refused}");
+    // Reports without windows say nothing of them.
+    let plain = serde_json::to_string(&report()).unwrap();
+    assert!(!plain.contains("\"window\"") && !plain.contains(WINDOW_STATEMENT));
 }
 
 /// A ledger with one secure sum of five agents, and the ρ it was debited.
