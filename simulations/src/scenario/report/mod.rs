@@ -11,13 +11,19 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 
-use super::compare::Loaded;
+use super::compare::{DRAWS, Loaded};
 use super::document::Scenario;
 use super::results::{Manifest, Row, write};
+use super::targets::{Judgement, judge};
 
 /// The page of a run.
-pub(crate) fn html(scenario: &Scenario, manifest: &Manifest, rows: &[Row]) -> String {
-    page::page(scenario, manifest, rows)
+pub(crate) fn html(
+    scenario: &Scenario,
+    manifest: &Manifest,
+    rows: &[Row],
+    judgement: Option<&Judgement>,
+) -> String {
+    page::page(scenario, manifest, rows, judgement)
 }
 
 /// How a report is drawn from folders.
@@ -43,6 +49,11 @@ pub fn report(args: &ReportArgs) -> Result<PathBuf> {
             Path::new(&args.runs).join("report.html")
         }
     };
-    write(&out, html(&loaded.scenario, &loaded.manifest, &loaded.rows).as_bytes())?;
+    let judgement = match &loaded.scenario.targets {
+        Some(_) => Some(judge(&loaded, DRAWS)?),
+        None => None,
+    };
+    let page = html(&loaded.scenario, &loaded.manifest, &loaded.rows, judgement.as_ref());
+    write(&out, page.as_bytes())?;
     Ok(out)
 }

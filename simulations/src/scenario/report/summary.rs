@@ -106,6 +106,7 @@ mod tests {
             domain: domain.into(),
             rows: None,
             counted: domain != "few",
+            noise: crate::scenario::results::Noise::None,
             metric: "auc".into(),
             value,
         }
