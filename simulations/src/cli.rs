@@ -169,6 +169,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Run(args) => {
             let folder = run::run(&args)?;
             println!("rows: {}", folder.results_path().display());
+            println!("means: {}", folder.summary_path().display());
             println!("report: {}", folder.report_path().display());
             if folder.targets_path().is_file() {
                 let judgement = serde_json::from_slice(&std::fs::read(folder.targets_path())?)?;

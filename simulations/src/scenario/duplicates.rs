@@ -32,7 +32,8 @@ pub(crate) fn measure(members: &[Member], place: &Where<'_>) -> Result<Vec<Row>>
         let here: HashSet<&[u64]> = own.rows.iter().map(Vec::as_slice).collect();
         let labelled: HashSet<(&[u64], Option<u16>)> =
             own.rows.iter().map(Vec::as_slice).zip(own.labels.iter().copied()).collect();
-        let mut counts = Counts { rows: test.rows.len(), ..Counts::default() };
+        let positives = tables.labels.iter().filter(|label| **label == 1).count();
+        let mut counts = Counts { rows: test.rows.len(), positives, ..Counts::default() };
         for (cells, label) in test.rows.iter().zip(&test.labels) {
             counts.own += usize::from(here.contains(cells.as_slice()));
             counts.own_label += usize::from(labelled.contains(&(cells.as_slice(), *label)));
@@ -54,6 +55,7 @@ pub(crate) fn measure(members: &[Member], place: &Where<'_>) -> Result<Vec<Row>>
 #[derive(Debug, Default, Clone)]
 struct Counts {
     rows: usize,
+    positives: usize,
     own: usize,
     own_label: usize,
     anywhere: usize,
@@ -64,6 +66,7 @@ struct Counts {
 impl Counts {
     fn add(&mut self, more: &Self) {
         self.rows += more.rows;
+        self.positives += more.positives;
         self.own += more.own;
         self.own_label += more.own_label;
         self.anywhere += more.anywhere;
@@ -74,7 +77,8 @@ impl Counts {
     fn rows(&self, place: &Where<'_>, domain: &str) -> Vec<Row> {
         let share = |part: usize, of: usize| (of > 0).then(|| part as f64 / of as f64);
         [
-            ("test_rows", Some(self.rows as f64)),
+            (TEST_ROWS, Some(self.rows as f64)),
+            (TEST_POSITIVES, Some(self.positives as f64)),
             ("among_own_training_rows", share(self.own, self.rows)),
             ("among_own_training_rows_with_its_label", share(self.own_label, self.rows)),
             ("among_all_training_rows", share(self.anywhere, self.rows)),
@@ -104,5 +108,9 @@ impl Cells {
     }
 }
 
+/// Name of a domain's number of test rows.
+pub(crate) const TEST_ROWS: &str = "test_rows";
+/// Name of its number of test rows of class 1.
+pub(crate) const TEST_POSITIVES: &str = "test_positives";
 /// Method name of these figures.
 pub(crate) const METHOD: &str = "test_rows";

@@ -331,6 +331,12 @@ impl RunFolder {
         self.root.join("report.html")
     }
 
+    /// Means of all figures, as comma-separated values.
+    #[must_use]
+    pub fn summary_path(&self) -> PathBuf {
+        self.root.join("summary.csv")
+    }
+
     /// What came of the targets.
     #[must_use]
     pub fn targets_path(&self) -> PathBuf {

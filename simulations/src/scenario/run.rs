@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use tabmesh_agent::books::read_entries;
 use tabmesh_federation::id::{Digest, PlanDigest};
@@ -52,6 +52,9 @@ pub struct How {
     /// Do one part of the tasks, `I/N`; `compare` and `report` put parts together.
     #[arg(long, value_name = "I/N")]
     pub shard: Option<Shard>,
+    /// Do the tasks of these sets alone, separated by commas; the same folder takes those of the others later.
+    #[arg(long, value_name = "SET,SET", value_delimiter = ',')]
+    pub sets: Vec<String>,
     /// Tasks at a time. Default: one a core.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub jobs: Option<u16>,
@@ -67,8 +70,10 @@ pub(crate) struct Prepared {
     pub(crate) scenario: Scenario,
     digest: PlanDigest,
     data: Arc<Data>,
-    /// All tasks of this shard, done or not.
+    /// The tasks that were asked for, done or not.
     tasks: Vec<Task>,
+    /// Names of all tasks of this shard.
+    shard: Vec<String>,
     real: bool,
 }
 
@@ -150,9 +155,19 @@ pub(crate) fn prepare(
     let folder = RunFolder::open(out, text, &manifest)?;
     let start = *first;
     *first += all.len();
+    let known: Vec<&str> = data.sets().iter().map(Source::name).collect();
+    if let Some(strange) = how.sets.iter().find(|set| !known.contains(&set.as_str())) {
+        bail!("--sets: {strange} is none of {}", known.join(", "));
+    }
+    let asked = |task: &Task| {
+        how.sets.is_empty() || known.get(task.set).is_some_and(|name| how.sets.iter().any(|set| set == name))
+    };
     let mine = all.into_iter().enumerate().filter(|(i, _)| shard.has(start + i)).map(|(_, task)| task);
-    let (digest, tasks) = (PlanDigest::of(text.as_bytes()), mine.collect());
-    Ok(Prepared { folder, digest, data, tasks, scenario, real: how.real })
+    let mine: Vec<Task> = mine.collect();
+    let names = mine.iter().map(|task| task.id.clone()).collect();
+    let tasks = mine.into_iter().filter(asked).collect();
+    let digest = PlanDigest::of(text.as_bytes());
+    Ok(Prepared { folder, digest, data, tasks, shard: names, scenario, real: how.real })
 }
 
 /// The commit of the work tree that a folder lies in; none outside of one, or without git.
@@ -236,12 +251,13 @@ pub(crate) fn execute(runs: Vec<Prepared>, jobs: Option<u16>) -> Result<Vec<RunF
     }
     let mut folders = Vec::new();
     for run in runs {
-        let ids: Vec<String> = run.tasks.iter().map(|task| task.id.clone()).collect();
+        let ids: Vec<String> = run.shard.iter().filter(|id| run.folder.has(id)).cloned().collect();
         let rows = run.folder.gather(&ids)?;
         let manifest = run.folder.manifest()?;
         let judgement = run.judged()?;
         let page = report::html(&run.scenario, &manifest, &rows, judgement.as_ref());
         super::results::write(&run.folder.report_path(), page.as_bytes())?;
+        super::results::write(&run.folder.summary_path(), report::summary::csv(&rows).as_bytes())?;
         folders.push(run.folder);
     }
     Ok(folders)

@@ -21,7 +21,7 @@ fn scenarios() -> PathBuf {
 }
 
 fn how(shard: Option<Shard>) -> How {
-    How { data: None, shard, jobs: Some(2), real: false }
+    How { data: None, shard, sets: Vec::new(), jobs: Some(2), real: false }
 }
 
 #[test]

@@ -36,7 +36,7 @@ pub struct ReportArgs {
     pub out: Option<PathBuf>,
 }
 
-/// Draws a report from one run or the parts of one; gives its path.
+/// Draws a report from one run or the parts of one, with `summary.csv` beside it; gives its path.
 ///
 /// # Errors
 /// A folder that isn't a run's, parts of different runs, or a page that can't be written.
@@ -55,5 +55,6 @@ pub fn report(args: &ReportArgs) -> Result<PathBuf> {
     };
     let page = html(&loaded.scenario, &loaded.manifest, &loaded.rows, judgement.as_ref());
     write(&out, page.as_bytes())?;
+    write(&out.with_file_name("summary.csv"), summary::csv(&loaded.rows).as_bytes())?;
     Ok(out)
 }
