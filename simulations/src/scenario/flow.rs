@@ -7,7 +7,7 @@ use tabmesh_federation::aggregate::Aggregation;
 use tabmesh_federation::aggregate::optimiser::OptimiserSpec;
 use tabmesh_federation::plan::{AdapterSpec, NoisePlacement, Plan};
 
-use super::document::{Byzantine, Faulty};
+use super::document::{Attack, Byzantine, Faulty};
 
 /// The product's own flow: release, corpus, pre-training, rounds, publication, each domain's choice.
 ///
@@ -97,7 +97,8 @@ pub struct FlowFaults {
     pub short_budget: u32,
     /// Domains that leave for good during the rounds. Default none.
     pub leaving: Option<Leaving>,
-    /// Agents that lie in the rounds; each lie is noised and debited like an update. Default none.
+    /// Agents that lie in the rounds; each lie is noised and debited like an update. Where they scale it up the screen may stop
+    /// it, and each such round waits half a minute for them. Default none.
     pub byzantine: Option<Byzantine>,
 }
 
@@ -117,6 +118,27 @@ impl FlowFaults {
     pub fn missing(&self) -> u32 {
         self.late + self.short_budget + self.leaving.map_or(0, |leaving| leaving.domains)
     }
+
+    /// How many of so many domains lie.
+    #[must_use]
+    pub fn liars(&self, domains: u32) -> u32 {
+        let share = |liars: &Byzantine| ((f64::from(domains) * liars.share).round() as u32).max(1);
+        self.byzantine.as_ref().map_or(0, share)
+    }
+
+    /// Of so many domains, those whose updates may be missing in rounds: they have left, or a screen stops what they say.
+    fn unheard(&self, domains: u32) -> u32 {
+        match self.byzantine.as_ref().map(|liars| liars.attack) {
+            Some(Attack::Scaling { factor }) if factor.abs() > 1.0 => self.liars(domains),
+            _ => 0,
+        }
+    }
+
+    /// Whether rounds go on at their deadline without some.
+    #[must_use]
+    pub fn goes_on_without_late(&self, domains: u32) -> bool {
+        self.leaving.is_some() || self.unheard(domains) > 0
+    }
 }
 
 impl Flow {
@@ -128,7 +150,7 @@ impl Flow {
         let minimal = format!("kind: TabmeshPlan\nname: \"{}\"\ntarget: {target}\n", self.name);
         let (mut plan, _) = Plan::parse(minimal.as_bytes(), "plan")?;
         let agents = u32::try_from(agents).context("too many agents")?;
-        let missing = self.faults.missing();
+        let missing = self.faults.missing() + self.faults.unheard(agents);
         plan.cohort.min_agents = agents
             .checked_sub(missing)
             .filter(|left| *left > 0)
@@ -137,7 +159,8 @@ impl Flow {
         plan.privacy.epsilon = self.epsilon;
         // Nobody waits for a deadline in a simulation: a slow machine is no straggler.
         plan.release.deadline_s = PATIENCE_S;
-        plan.rounds.deadline_s = if self.faults.leaving.is_some() { LEAVING_S } else { PATIENCE_S };
+        let goes_on = self.faults.goes_on_without_late(agents);
+        plan.rounds.deadline_s = if goes_on { LEAVING_S } else { PATIENCE_S };
         let Self {
             release_share,
             noise_placement,
@@ -179,7 +202,9 @@ impl Flow {
         for key in [self.faults.late, self.faults.short_budget] {
             found.whole(&at("faults"), key, 0, 1000);
         }
-        if let Err(error) = self.plan("a.y", FEWEST_AGENTS + self.faults.missing() as usize) {
+        // With so many domains no share of liars leaves too few.
+        let agents = MANY_AGENTS + self.faults.missing() as usize;
+        if let Err(error) = self.plan("a.y", agents) {
             found.say(&format!("flows[{i}]"), &format!("{error:#}"));
         }
     }
@@ -196,10 +221,10 @@ fn three() -> f64 {
 }
 
 /// Agents that every kind of plan is content with, to check a flow before its tables are read.
-const FEWEST_AGENTS: usize = 5;
+const MANY_AGENTS: usize = 60;
 /// Seconds a stage or round of a flow may take.
 const PATIENCE_S: u32 = 3600;
-/// Seconds a round may take where somebody leaves.
+/// Seconds a round may take where somebody isn't heard.
 const LEAVING_S: u32 = 30;
 
 #[cfg(test)]

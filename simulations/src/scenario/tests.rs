@@ -228,11 +228,8 @@ fn a_liar_keeps_to_the_protocol_and_changes_nothing_but_values() {
         std::fs::read(root.path().join("out/adapters/made_up.0000.f.safetensors")).unwrap()
     };
     let honest = adapter("");
-    let scaled = |factor: i32| {
-        adapter(&format!("byzantine: {{share: 0.25, attack: {{kind: scaling, factor: {factor}}}}}"))
-    };
-    assert_eq!(scaled(1), honest);
-    assert_ne!(scaled(-3), honest);
+    assert_eq!(adapter("byzantine: {share: 0.25, attack: {kind: scaling, factor: 1}}"), honest);
+    assert_ne!(adapter("byzantine: {share: 0.25, attack: {kind: sign_flip}}"), honest);
 }
 
 /// Tables of one's own, by contracts whose sources are relative to them, go through rivals, rounds and a flow.

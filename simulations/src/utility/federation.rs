@@ -94,8 +94,10 @@ pub(crate) async fn run(root: &Path, setting: Setting<'_>) -> Result<Federated> 
     let clock = Arc::new(unix_ms);
     let ids = Box::new(ChaCha20Rng::seed_from_u64(seed));
     let surroundings = Surroundings { records: open_records(&config)?, clock: clock.clone(), ids };
-    let switches =
-        tabmesh_coordinator::Switches { insecure_dev: true, go_on_without_late: faults.leaving.is_some() };
+    let switches = tabmesh_coordinator::Switches {
+        insecure_dev: true,
+        go_on_without_late: faults.goes_on_without_late(u32::try_from(members.len())?),
+    };
     let coordinator = tokio::spawn(tabmesh_coordinator::run(
         config,
         switches,
@@ -262,8 +264,7 @@ fn parts(faults: &FlowFaults, members: usize, seed: u64) -> Vec<Part> {
     let mut parts = vec![Part::Honest; members];
     let mut order: Vec<usize> = (0..members).collect();
     order.shuffle(&mut ChaCha20Rng::seed_from_u64(seed ^ PARTS));
-    let liars =
-        faults.byzantine.as_ref().map_or(0, |liars| ((members as f64 * liars.share).round() as u32).max(1));
+    let liars = faults.liars(u32::try_from(members).unwrap_or(u32::MAX));
     let leaving = faults.leaving.map_or(0, |leaving| leaving.domains);
     let wanted = [
         (Part::Late, faults.late),

@@ -226,7 +226,12 @@ impl Liar {
                 let mut all = sums().get(&index).cloned().unwrap_or_default();
                 all.sort_unstable();
                 let digest = Digest::of(assignment.document());
-                let limits = descriptor.announcement(digest, Quorum::Everyone, &known.plan)?.limits;
+                let mut limits = descriptor.announcement(digest, Quorum::Everyone, &known.plan)?.limits;
+                // Its noise comes on top and mustn't take it beyond what a screen lets through.
+                let sigma = descriptor.sigma_squared.as_f64().sqrt();
+                let room = |limit: u64, noise: f64| (limit as f64 - noise).max(0.0) as u64;
+                limits.max_abs = room(limits.max_abs, ROOM * sigma);
+                limits.max_norm = room(limits.max_norm, sigma * ((limits.len as f64).sqrt() + ROOM));
                 against(&all.iter().collect::<Vec<_>>(), limits)
             }
         };
@@ -254,3 +259,6 @@ impl Liar {
         Ok(Answer { target, payload, debit })
     }
 }
+
+/// Standard deviations of noise that a lie leaves room for.
+const ROOM: f64 = 8.0;
