@@ -16,6 +16,9 @@ use super::answers::Answered;
 /// Set, domain, seed.
 pub(crate) type Place = (String, String, u64);
 
+/// A set's place in its forest, and the means of all methods there.
+pub(crate) type SetMeans = (usize, Vec<f64>);
+
 /// What one method came to: figures by place, and answers where they were kept.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Figures {
@@ -116,7 +119,7 @@ impl Forest {
     }
 
     /// Each set's means of all methods, as they are: over seeds, then domains.
-    pub(crate) fn means(&self) -> Vec<(usize, Vec<f64>)> {
+    pub(crate) fn means(&self) -> Vec<SetMeans> {
         let whole = |set: &SetTree| {
             let means = set.domains.iter().map(|domain| {
                 mean_of(domain.seeds.iter().map(|leaf| {
@@ -129,7 +132,7 @@ impl Forest {
     }
 
     /// The same over one draw of sets, domains, entities and seeds.
-    pub(crate) fn drawn(&self, rng: &mut ChaCha20Rng) -> Vec<(usize, Vec<f64>)> {
+    pub(crate) fn drawn(&self, rng: &mut ChaCha20Rng) -> Vec<SetMeans> {
         let mut all = Vec::with_capacity(self.sets.len());
         for _ in 0..self.sets.len() {
             let at = rng.random_range(0..self.sets.len());
@@ -147,7 +150,7 @@ impl Forest {
         &self,
         draws: u32,
         rng: &mut ChaCha20Rng,
-        statistic: &dyn Fn(&[(usize, Vec<f64>)]) -> Option<f64>,
+        statistic: &dyn Fn(&[SetMeans]) -> Option<f64>,
     ) -> Option<Interval> {
         let value = statistic(&self.means())?;
         let mut drawn: Vec<f64> = (0..draws).filter_map(|_| statistic(&self.drawn(rng))).collect();

@@ -14,7 +14,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha20Rng;
 use serde::Serialize;
 
-use super::bootstrap::{Figures, Forest};
+use super::bootstrap::{Figures, Forest, SetMeans};
 use super::document::Scenario;
 use super::report::summary::last;
 use super::results::{Manifest, Row, RunFolder};
@@ -267,7 +267,7 @@ fn comparison(x: &Figures, y: &Figures, (a, b): (String, String), args: &Compare
 }
 
 /// Mean over sets of what one method has more than another; none without sets.
-pub(crate) fn difference(sets: &[(usize, Vec<f64>)], of: usize, than: usize) -> Option<f64> {
+pub(crate) fn difference(sets: &[SetMeans], of: usize, than: usize) -> Option<f64> {
     let sum: f64 = sets.iter().map(|(_, means)| means[than] - means[of]).sum();
     (!sets.is_empty()).then(|| sum / sets.len() as f64)
 }

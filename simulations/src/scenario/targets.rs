@@ -14,7 +14,7 @@ use rand_chacha::ChaCha20Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::bootstrap::{Figures, Forest, Interval};
+use super::bootstrap::{Figures, Forest, Interval, SetMeans};
 use super::compare::{BOOTSTRAP_SEED, DRAWS, Loaded, MethodKey, difference};
 use super::document::{Faulty, Scenario};
 use super::report::summary::last;
@@ -284,7 +284,7 @@ impl Sides {
             Aim::NonInferior { flow, margin } => {
                 let served = self.of(flow, "served", None);
                 let locals = self.rivals(&LOCAL);
-                let found = self.held(served, &[&locals], |sets, best| gain(sets, best));
+                let found = self.held(served, &[&locals], gain);
                 let what = "gain over the best local rival, AUC".to_owned();
                 let text = format!("interval above -{margin}, mean above 0");
                 vec![self.verdict(flow, what, text, found, |i| i.low > -margin && i.value > 0.0)]
@@ -295,9 +295,7 @@ impl Sides {
                     names.iter().filter_map(|name| self.of(flow, name, Some(*rows))).collect()
                 };
                 let (trees, all) = (of(&["local_trees"]), of(&NEWCOMER_RIVALS));
-                let over = |rivals: &Vec<(String, &Figures)>| {
-                    self.held(served(), &[rivals], |sets, best| gain(sets, best))
-                };
+                let over = |rivals: &Vec<(String, &Figures)>| self.held(served(), &[rivals], gain);
                 let words = |than: &str| format!("newcomers with {rows} rows: gain over {than}, AUC");
                 let at_least = |least: f64| format!("at least {least}");
                 let (trees, all) = (over(&trees), over(&all));
@@ -338,7 +336,7 @@ impl Sides {
         &self,
         served: Option<(String, &Figures)>,
         groups: &[&Vec<(String, &Figures)>],
-        statistic: impl Fn(&[(usize, Vec<f64>)], &BTreeMap<usize, Vec<usize>>) -> Option<f64>,
+        statistic: impl Fn(&[SetMeans], &BTreeMap<usize, Vec<usize>>) -> Option<f64>,
     ) -> Option<Found> {
         let (_, served) = served?;
         if groups.iter().any(|group| group.is_empty()) {
@@ -414,8 +412,8 @@ struct Found {
 }
 
 /// Mean over sets of what is served less the best of the first group.
-fn gain(sets: &[(usize, Vec<f64>)], best: &BTreeMap<usize, Vec<usize>>) -> Option<f64> {
-    let pairs: Option<Vec<(usize, Vec<f64>)>> =
+fn gain(sets: &[SetMeans], best: &BTreeMap<usize, Vec<usize>>) -> Option<f64> {
+    let pairs: Option<Vec<SetMeans>> =
         sets.iter().map(|(at, means)| Some((*at, vec![means[best.get(at)?[0]], means[0]]))).collect();
     difference(&pairs?, 0, 1)
 }

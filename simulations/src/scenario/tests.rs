@@ -194,7 +194,10 @@ fn flows_with_faults_come_to_their_end_and_every_part_has_its_figures() {
         (6, 0)
     );
     assert!(!root.path().join("out/adapters/made_up.0000.no_rounds.safetensors").exists());
-    assert!(values("no_rounds", "served", "epsilon").iter().all(|epsilon| *epsilon > 2.0 && *epsilon <= 3.0));
+    // Shares of noise are rounded up, so some of the budget stays.
+    let spent = values("no_rounds", "served", "epsilon");
+    assert_eq!(spent.len(), 6);
+    assert!(spent.iter().all(|epsilon| *epsilon > 0.5 && *epsilon <= 3.0), "{spent:?}");
     let noise =
         |arm: &str, method: &str| rows.iter().find(|r| r.arm == arm && r.method == method).unwrap().noise;
     assert_eq!(noise("no_rounds", "served"), Noise::SecureSum);
