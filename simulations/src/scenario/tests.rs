@@ -173,7 +173,7 @@ fn flows_with_faults_come_to_their_end_and_every_part_has_its_figures() {
          \x20   also: [corpus_local, own_label_kept, rounds_untuned, picked, shipped_blend]\n\
          \x20   faults: {late: 1, short_budget: 1, byzantine: {share: 0.17, attack: {kind: collusion_within_bound}}}\n\
          \x20 - {name: no_rounds, corpus_rows: 300, pretrain_steps: 0, rounds: 0, noise_placement: secure_sum}\n\
-         targets:\n  aims:\n    - {kind: gap_closed, flow: no_rounds, least: 0.4}\n",
+         targets:\n  aims:\n    - {kind: non_inferior, flow: no_rounds, margin: 0.5}\n",
     );
     let rows = folder.all_rows().unwrap();
     let values = |arm: &str, method: &str, metric: &str| -> Vec<f64> {
