@@ -227,7 +227,7 @@ fn dispatch(command: Command) -> miette::Result<ExitCode> {
             let clock: Clock = Arc::new(now_ms);
             runtime()?.block_on(command::serve::run(
                 config,
-                Switches { insecure_dev },
+                Switches { insecure_dev, go_on_without_late: false },
                 clock,
                 until_stdin_closes,
             ))

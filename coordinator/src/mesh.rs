@@ -65,8 +65,8 @@ pub(crate) struct Mesh {
     pub(crate) signing_key: SigningKey,
     /// Set to stop tuning after the current step.
     pub(crate) tuning_stop: AtomicBool,
-    /// Whether development certificates and fixed seeds are accepted.
-    pub(crate) insecure_dev: bool,
+    /// Whether stages and rounds wait for the whole roster.
+    pub(crate) waits_for_all: bool,
     pub(crate) audit: Mutex<Log>,
     /// Its own SPIFFE id.
     pub(crate) identity: SpiffeId,

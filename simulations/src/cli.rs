@@ -14,6 +14,7 @@ use crate::scenario::document::Scenario;
 use crate::scenario::report::{self, ReportArgs};
 use crate::scenario::run::{self, RunArgs};
 use crate::scenario::sweep::{self, SweepArgs};
+use crate::scenario::targets::{self, TargetsArgs};
 use crate::{process, quickstart};
 
 /// Runs whole Tabmesh deployments on one machine, on shipped data, and measures them.
@@ -61,6 +62,14 @@ enum Command {
     Compare {
         #[command(flatten)]
         args: CompareArgs,
+        /// Form of the result.
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Judges the targets of a scenario on what has been run: each with its value, its 95 % interval, met or missed.
+    Targets {
+        #[command(flatten)]
+        args: TargetsArgs,
         /// Form of the result.
         #[arg(long, value_enum, default_value_t = Output::Text)]
         output: Output,
@@ -160,7 +169,20 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Run(args) => {
             let folder = run::run(&args)?;
             println!("rows: {}", folder.results_path().display());
+            println!("means: {}", folder.summary_path().display());
             println!("report: {}", folder.report_path().display());
+            if folder.targets_path().is_file() {
+                let judgement = serde_json::from_slice(&std::fs::read(folder.targets_path())?)?;
+                println!("\n{}", targets::table(&judgement));
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Targets { args, output } => {
+            let judgement = targets::targets(&args)?;
+            match output {
+                Output::Json => println!("{}", serde_json::to_string_pretty(&judgement)?),
+                Output::Text => println!("{}", targets::table(&judgement)),
+            }
             Ok(ExitCode::SUCCESS)
         }
         Command::Sweep(args) => {

@@ -136,7 +136,7 @@ fn sigmoid(logit: f64) -> f64 {
 }
 
 /// Solves `A x = b` for the lower triangle of a positive definite `A` by Cholesky; `None` if it isn't.
-fn solve(mut a: Vec<f64>, mut b: Vec<f64>, n: usize) -> Option<Vec<f64>> {
+pub(crate) fn solve(mut a: Vec<f64>, mut b: Vec<f64>, n: usize) -> Option<Vec<f64>> {
     for j in 0..n {
         for i in j..n {
             let dot: f64 = (0..j).map(|k| a[i * n + k] * a[j * n + k]).sum();

@@ -219,7 +219,7 @@ pub(crate) fn contracts(
 /// How many vectors a collection waits for.
 pub(crate) fn quorum(mesh: &Mesh, plan: &Plan) -> Quorum {
     // In development runs figures must not depend on which agent was late.
-    if mesh.insecure_dev { Quorum::Everyone } else { Quorum::AtLeast { updates: plan.cohort.min_agents } }
+    if mesh.waits_for_all { Quorum::Everyone } else { Quorum::AtLeast { updates: plan.cohort.min_agents } }
 }
 
 /// A new id above an earlier one.

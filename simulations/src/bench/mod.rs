@@ -50,7 +50,8 @@ pub enum Bench {
     ///
     /// Every seed is one federation with another domain left out as the newcomer, who is scored on draws of 64 and 256 of
     /// its rows. `best_local` is the best of local trees, local logistic regression and the base; `best_pooled` of those
-    /// that pool real rows, which nobody may. Takes minutes a seed.
+    /// that pool real rows, which nobody may. `local_base` and `pooled_base` code columns by the rows they read, `base` by the
+    /// release. Takes minutes a seed.
     Utility(crate::utility::Args),
     /// How many virtual clients a second, when training costs nothing? FedAvg over one vector, all in this process.
     Null(crate::scenario::null::Args),

@@ -228,7 +228,7 @@ async fn coordinator(root: &Path) -> Result<()> {
         clock: Arc::new(now_ms),
         ids: Box::new(OsRng.unwrap_err()),
     };
-    let switches = tabmesh_coordinator::Switches { insecure_dev: true };
+    let switches = tabmesh_coordinator::Switches { insecure_dev: true, ..Default::default() };
     let mut rounds = NullRounds::open(config, switches, surroundings, orders.plan.as_bytes(), orders.values)?;
     let (_stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let answering = rounds.answering(listener, async {

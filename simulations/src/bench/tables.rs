@@ -332,7 +332,7 @@ fn table(
             for rival in &args.models {
                 let began = clock();
                 let p = match rival {
-                    Rival::Base => in_context(model, &schema, &own, &queries)?,
+                    Rival::Base => in_context(model, &schema, &own, &queries, usize::MAX)?,
                     Rival::Logistic => logistic::fit_predict(&own, &queries, &schema, seed)?,
                     Rival::Trees => baseline::fit_predict(&own, None, &queries, &schema, seed)?,
                 };
@@ -364,15 +364,21 @@ fn clock() -> Instant {
     Instant::now()
 }
 
-/// Probability of class 1 of each query row by the product's own path.
-fn in_context(
+/// Probability of class 1 of each query row by the product's own path: own rows code the columns, and at most `most` of them,
+/// the first ones, stand in the context.
+///
+/// # Errors
+/// Rows that don't fit the schema.
+pub fn in_context(
     model: &Model,
     schema: &FeatureSchema,
     own: &TypedBatch,
     queries: &TypedBatch,
+    most: usize,
 ) -> Result<Vec<f64>> {
     let preprocessing = Preprocessing::fit(schema, own)?;
-    let context = Context::build(model, &preprocessing.encode(own, Coding::OwnRow)?)?;
+    let shown: Vec<usize> = (0..own.rows().min(most)).collect();
+    let context = Context::build(model, &preprocessing.encode(&own.take(&shown), Coding::OwnRow)?)?;
     let queries = preprocessing.encode(queries, Coding::Foreign)?;
     Ok(context.predict(&queries, Serving::default())?.into_iter().map(|p| p[1]).collect())
 }

@@ -227,7 +227,8 @@ fn start_agent(layout: &Layout, setup: &Setup, domain: &Domain, coordinator: &st
     Process::start(&setup.program, &format!("agent {}", domain.id), "agent", &run, &log)
 }
 
-fn args(words: &[&str], config: PathBuf) -> Vec<OsString> {
+/// Words of a process's command line, with its configuration.
+pub(crate) fn args(words: &[&str], config: PathBuf) -> Vec<OsString> {
     let mut args: Vec<OsString> = words.iter().map(OsString::from).collect();
     args.push(config.into());
     args.push("--insecure-dev".into());

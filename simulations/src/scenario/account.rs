@@ -36,11 +36,17 @@ pub(crate) struct Account {
 }
 
 impl Account {
-    /// Grants the whole budget and reserves it.
+    /// Grants the whole budget and reserves it; of what is for rounds, the part `granted` in (0, 1].
     ///
     /// # Errors
     /// The ledger's refusal.
-    pub(crate) fn open(agent: &AgentId, seed: u64, plan: &str, budget: &Budget) -> Result<Self> {
+    pub(crate) fn open(
+        agent: &AgentId,
+        seed: u64,
+        plan: &str,
+        budget: &Budget,
+        granted: f64,
+    ) -> Result<Self> {
         let mut ledger = Ledger::open_reproducible(MemoryJournal::default())?;
         ledger.grant(
             GrantRequest {
@@ -68,7 +74,9 @@ impl Account {
         };
         let release =
             if budget.total == Rho::ZERO { None } else { Some(reserve(Purpose::Release, budget.total)?) };
-        let rounds = reserve(Purpose::Round, budget.vectors)?;
+        // The cast is of at most a million.
+        let part = (granted * PARTS as f64).round() as u64;
+        let rounds = reserve(Purpose::Round, budget.vectors.share(part, PARTS))?;
         let noise = NoiseSource::Seeded { seed };
         Ok(Self { ledger, release, rounds, total: budget.total, noise, agent: agent.to_string() })
     }
@@ -126,5 +134,7 @@ impl Account {
 
 /// Name of the one product of a virtual domain.
 const PRODUCT: &str = "scenario.rows";
+/// Parts of a budget that may be granted.
+const PARTS: u64 = 1_000_000;
 /// Integer steps of a count: σ stays above the least that may be drawn.
 const TOTAL_SCALE: u64 = 1 << 16;

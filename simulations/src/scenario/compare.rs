@@ -1,9 +1,8 @@
 //! `compare`: what differs between two runs, or two methods of one, with intervals.
 //!
-//! Figures are paired by set, seed, domain and a newcomer's number of rows; a difference is B − A. The interval is a
-//! percentile bootstrap over the hierarchy the figures have (Davison and Hinkley 1997, section 3.8): sets are drawn with
-//! replacement, in each the domains, in each the seeds. A level with one member adds nothing to the interval, and what is
-//! printed says how many each had. Test rows within a domain aren't drawn again: their sampling error shows only as far as
+//! Figures are paired by set, seed, domain and a newcomer's number of rows; a difference is B − A. The interval is that of the
+//! bootstrap over sets, domains, seeds and, where a scenario keeps answers, test entities (see [`super::bootstrap`]); what is
+//! printed says how many of each there were. Without answers, the sampling error of test rows shows only as far as
 //! domains differ.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,10 +10,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use comfy_table::{CellAlignment, Table, presets};
-use rand::{Rng, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha20Rng;
 use serde::Serialize;
 
+use super::bootstrap::{Figures, Forest, SetMeans};
 use super::document::Scenario;
 use super::report::summary::last;
 use super::results::{Manifest, Row, RunFolder};
@@ -31,7 +31,7 @@ pub struct CompareArgs {
     #[arg(long, default_value = "auc")]
     pub metric: String,
     /// Draws of the bootstrap.
-    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
+    #[arg(long, default_value_t = DRAWS, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
     pub draws: u32,
 }
 
@@ -62,6 +62,8 @@ pub struct Comparison {
     pub domains: usize,
     /// Seeds, at most.
     pub seeds: usize,
+    /// Test entities that were drawn; 0 where no answers were kept.
+    pub entities: usize,
 }
 
 /// The rows of a run, from one folder or several parts.
@@ -69,6 +71,7 @@ pub(crate) struct Loaded {
     pub(crate) scenario: Scenario,
     pub(crate) manifest: Manifest,
     pub(crate) rows: Vec<Row>,
+    folders: Vec<RunFolder>,
 }
 
 impl Loaded {
@@ -105,7 +108,10 @@ impl Loaded {
                 manifest.shard.of
             );
             match &mut loaded {
-                None => loaded = Some(Self { scenario: folder.scenario()?, manifest, rows }),
+                None => {
+                    let (scenario, folders) = (folder.scenario()?, vec![folder]);
+                    loaded = Some(Self { scenario, manifest, rows, folders });
+                }
                 Some(first) => {
                     let known = &first.manifest;
                     ensure!(
@@ -118,16 +124,59 @@ impl Loaded {
                         path.display()
                     );
                     first.rows.extend(rows);
+                    first.folders.push(folder);
                 }
             }
         }
         loaded.context("no folder")
     }
+
+    /// What some methods came to, with the answers that were kept.
+    ///
+    /// # Errors
+    /// Answers that can't be read.
+    pub(crate) fn figures(
+        &self,
+        metric: &str,
+        wanted: &dyn Fn(&MethodKey) -> bool,
+    ) -> Result<BTreeMap<MethodKey, Figures>> {
+        let mut all = figures_of(&self.rows, metric, wanted);
+        let arms: BTreeSet<String> = all.keys().map(|(arm, ..)| arm.clone()).collect();
+        for folder in &self.folders {
+            for answered in folder.answers(&arms)? {
+                let key = (answered.arm.clone(), answered.method.clone(), answered.rows);
+                let Some(figures) = all.get_mut(&key) else { continue };
+                let place = (answered.set.clone(), answered.domain.clone(), answered.seed);
+                if figures.values.contains_key(&place) {
+                    figures.answers.entry(place).or_default().push(answered);
+                }
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// What some methods came to, by rows alone.
+fn figures_of(
+    rows: &[Row],
+    metric: &str,
+    wanted: &dyn Fn(&MethodKey) -> bool,
+) -> BTreeMap<MethodKey, Figures> {
+    let mut all: BTreeMap<MethodKey, Figures> = BTreeMap::new();
+    for row in last(rows) {
+        let key = (row.arm.clone(), row.method.clone(), row.rows);
+        if row.metric != metric || !row.counted || row.domain == "*" || !wanted(&key) {
+            continue;
+        }
+        let place = (row.set.clone(), row.domain.clone(), row.seed);
+        all.entry(key).or_default().values.insert(place, row.value);
+    }
+    all
 }
 
 /// A run and the method picked from it.
 struct Side {
-    rows: Vec<Row>,
+    loaded: Loaded,
     picked: Option<(String, String)>,
 }
 
@@ -141,34 +190,24 @@ impl Side {
                 (path, Some((picked.0.to_owned(), picked.1.to_owned())))
             }
         };
-        Ok(Self { rows: Loaded::read(path)?.rows, picked })
+        Ok(Self { loaded: Loaded::read(path)?, picked })
     }
 
-    /// Figures of each method: by set, domain, seed.
-    fn figures(&self, metric: &str) -> BTreeMap<MethodKey, Figures> {
-        let mut all: BTreeMap<MethodKey, Figures> = BTreeMap::new();
-        for row in last(&self.rows) {
-            let picked = self.picked.as_ref().is_none_or(|(arm, m)| *arm == row.arm && *m == row.method);
-            if !picked || row.metric != metric || !row.counted || row.domain == "*" {
-                continue;
-            }
-            let key = (row.arm.clone(), row.method.clone(), row.rows);
-            all.entry(key).or_default().insert((row.set.clone(), row.domain.clone(), row.seed), row.value);
-        }
-        all
+    fn figures(&self, metric: &str) -> Result<BTreeMap<MethodKey, Figures>> {
+        self.loaded.figures(metric, &|key| {
+            self.picked.as_ref().is_none_or(|(arm, method)| *arm == key.0 && *method == key.1)
+        })
     }
 
     fn known(&self) -> String {
-        let names: BTreeSet<String> =
-            self.rows.iter().map(|row| format!("{}/{}", row.arm, row.method)).collect();
+        let rows = &self.loaded.rows;
+        let names: BTreeSet<String> = rows.iter().map(|row| format!("{}/{}", row.arm, row.method)).collect();
         names.into_iter().collect::<Vec<_>>().join(", ")
     }
 }
 
 /// Arm, method, a newcomer's number of rows.
-type MethodKey = (String, String, Option<u32>);
-/// Figures by set, domain, seed.
-type Figures = BTreeMap<(String, String, u64), f64>;
+pub(crate) type MethodKey = (String, String, Option<u32>);
 
 /// Compares two runs method by method, or one picked method with another.
 ///
@@ -176,7 +215,7 @@ type Figures = BTreeMap<(String, String, u64), f64>;
 /// Runs that can't be read, or nothing to pair.
 pub fn compare(args: &CompareArgs) -> Result<Vec<Comparison>> {
     let (a, b) = (Side::read(&args.a)?, Side::read(&args.b)?);
-    let (of_a, of_b) = (a.figures(&args.metric), b.figures(&args.metric));
+    let (of_a, of_b) = (a.figures(&args.metric)?, b.figures(&args.metric)?);
     let mut pairs: Vec<(&MethodKey, &MethodKey)> = Vec::new();
     if a.picked.is_some() != b.picked.is_some() {
         bail!("pick a method on both sides (@ARM/METHOD), or on none");
@@ -192,87 +231,45 @@ pub fn compare(args: &CompareArgs) -> Result<Vec<Comparison>> {
     let mut all = Vec::new();
     for (left, right) in pairs {
         let (Some(x), Some(y)) = (of_a.get(left), of_b.get(right)) else { continue };
-        let joined: Vec<(&(String, String, u64), f64, f64)> =
-            x.iter().filter_map(|(key, a)| Some((key, *a, *y.get(key)?))).collect();
-        if joined.is_empty() {
-            continue;
-        }
         let shown = |key: &MethodKey| match key.2 {
             Some(rows) => format!("{}/{} ({rows} rows)", key.0, key.1),
             None => format!("{}/{}", key.0, key.1),
         };
-        all.push(comparison(&joined, shown(left), shown(right), args));
+        all.extend(comparison(x, y, (shown(left), shown(right)), args));
     }
     ensure!(!all.is_empty(), "nothing to pair for {}: A has {}; B has {}", args.metric, a.known(), b.known());
     Ok(all)
 }
 
-/// A figure of A and the same of B, by seed.
-type Pairs = Vec<(f64, f64)>;
-
-fn comparison(
-    joined: &[(&(String, String, u64), f64, f64)],
-    a: String,
-    b: String,
-    args: &CompareArgs,
-) -> Comparison {
-    // set → domain → figures of A and B by seed.
-    let mut tree: BTreeMap<&str, BTreeMap<&str, Pairs>> = BTreeMap::new();
-    let mut seeds = BTreeSet::new();
-    for ((set, domain, seed), a, b) in joined {
-        seeds.insert(seed);
-        tree.entry(set).or_default().entry(domain).or_default().push((*a, *b));
-    }
-    let tree: Vec<Vec<Pairs>> = tree.into_values().map(|domains| domains.into_values().collect()).collect();
-    let mean_of = |side: fn(&(f64, f64)) -> f64| {
-        mean(tree.iter().map(|domains| mean(domains.iter().map(|seeds| mean(seeds.iter().map(side))))))
-    };
-    let (a_mean, b_mean) = (mean_of(|p| p.0), mean_of(|p| p.1));
+/// None if nothing can be paired.
+fn comparison(x: &Figures, y: &Figures, (a, b): (String, String), args: &CompareArgs) -> Option<Comparison> {
+    let forest = Forest::new(&args.metric, &[x, y]);
+    let means = forest.means();
+    let mean = |side: usize| means.iter().map(|(_, m)| m[side]).sum::<f64>() / means.len() as f64;
     let mut rng = ChaCha20Rng::seed_from_u64(BOOTSTRAP_SEED);
-    let mut drawn: Vec<f64> = (0..args.draws).map(|_| resampled(&tree, &mut rng)).collect();
-    drawn.sort_by(f64::total_cmp);
-    let at = |share: f64| {
-        let place = (share * (drawn.len() - 1) as f64).round() as usize;
-        drawn.get(place).copied().unwrap_or(f64::NAN)
-    };
-    Comparison {
+    let found = forest.interval(args.draws, &mut rng, &|sets| difference(sets, 0, 1))?;
+    let sizes = forest.sizes();
+    Some(Comparison {
         a,
         b,
         metric: args.metric.clone(),
-        a_mean,
-        b_mean,
-        difference: b_mean - a_mean,
-        low: at(0.025),
-        high: at(0.975),
-        pairs: joined.len(),
-        sets: tree.len(),
-        domains: tree.iter().map(Vec::len).sum(),
-        seeds: seeds.len(),
-    }
+        a_mean: mean(0),
+        b_mean: mean(1),
+        difference: found.value,
+        low: found.low,
+        high: found.high,
+        pairs: sizes.places,
+        sets: sizes.sets,
+        domains: sizes.domains,
+        seeds: sizes.seeds,
+        entities: sizes.entities,
+    })
 }
 
-/// The mean difference over one draw of sets, domains and seeds.
-fn resampled(tree: &[Vec<Vec<(f64, f64)>>], rng: &mut ChaCha20Rng) -> f64 {
-    let mut over_sets = 0.0;
-    for _ in 0..tree.len() {
-        let domains = &tree[rng.random_range(0..tree.len())];
-        let mut over_domains = 0.0;
-        for _ in 0..domains.len() {
-            let seeds = &domains[rng.random_range(0..domains.len())];
-            let drawn = (0..seeds.len()).map(|_| {
-                let (a, b) = seeds[rng.random_range(0..seeds.len())];
-                b - a
-            });
-            over_domains += drawn.sum::<f64>() / seeds.len() as f64;
-        }
-        over_sets += over_domains / domains.len() as f64;
-    }
-    over_sets / tree.len() as f64
-}
-
-fn mean(values: impl Iterator<Item = f64>) -> f64 {
-    let (sum, n) = values.fold((0.0, 0_u32), |(sum, n), v| (sum + v, n + 1));
-    sum / f64::from(n.max(1))
+/// Mean over sets of what one method has more than another; none without sets.
+pub(crate) fn difference(sets: &[SetMeans], of: usize, than: usize) -> Option<f64> {
+    let sum: f64 = sets.iter().map(|(_, means)| means[than] - means[of]).sum();
+    (!sets.is_empty()).then(|| sum / sets.len() as f64)
 }
 
 /// The comparisons as a table.
@@ -288,7 +285,7 @@ pub fn table(all: &[Comparison]) -> String {
         "of B",
         "B - A",
         "95 % interval",
-        "sets/domains/seeds",
+        "sets/domains/seeds/entities",
     ]);
     for c in all {
         table.add_row([
@@ -298,7 +295,7 @@ pub fn table(all: &[Comparison]) -> String {
             format!("{:.4}", c.b_mean),
             format!("{:+.4}", c.difference),
             format!("{:+.4} to {:+.4}", c.low, c.high),
-            format!("{}/{}/{}", c.sets, c.domains, c.seeds),
+            format!("{}/{}/{}/{}", c.sets, c.domains, c.seeds, c.entities),
         ]);
     }
     for column in table.column_iter_mut().skip(2) {
@@ -308,25 +305,35 @@ pub fn table(all: &[Comparison]) -> String {
 }
 
 /// Seed of the bootstrap: equal runs compare equally.
-const BOOTSTRAP_SEED: u64 = 1;
+pub(crate) const BOOTSTRAP_SEED: u64 = 1;
+/// Draws of the bootstrap unless others are asked for.
+pub(crate) const DRAWS: u32 = 2000;
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use rand::Rng;
+
     use super::*;
 
     fn args() -> CompareArgs {
         CompareArgs { a: String::new(), b: String::new(), metric: "auc".into(), draws: 4000 }
     }
 
-    fn key(set: usize, domain: usize, seed: u64) -> (String, String, u64) {
-        (format!("s{set}"), format!("d{domain}"), seed)
+    /// Pairs at sets, domains and one seed.
+    fn compared(pairs: impl IntoIterator<Item = (usize, usize, f64, f64)>) -> Comparison {
+        let (mut a, mut b) = (Figures::default(), Figures::default());
+        for (set, domain, x, y) in pairs {
+            let place = (format!("s{set}"), format!("d{domain}"), 0);
+            a.values.insert(place.clone(), x);
+            b.values.insert(place, y);
+        }
+        comparison(&a, &b, ("a".into(), "b".into()), &args()).unwrap()
     }
 
     #[test]
     fn equal_differences_have_an_interval_of_one_point() {
-        let keys: Vec<_> = (0..3).map(|d| key(0, d, 0)).collect();
-        let joined: Vec<_> = keys.iter().map(|k| (k, 0.5, 0.75)).collect();
-        let c = comparison(&joined, "a".into(), "b".into(), &args());
+        let c = compared((0..3).map(|d| (0, d, 0.5, 0.75)));
         assert!(
             (c.difference - 0.25).abs() < 1e-12
                 && (c.low - 0.25).abs() < 1e-12
@@ -341,10 +348,9 @@ mod tests {
     fn over_many_domains_the_interval_is_the_normal_one() {
         let mut rng = ChaCha20Rng::seed_from_u64(9);
         let draw = |rng: &mut ChaCha20Rng| (0..12).map(|_| rng.random::<f64>()).sum::<f64>() - 6.0;
-        let keys: Vec<_> = (0..200).map(|d| key(0, d, 0)).collect();
-        let joined: Vec<_> = keys.iter().map(|k| (k, 0.0, draw(&mut rng))).collect();
-        let c = comparison(&joined, "a".into(), "b".into(), &args());
-        let s = (joined.iter().map(|j| (j.2 - c.difference).powi(2)).sum::<f64>() / 199.0).sqrt();
+        let drawn: Vec<f64> = (0..200).map(|_| draw(&mut rng)).collect();
+        let c = compared(drawn.iter().enumerate().map(|(d, value)| (0, d, 0.0, *value)));
+        let s = (drawn.iter().map(|v| (v - c.difference).powi(2)).sum::<f64>() / 199.0).sqrt();
         let half = 1.96 * s / 200_f64.sqrt();
         for end in [c.difference - c.low, c.high - c.difference] {
             assert!((end / half - 1.0).abs() < 0.15, "{end} {half}");
@@ -354,13 +360,8 @@ mod tests {
     /// Sets that differ widen the interval, however many domains each has: domains of one set aren't independent.
     #[test]
     fn the_interval_respects_the_hierarchy() {
-        let keys: Vec<_> = (0..4).flat_map(|s| (0..50).map(move |d| key(s, d, 0))).collect();
-        let joined: Vec<_> = keys
-            .iter()
-            .enumerate()
-            .map(|(i, k)| (k, 0.0, if i / 50 % 2 == 0 { 0.1 } else { -0.1 }))
-            .collect();
-        let c = comparison(&joined, "a".into(), "b".into(), &args());
+        let of = |set: usize| if set.is_multiple_of(2) { 0.1 } else { -0.1 };
+        let c = compared((0..4).flat_map(|set| (0..50).map(move |d| (set, d, 0.0, of(set)))));
         assert!(c.low <= -0.05 && c.high >= 0.05, "{c:?}");
     }
 }

@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use arrow_array::cast::AsArray;
@@ -24,9 +25,11 @@ use tabmesh_contract::batch::TypedBatch;
 use tabmesh_contract::contract::Contract;
 use tabmesh_federation::id::Digest;
 
+use super::answers::entities;
 use super::document::{DataSpec, Partition, Scenario, Shipped};
 use super::learner::features::code;
 use super::rounds::VirtualDomain;
+use super::tampering;
 use crate::quickstart::dataset;
 use crate::utility::contracts::Declared;
 use crate::utility::measure::union;
@@ -56,8 +59,10 @@ pub(crate) struct World {
     pub(crate) newcomer: Option<Member>,
     /// Canonical id of what is predicted.
     pub(crate) target: String,
-    /// Holds dealt-out tables for as long as they are read.
-    _dealt: Option<tempfile::TempDir>,
+    /// Names of the domains whose tables an adversary made.
+    pub(crate) hostile: BTreeSet<String>,
+    /// Holds tables made here for as long as they are read.
+    _made: Vec<tempfile::TempDir>,
 }
 
 impl Data {
@@ -197,7 +202,14 @@ impl Source {
             self.name(),
             members.len()
         );
-        Ok(World { members, newcomer, target, _dealt: dealt })
+        let mut made: Vec<tempfile::TempDir> = dealt.into_iter().collect();
+        let mut hostile = BTreeSet::new();
+        if !scenario.tampering.is_empty() {
+            let folder = tempfile::Builder::new().prefix("tabmesh-tampered-").tempdir()?;
+            hostile = tampering::tamper(&mut members, &scenario.tampering, folder.path(), seed)?;
+            made.push(folder);
+        }
+        Ok(World { members, newcomer, target, hostile, _made: made })
     }
 }
 
@@ -376,6 +388,7 @@ pub(crate) fn virtual_domains(members: &[Member]) -> Result<Vec<VirtualDomain>> 
             train: code(&schema, &onto(train), &labelled),
             units: units.into_values().collect(),
             test: code(&schema, &onto(test), &tested),
+            entities: Arc::new(entities(test)),
         });
     }
     Ok(domains)

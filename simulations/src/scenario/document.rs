@@ -9,10 +9,13 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use tabmesh_federation::aggregate::Scheme;
 use tabmesh_federation::aggregate::optimiser::OptimiserSpec;
 use tabmesh_federation::aggregate::strategy::{FederatedStrategy, LocalWork, Pace};
-use tabmesh_federation::aggregate::{Aggregation, Scheme};
-use tabmesh_federation::plan::{AdapterSpec, Plan, read_document};
+use tabmesh_federation::plan::read_document;
+
+pub use super::flow::{Also, Flow, FlowFaults, Leaving};
+pub use super::targets::{Aim, Targets};
 
 /// A checked scenario.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -30,9 +33,15 @@ pub struct Scenario {
     /// How rows and columns are divided among domains. Default: as the tables are.
     #[serde(default)]
     pub partition: Partition,
+    /// Domains whose training rows aren't what they should be. Default none.
+    #[serde(default)]
+    pub tampering: Vec<Tampering>,
     /// Domains that take part in nothing and receive the result: each seed leaves another one out. Default none.
     #[serde(default)]
     pub newcomers: Option<Newcomers>,
+    /// Whether it is measured first how many test rows and entities stand among training rows. Default no.
+    #[serde(default)]
+    pub duplicates: bool,
     /// Methods without a federation. Default none.
     #[serde(default)]
     pub rivals: Vec<Rival>,
@@ -45,6 +54,12 @@ pub struct Scenario {
     /// Figures taken on test rows. Default all.
     #[serde(default = "Metric::all")]
     pub metrics: Vec<Metric>,
+    /// Whether answers on test rows are kept, so that `compare` and targets draw test entities too. Default no.
+    #[serde(default)]
+    pub keep_answers: bool,
+    /// What is aimed at, printed as met or missed. Default nothing.
+    #[serde(default)]
+    pub targets: Option<Targets>,
 }
 
 /// The document kind.
@@ -112,6 +127,41 @@ pub enum Partition {
     },
 }
 
+/// Domains whose training rows aren't what they should be: always the same ones under a seed. Test rows stay.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tampering {
+    /// Share of the domains that take part, in (0, 0.5], at least one; kinds take turns over different domains.
+    pub share: f64,
+    /// What is wrong with them.
+    pub kind: TamperingKind,
+}
+
+/// What is wrong with training rows.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum TamperingKind {
+    /// Every label is the other one: an adversary, whose own figures don't count.
+    FlippedLabels,
+    /// Labels are dealt out anew among the rows: an adversary, whose own figures don't count.
+    ShuffledLabels,
+    /// Rows of the commoner or rarer class are left out at random until class 1 has this share.
+    LabelShift {
+        /// Share of class 1 afterwards, in [0.01, 0.99].
+        rate: f64,
+    },
+    /// All rows of another domain that isn't tampered with stand here too, and its own don't.
+    Duplicated,
+}
+
+impl TamperingKind {
+    /// Whether who does it is an adversary.
+    #[must_use]
+    pub const fn hostile(self) -> bool {
+        matches!(self, Self::FlippedLabels | Self::ShuffledLabels)
+    }
+}
+
 /// Domains that only receive.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -136,10 +186,14 @@ pub enum Rival {
     LocalTrees,
     /// Logistic regression on a domain's own rows.
     LocalLogistic,
+    /// The shipped base model with a domain's own rows in its context, coded by them.
+    LocalBase,
     /// Boosted trees on the pooled rows of all domains, as nobody may.
     PooledTrees,
     /// Logistic regression on the pooled rows of all domains, as nobody may.
     PooledLogistic,
+    /// The shipped base model with pooled rows in its context, coded by all of them, as nobody may.
+    PooledBase,
 }
 
 impl Rival {
@@ -149,79 +203,11 @@ impl Rival {
         match self {
             Self::LocalTrees => "local_trees",
             Self::LocalLogistic => "local_logistic",
+            Self::LocalBase => "local_base",
             Self::PooledTrees => "pooled_trees",
             Self::PooledLogistic => "pooled_logistic",
+            Self::PooledBase => "pooled_base",
         }
-    }
-}
-
-/// The product's own flow: release, corpus, pre-training, rounds, publication, each domain's choice.
-///
-/// Every step has figures of its own in the results (`base`, `base_mixed`, `corpus`, `rounds`, `served`).
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Flow {
-    /// Name in results: 1 to 64 characters of a-z, 0-9, '_', '-'.
-    pub name: String,
-    /// ε of the whole plan, in (0, 20]. Default 3.
-    #[serde(default = "three")]
-    pub epsilon: f64,
-    /// Share of the budget for the statistics, in (0, 1); the rest is for rounds. Default: the plan's.
-    #[serde(default)]
-    pub release_share: Option<f64>,
-    /// Rows of the synthetic corpus, 100 to 1,000,000. Default: the plan's.
-    #[serde(default)]
-    pub corpus_rows: Option<u32>,
-    /// Steps of pre-training on the corpus, 0 to 100,000; 0 leaves the step out. Default: the plan's.
-    #[serde(default)]
-    pub pretrain_steps: Option<u32>,
-    /// Federated rounds, 1 to 200. Default: the plan's.
-    #[serde(default)]
-    pub rounds: Option<u32>,
-    /// What rounds train, as in a plan: a map with `kind` and its figures. Default: the plan's.
-    #[serde(default)]
-    pub adapter: Option<AdapterSpec>,
-    /// How updates become one gradient, as in a plan. Default: the plan's.
-    #[serde(default)]
-    pub aggregation: Option<Aggregation>,
-    /// Server optimiser, as in a plan. Default: the plan's.
-    #[serde(default)]
-    pub optimiser: Option<OptimiserSpec>,
-}
-
-impl Flow {
-    /// The plan that an operator would submit.
-    ///
-    /// # Errors
-    /// The plan's refusal.
-    pub fn plan(&self, target: &str, agents: usize) -> Result<Plan> {
-        let minimal = format!("kind: TabmeshPlan\nname: \"{}\"\ntarget: {target}\n", self.name);
-        let (mut plan, _) = Plan::parse(minimal.as_bytes(), "plan")?;
-        let agents = u32::try_from(agents).context("too many agents")?;
-        plan.cohort.min_agents = agents;
-        plan.cohort.max_agents = agents;
-        plan.privacy.epsilon = self.epsilon;
-        // Nobody waits for a deadline in a simulation: a slow machine is no straggler.
-        plan.release.deadline_s = PATIENCE_S;
-        plan.rounds.deadline_s = PATIENCE_S;
-        let Self {
-            release_share, corpus_rows, pretrain_steps, rounds, adapter, aggregation, optimiser, ..
-        } = self;
-        set(&mut plan.privacy.release_share, *release_share);
-        set(&mut plan.corpus.rows, *corpus_rows);
-        set(&mut plan.pretrain.steps, *pretrain_steps);
-        set(&mut plan.rounds.count, *rounds);
-        set(&mut plan.rounds.adapter, *adapter);
-        set(&mut plan.rounds.aggregation, *aggregation);
-        set(&mut plan.rounds.optimiser, *optimiser);
-        let (plan, _) = Plan::parse(&serde_json::to_vec(&plan)?, "plan")?;
-        Ok(plan)
-    }
-}
-
-fn set<T>(field: &mut T, value: Option<T>) {
-    if let Some(value) = value {
-        *field = value;
     }
 }
 
@@ -277,6 +263,8 @@ pub enum ModelSpec {
     /// Logistic regression.
     #[default]
     Logistic,
+    /// Least squares from one noisy sum of second moments: the one-shot rival of rounds. With strategy `fedsgd` and one round.
+    Ridge,
     /// One hidden layer of tanh units.
     Mlp {
         /// Hidden units, 1 to 1024.
@@ -336,6 +324,22 @@ pub struct Faults {
     pub stragglers: Option<Stragglers>,
     /// Domains that lie. Default none.
     pub byzantine: Option<Byzantine>,
+    /// Domains whose budget runs out before the rounds do; needs `privacy`. Default none.
+    pub exhausted: Option<Exhausted>,
+    /// Share of domains that join when half of the rounds are over, in [0, 1). Default 0.
+    pub late: f64,
+    /// Share of domains that leave for good when half of the rounds are over, in [0, 1). Default 0.
+    pub leaving: f64,
+}
+
+/// Budgets that run out: always the same domains under a seed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Exhausted {
+    /// Share of domains, in (0, 0.9], at least one.
+    pub share: f64,
+    /// Part of the rounds' budget that their owners granted, in (0, 1); their ledgers refuse what is beyond.
+    pub granted: f64,
 }
 
 /// Late answers.
@@ -443,26 +447,39 @@ impl Scenario {
         if !self.data.contracts.is_empty() && self.partition != Partition::Natural {
             found.say("partition", "tables by contract stay as they are: kind natural only");
         }
+        for (i, Tampering { share, kind }) in self.tampering.iter().enumerate() {
+            found.above(&format!("tampering[{i}].share"), *share, 0.0, 0.5);
+            if let TamperingKind::LabelShift { rate } = kind {
+                found.within(&format!("tampering[{i}].kind.rate"), *rate, 0.01, 0.99);
+            }
+        }
+        if !self.data.contracts.is_empty() && !self.tampering.is_empty() {
+            found.say("tampering", "tables by contract stay as they are");
+        }
+        if let Some(targets) = &self.targets {
+            targets.faults(self, &mut found);
+        }
         if let Some(Newcomers { rows, draws }) = &self.newcomers {
             if rows.is_empty() || rows.len() > 8 || rows.iter().any(|r| !(8..=100_000).contains(r)) {
                 found.say("newcomers.rows", "must be 1 to 8 numbers of 8 to 100000");
             }
             found.whole("newcomers.draws", u32::from(*draws), 1, 1000);
         }
-        if self.rivals.is_empty() && self.flows.is_empty() && self.federations.is_empty() {
+        let none = self.rivals.is_empty() && self.flows.is_empty() && self.federations.is_empty();
+        if none && !self.duplicates {
             found.say("", "nothing to run: name rivals, flows or federations");
         }
         if self.metrics.is_empty() {
             found.say("metrics", "must name at least one figure");
         }
-        let mut names = BTreeSet::from(["rivals"]);
+        let mut names = BTreeSet::from(["rivals", "duplicates"]);
         for (i, flow) in self.flows.iter().enumerate() {
             let at = |key: &str| format!("flows[{i}].{key}");
             found.name(&at("name"), &flow.name);
             if !names.insert(&flow.name) {
                 found.say(&at("name"), &format!("{} is taken", flow.name));
-            } else if let Err(error) = flow.plan("a.y", FEWEST_AGENTS) {
-                found.say(&format!("flows[{i}]"), &format!("{error:#}"));
+            } else {
+                flow.faults(i, &mut found);
             }
         }
         for (i, federation) in self.federations.iter().enumerate() {
@@ -509,6 +526,9 @@ impl Federation {
         found.name(&at("name"), &self.name);
         if let ModelSpec::Mlp { hidden } = self.model {
             found.whole(&at("model.hidden"), hidden, 1, 1024);
+        }
+        if self.model == ModelSpec::Ridge && (self.strategy.kind() != "fedsgd" || self.rounds != 1) {
+            found.say(&at("model"), "ridge is solved from one sum: strategy fedsgd, one round");
         }
         if let Err(error) = self.strategy.check() {
             found.say(&at("strategy"), &error.to_string());
@@ -558,17 +578,28 @@ impl Federation {
                 }
             }
         }
-        let Faults { dropout, stragglers, byzantine } = &self.faults;
+        let Faults { dropout, stragglers, byzantine, exhausted, late, leaving } = &self.faults;
         found.share(&at("faults.dropout"), *dropout);
+        found.share(&at("faults.late"), *late);
+        found.share(&at("faults.leaving"), *leaving);
+        if let Some(Exhausted { share, granted }) = exhausted {
+            found.above(&at("faults.exhausted.share"), *share, 0.0, 0.9);
+            if !(*granted > 0.0 && *granted < 1.0) {
+                found.say(
+                    &at("faults.exhausted.granted"),
+                    &format!("must be above 0 and below 1, got {granted}"),
+                );
+            }
+            if self.privacy.is_none() {
+                found.say(&at("faults.exhausted"), "without privacy there is no budget that could run out");
+            }
+        }
         if let Some(stragglers) = stragglers {
             found.share(&at("faults.stragglers.share"), stragglers.share);
             found.whole(&at("faults.stragglers.late_by"), stragglers.late_by, 1, 100);
         }
         if let Some(Byzantine { share, attack }) = byzantine {
-            found.above(&at("faults.byzantine.share"), *share, 0.0, 0.9);
-            if let Attack::Scaling { factor } = attack {
-                found.within(&at("faults.byzantine.attack.factor"), *factor, -1e6, 1e6);
-            }
+            found.liars(&at("faults.byzantine"), *share, *attack);
             if *attack == Attack::CollusionWithinBound && self.strategy.pace() != Pace::Rounds {
                 found.say(&at("faults.byzantine.attack"), "liars collude within rounds; a buffer has none");
             }
@@ -578,39 +609,46 @@ impl Federation {
 
 /// Faults as they are found: path and message.
 #[derive(Default)]
-struct Faulty(Vec<(String, String)>);
+pub(super) struct Faulty(Vec<(String, String)>);
 
 impl Faulty {
-    fn say(&mut self, path: &str, message: &str) {
+    pub(super) fn liars(&mut self, path: &str, share: f64, attack: Attack) {
+        self.above(&format!("{path}.share"), share, 0.0, 0.9);
+        if let Attack::Scaling { factor } = attack {
+            self.within(&format!("{path}.attack.factor"), factor, -1e6, 1e6);
+        }
+    }
+
+    pub(super) fn say(&mut self, path: &str, message: &str) {
         self.0.push((path.to_owned(), message.to_owned()));
     }
 
-    fn name(&mut self, path: &str, text: &str) {
+    pub(super) fn name(&mut self, path: &str, text: &str) {
         let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'_' | b'-');
         if !(1..=64).contains(&text.len()) || !text.bytes().all(plain) {
             self.say(path, &format!("must be 1 to 64 characters of a-z, 0-9, '_', '-', got {text:?}"));
         }
     }
 
-    fn whole(&mut self, path: &str, value: u32, least: u32, most: u32) {
+    pub(super) fn whole(&mut self, path: &str, value: u32, least: u32, most: u32) {
         if !(least..=most).contains(&value) {
             self.say(path, &format!("must be {least} to {most}, got {value}"));
         }
     }
 
-    fn within(&mut self, path: &str, value: f64, least: f64, most: f64) {
+    pub(super) fn within(&mut self, path: &str, value: f64, least: f64, most: f64) {
         if !(least..=most).contains(&value) {
             self.say(path, &format!("must be in [{least}, {most}], got {value}"));
         }
     }
 
-    fn above(&mut self, path: &str, value: f64, below: f64, most: f64) {
+    pub(super) fn above(&mut self, path: &str, value: f64, below: f64, most: f64) {
         if !(value > below && value <= most) {
             self.say(path, &format!("must be above {below} and at most {most}, got {value}"));
         }
     }
 
-    fn share(&mut self, path: &str, value: f64) {
+    pub(super) fn share(&mut self, path: &str, value: f64) {
         if !(0.0..1.0).contains(&value) {
             self.say(path, &format!("must be at least 0 and below 1, got {value}"));
         }
@@ -628,9 +666,6 @@ fn twenty() -> u32 {
 }
 fn half() -> f64 {
     0.5
-}
-fn three() -> f64 {
-    3.0
 }
 fn unit_norm() -> f64 {
     1.0
@@ -650,10 +685,6 @@ pub const MAX_SEEDS: u32 = 1000;
 pub const MAX_DOMAINS: u32 = 10_000;
 /// Most rounds of a small model.
 pub const MAX_ROUNDS: u32 = 10_000;
-/// A plan's smallest usual cohort, to check a flow before its tables are read.
-const FEWEST_AGENTS: usize = 3;
-/// Seconds a stage or round of a flow may take.
-const PATIENCE_S: u32 = 3600;
 
 #[cfg(test)]
 mod tests {
@@ -740,17 +771,5 @@ mod tests {
         assert!(text.contains("partition.share"), "{text}");
         let twice = "federations:\n  - {name: a, strategy: {kind: fedavg}}\n  - {name: a, strategy: {kind: fedavg}}\n";
         assert!(refusal(twice).contains("a is taken"));
-    }
-
-    #[test]
-    fn a_flow_becomes_the_plan_it_names() {
-        let text = format!(
-            "{HEAD}flows:\n  - {{name: f, epsilon: 8, rounds: 7, pretrain_steps: 0, aggregation: median}}\n"
-        );
-        let scenario = Scenario::parse(&text, "s.yaml").unwrap();
-        let plan = scenario.flows[0].plan("target.label", 5).unwrap();
-        assert_eq!((plan.rounds.count, plan.pretrain.steps, plan.cohort.min_agents), (7, 0, 5));
-        assert_eq!(plan.rounds.aggregation, Aggregation::Median);
-        assert!((plan.privacy.epsilon - 8.0).abs() < f64::EPSILON);
     }
 }

@@ -3,8 +3,8 @@
 use tabmesh_tfm::metrics;
 
 use super::document::Metric;
-use super::results::Row;
-use crate::utility::measure::{Answers, counted};
+use super::results::{Noise, Row};
+use crate::utility::measure::{self, Answers, counted};
 
 /// Where figures belong: everything of a row but domain, method and figure.
 #[derive(Debug, Clone)]
@@ -13,6 +13,8 @@ pub(crate) struct Where<'a> {
     pub(crate) seed: u64,
     pub(crate) arm: &'a str,
     pub(crate) round: Option<u32>,
+    /// Who adds the noise, where a method has any.
+    pub(crate) noise: Noise,
 }
 
 impl Where<'_> {
@@ -35,6 +37,7 @@ impl Where<'_> {
             domain: domain.to_owned(),
             rows: None,
             counted,
+            noise: if measure::RIVALS.contains(&method) { Noise::None } else { self.noise },
             metric: metric.to_owned(),
             value,
         })
@@ -135,7 +138,13 @@ impl Tenths {
 mod tests {
     use super::*;
 
-    const PLACE: Where<'_> = Where { set: "s", seed: 1, arm: "a", round: None };
+    const PLACE: Where<'_> = Where { set: "s", seed: 1, arm: "a", round: None, noise: Noise::Local };
+
+    #[test]
+    fn rows_say_who_adds_the_noise() {
+        let of = |method: &str| PLACE.row(method, "d", true, "auc", Some(0.5)).map(|row| row.noise);
+        assert_eq!((of("served"), of("local_trees")), (Some(Noise::Local), Some(Noise::None)));
+    }
 
     #[test]
     fn undefined_figures_have_no_row_and_small_domains_do_not_count() {

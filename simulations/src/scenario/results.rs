@@ -1,15 +1,18 @@
 //! What a run leaves behind: a folder with the scenario, a manifest, one file of rows a task, and all rows together.
 //!
-//! A task's file appears whole or not at all, so a run that was killed goes on where it was; the manifest names scenario,
+//! Beside them lie the answers on test rows, if a scenario keeps them, and the adapters that flows published. A
+//! task's file appears whole or not at all, so a run that was killed goes on where it was; the manifest names scenario,
 //! program, base model and tables by digest, and rows of another scenario, program or data are never mixed in. Times aren't
 //! in rows: equal scenario, seed and program give equal bytes.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 use tabmesh_federation::id::Digest;
 
+use super::answers::{self, Answered};
 use super::document::Scenario;
 
 /// One figure.
@@ -31,12 +34,38 @@ pub struct Row {
     /// A newcomer's number of own rows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<u32>,
-    /// Whether the domain has enough test rows of each class to count in means.
+    /// Whether the domain counts in means: it has enough test rows of each class and is no attacker.
     pub counted: bool,
+    /// Who adds the noise that the method carries.
+    pub noise: Noise,
     /// Name of the figure.
     pub metric: String,
     /// Its value.
     pub value: f64,
+}
+
+/// Who adds noise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Noise {
+    /// Nobody: nothing private, or nothing left the domain.
+    None,
+    /// Each agent all of it: nobody is trusted.
+    Local,
+    /// Each agent a share; only the sum is seen.
+    SecureSum,
+}
+
+impl Noise {
+    /// For people.
+    #[must_use]
+    pub const fn shown(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Local => "local",
+            Self::SecureSum => "secure sum",
+        }
+    }
 }
 
 /// What rows were made from.
@@ -61,6 +90,12 @@ pub struct Manifest {
     pub tasks: usize,
     /// Which part of the tasks is done here: number, from 1, and number of parts.
     pub shard: Shard,
+    /// Commit of the work tree that the scenario lies in, with `+changes` where files differ from it; none outside of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
+    /// Whether flows ran as processes of the operating system.
+    #[serde(default)]
+    pub real: bool,
 }
 
 /// A set's tables.
@@ -135,19 +170,25 @@ impl RunFolder {
             ensure!(found.base_model == manifest.base_model, differs("base model"));
             ensure!(found.sets == manifest.sets, differs("set of tables"));
             ensure!(found.shard == manifest.shard, differs("shard"));
+            ensure!(found.commit == manifest.commit, differs("commit of the work tree"));
+            ensure!(found.real == manifest.real, differs("--real"));
             ensure!(found == *manifest, differs("manifest"));
             return Ok(folder);
         }
         if root.exists() {
-            // A run that was killed at its very start has left these two.
-            let own = |name: &std::ffi::OsString| name == "tasks" || name == "scenario.yaml";
+            // A run that was killed at its very start has left some of these.
+            let own = |name: &std::ffi::OsString| {
+                name == "tasks" || name == "answers" || name == "adapters" || name == "scenario.yaml"
+            };
             let names = std::fs::read_dir(root)?.filter_map(Result::ok).map(|entry| entry.file_name());
             if let Some(strange) = names.into_iter().find(|name| !own(name)) {
                 let strange = strange.display();
                 bail!("{} is neither empty nor a run's folder: it holds {strange}", root.display());
             }
         }
-        std::fs::create_dir_all(folder.tasks()).with_context(|| format!("making {}", root.display()))?;
+        for made in [folder.tasks(), folder.kept("answers"), folder.kept("adapters")] {
+            std::fs::create_dir_all(made).with_context(|| format!("making {}", root.display()))?;
+        }
         write(&root.join("scenario.yaml"), scenario_text.as_bytes())?;
         write(&folder.manifest_path(), &serde_json::to_vec_pretty(manifest)?)?;
         Ok(folder)
@@ -213,6 +254,38 @@ impl RunFolder {
         write(&self.task(task), &lines(rows)?)
     }
 
+    /// Stores what a task's methods answered on test rows; to be done before its rows are stored.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub(crate) fn store_answers(&self, task: &str, all: &[Answered]) -> Result<()> {
+        write(&self.kept("answers").join(format!("{task}.parquet")), &answers::to_parquet(all)?)
+    }
+
+    /// The answers that were kept of some arms.
+    ///
+    /// # Errors
+    /// They can't be read.
+    pub(crate) fn answers(&self, arms: &BTreeSet<String>) -> Result<Vec<Answered>> {
+        let mut all = Vec::new();
+        for path in files(&self.kept("answers"), "parquet")? {
+            // SET.SEED.ARM; no name has a dot.
+            let arm = path.file_stem().and_then(|stem| stem.to_str()?.rsplit('.').next());
+            if arm.is_some_and(|arm| arms.contains(arm)) {
+                all.extend(answers::read(&path)?);
+            }
+        }
+        Ok(all)
+    }
+
+    /// Stores the adapter that a flow published; to be done before its rows are stored.
+    ///
+    /// # Errors
+    /// The file can't be written.
+    pub fn store_adapter(&self, task: &str, bytes: &[u8]) -> Result<()> {
+        write(&self.kept("adapters").join(format!("{task}.safetensors")), bytes)
+    }
+
     /// A task's rows.
     ///
     /// # Errors
@@ -239,14 +312,9 @@ impl RunFolder {
     /// # Errors
     /// They can't be read.
     pub fn all_rows(&self) -> Result<Vec<Row>> {
-        let mut names: Vec<PathBuf> = std::fs::read_dir(self.tasks())?
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| path.extension().is_some_and(|e| e == "jsonl"))
-            .collect();
-        names.sort();
         let mut all = Vec::new();
-        for name in names {
-            all.extend(read_lines(&name)?);
+        for path in files(&self.tasks(), "jsonl")? {
+            all.extend(read_lines(&path)?);
         }
         Ok(all)
     }
@@ -263,6 +331,18 @@ impl RunFolder {
         self.root.join("report.html")
     }
 
+    /// Means of all figures, as comma-separated values.
+    #[must_use]
+    pub fn summary_path(&self) -> PathBuf {
+        self.root.join("summary.csv")
+    }
+
+    /// What came of the targets.
+    #[must_use]
+    pub fn targets_path(&self) -> PathBuf {
+        self.root.join("targets.json")
+    }
+
     fn manifest_path(&self) -> PathBuf {
         self.root.join("manifest.json")
     }
@@ -271,9 +351,26 @@ impl RunFolder {
         self.root.join("tasks")
     }
 
+    fn kept(&self, what: &str) -> PathBuf {
+        self.root.join(what)
+    }
+
     fn task(&self, name: &str) -> PathBuf {
         self.tasks().join(format!("{name}.jsonl"))
     }
+}
+
+/// Files of a folder with an extension, by name; none if there is no folder.
+fn files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(folder)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|e| e == extension))
+        .collect();
+    paths.sort();
+    Ok(paths)
 }
 
 fn lines(rows: &[Row]) -> Result<Vec<u8>> {
@@ -302,7 +399,7 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Version of the folder's format.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Most parts of a run.
 pub const MAX_SHARDS: u32 = 1024;
 
@@ -322,6 +419,8 @@ mod tests {
             sets: vec![SetDigest { name: "a".into(), digest: Digest::of(b"a") }],
             tasks: 2,
             shard: Shard::WHOLE,
+            commit: None,
+            real: false,
         }
     }
 
@@ -335,6 +434,7 @@ mod tests {
             domain: "d".into(),
             rows: None,
             counted: true,
+            noise: Noise::None,
             metric: "auc".into(),
             value,
         }

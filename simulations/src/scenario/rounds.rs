@@ -11,6 +11,8 @@
 //! refuse such a cohort.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use rand::seq::SliceRandom;
@@ -32,10 +34,11 @@ use tabmesh_federation::vector::Vector;
 use tabmesh_privacy::accountant::zcdp;
 use tabmesh_privacy::budget::{Delta, Epsilon, Rho};
 use tabmesh_privacy::clip::{integer_norm, quantize_clipped};
+use tabmesh_privacy::ledger::LedgerError;
 use tabmesh_privacy::mechanism::DiscreteGaussian;
 
 use super::account::{Account, Price};
-use super::document::{Attack, Federation, Placement, Privacy, Unit};
+use super::document::{Attack, Exhausted, Federation, Placement, Privacy, Unit};
 use super::learner::features::Rows;
 use super::learner::{Learner, learner};
 
@@ -49,6 +52,8 @@ pub(crate) struct VirtualDomain {
     pub(crate) units: Vec<Vec<usize>>,
     /// Test rows.
     pub(crate) test: Rows,
+    /// Entity of each of them.
+    pub(crate) entities: Arc<Vec<u32>>,
 }
 
 /// What is heard of a round.
@@ -70,6 +75,8 @@ pub(crate) struct Counts {
     pub(crate) dropped: u32,
     pub(crate) late: u32,
     pub(crate) screened: u32,
+    /// Updates that a ledger refused.
+    pub(crate) exhausted: u32,
     pub(crate) abandoned: u32,
     /// None without privacy.
     pub(crate) epsilon: Option<f64>,
@@ -113,6 +120,8 @@ struct Agent<'a> {
     /// Its control variate, if the strategy keeps them.
     control: Vec<f64>,
     liar: bool,
+    /// Rounds that it is there for.
+    there: Range<u32>,
 }
 
 struct World<'a> {
@@ -140,16 +149,21 @@ impl<'a> World<'a> {
         let mut rng = ChaCha20Rng::seed_from_u64(seed);
         let parameters = learner.initial(&mut rng);
         let liars = liars(spec, domains.len(), &mut rng);
+        let there = presence(spec, domains.len(), &mut rng);
+        let short = exhausted(spec, domains.len(), &mut rng);
         let sent_norm = sent_norm(spec);
         let scale = scale_for(sent_norm);
         let budget = spec.privacy.as_ref().map(|privacy| Budget::of(spec, privacy)).transpose()?;
         let asked = asked(spec, domains.len());
         let noise = budget.as_ref().map(|budget| noise(spec, budget, asked, dimension)).transpose()?;
         let mut agents = Vec::with_capacity(domains.len());
-        for (i, rows) in domains.iter().enumerate() {
+        for ((i, rows), there) in domains.iter().enumerate().zip(there) {
             let id = AgentId::new(format!("domain-{i:05}"))?;
             let mut account = match &budget {
-                Some(budget) => Some(Account::open(&id, seed, &plan.to_string(), budget)?),
+                Some(budget) => {
+                    let granted = short.get(&i).copied().unwrap_or(1.0);
+                    Some(Account::open(&id, seed, &plan.to_string(), budget, granted)?)
+                }
                 None => None,
             };
             let total = match (&spec.privacy, &mut account) {
@@ -160,7 +174,7 @@ impl<'a> World<'a> {
                 (None, _) => (rows.units.len() as f64).max(1.0),
             };
             let control = if spec.strategy.keeps_controls() { vec![0.0; dimension] } else { Vec::new() };
-            agents.push(Agent { id, rows, account, total, control, liar: liars.contains(&i) });
+            agents.push(Agent { id, rows, account, total, control, liar: liars.contains(&i), there });
         }
         let optimiser_spec = spec.optimiser.unwrap_or_else(|| spec.strategy.optimiser());
         let steps = match spec.strategy.pace() {
@@ -190,7 +204,7 @@ impl<'a> World<'a> {
     /// Synchronous rounds.
     fn rounds(&mut self, hear: &mut dyn FnMut(&RoundEnd<'_>) -> Result<()>) -> Result<()> {
         for round in 0..self.spec.rounds {
-            let asked = self.draw();
+            let asked = self.draw(round);
             let mean = if asked.len() > MAX_HELD {
                 self.streamed(round, &asked)?
             } else {
@@ -238,8 +252,9 @@ impl<'a> World<'a> {
     }
 
     /// Who is asked this round, in agent order.
-    fn draw(&mut self) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..self.agents.len()).collect();
+    fn draw(&mut self, round: u32) -> Vec<usize> {
+        let there = |at: &usize| self.agents.get(*at).is_some_and(|agent| agent.there.contains(&round));
+        let mut order: Vec<usize> = (0..self.agents.len()).filter(there).collect();
         let asked = asked(self.spec, order.len());
         if asked < order.len() {
             order.shuffle(&mut self.rng);
@@ -352,11 +367,12 @@ impl<'a> World<'a> {
                 Fate::Dropped => self.counts.dropped += 1,
                 Fate::Late(_) => {
                     // It is made, debited and sent, and refused.
-                    self.update(*at, round)?;
-                    self.counts.late += 1;
+                    if self.update(*at, round)?.is_some() {
+                        self.counts.late += 1;
+                    }
                 }
                 Fate::InTime => {
-                    let honest = self.update(*at, round)?;
+                    let Some(honest) = self.update(*at, round)? else { continue };
                     let update = self.told(*at, honest);
                     let vector = Vector::new(update);
                     if limits.screen(&vector, vector.digest()).is_err() {
@@ -427,7 +443,7 @@ impl<'a> World<'a> {
                 self.counts.dropped += 1;
                 continue;
             }
-            let honest = self.update(*at, round)?;
+            let Some(honest) = self.update(*at, round)? else { continue };
             answers.push((*at, honest, fate));
         }
         let collude =
@@ -464,8 +480,20 @@ impl<'a> World<'a> {
         }
     }
 
+    /// One agent's honest update; none if its ledger refuses, because its budget is used up.
+    fn update(&mut self, at: usize, step: u32) -> Result<Option<Vec<i64>>> {
+        match self.computed(at, step) {
+            Ok(update) => Ok(Some(update)),
+            Err(error) if matches!(error.downcast_ref(), Some(LedgerError::OverReserved { .. })) => {
+                self.counts.exhausted += 1;
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// One agent's honest update from the present model, noised and debited.
-    fn update(&mut self, at: usize, step: u32) -> Result<Vec<i64>> {
+    fn computed(&mut self, at: usize, step: u32) -> Result<Vec<i64>> {
         let start = self.parameters.as_slice();
         let (spec, learner, noise) = (self.spec, &*self.learner, self.noise.as_ref());
         let (norm, scale) = self.sent;
@@ -552,7 +580,7 @@ impl<'a> World<'a> {
                 }
             }
             let busy: BTreeSet<usize> = underway.iter().map(|(_, at, ..)| *at).collect();
-            for at in self.draw() {
+            for at in self.draw(tick) {
                 if busy.contains(&at) {
                     continue;
                 }
@@ -564,7 +592,7 @@ impl<'a> World<'a> {
                     Fate::InTime => tick + 1,
                     Fate::Late(by) => tick + 1 + by,
                 };
-                let honest = self.update(at, tick)?;
+                let Some(honest) = self.update(at, tick)? else { continue };
                 let update = self.told(at, honest);
                 underway.push((arrival, at, version, update));
             }
@@ -662,6 +690,36 @@ fn liars(spec: &Federation, domains: usize, rng: &mut ChaCha20Rng) -> BTreeSet<u
     order.into_iter().collect()
 }
 
+/// For which rounds each domain is there; somebody always is.
+fn presence(spec: &Federation, domains: usize, rng: &mut ChaCha20Rng) -> Vec<Range<u32>> {
+    let mut there = vec![0..u32::MAX; domains];
+    let (late, leaving) = (spec.faults.late, spec.faults.leaving);
+    if late <= 0.0 && leaving <= 0.0 {
+        return there;
+    }
+    let mut order: Vec<usize> = (0..domains).collect();
+    order.shuffle(rng);
+    let number = |share: f64| ((domains as f64 * share).round() as usize).min(domains - 1);
+    let middle = spec.rounds.div_ceil(2);
+    // Who is late is taken from one end, who leaves from the other.
+    for at in order.iter().take(number(late)) {
+        there[*at].start = middle;
+    }
+    for at in order.iter().rev().take(number(leaving)) {
+        there[*at].end = middle;
+    }
+    there
+}
+
+/// Part of the rounds' budget that was granted, of the domains where it isn't all.
+fn exhausted(spec: &Federation, domains: usize, rng: &mut ChaCha20Rng) -> BTreeMap<usize, f64> {
+    let Some(Exhausted { share, granted }) = spec.faults.exhausted else { return BTreeMap::new() };
+    let mut order: Vec<usize> = (0..domains).collect();
+    order.shuffle(rng);
+    order.truncate(((domains as f64 * share).round() as usize).max(1));
+    order.into_iter().map(|at| (at, granted)).collect()
+}
+
 /// Noises and debits a vector, if there is noise.
 fn sent(agent: &mut Agent<'_>, noise: Option<&Noise>, step: u32, sum: Vec<i64>) -> Result<Vec<i64>> {
     match (noise, &mut agent.account) {
@@ -671,7 +729,7 @@ fn sent(agent: &mut Agent<'_>, noise: Option<&Noise>, step: u32, sum: Vec<i64>) 
 }
 
 /// The longest vector against the mean of honest updates that a screen lets through.
-fn against(honest: &[&Vec<i64>], limits: ScreenLimits) -> Vec<i64> {
+pub(crate) fn against(honest: &[&Vec<i64>], limits: ScreenLimits) -> Vec<i64> {
     let mut sum = vec![0.0; limits.len];
     for update in honest {
         sum.iter_mut().zip(update.iter()).for_each(|(s, v)| *s += *v as f64);

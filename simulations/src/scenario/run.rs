@@ -7,23 +7,28 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use tabmesh_agent::books::read_entries;
 use tabmesh_federation::id::{Digest, PlanDigest};
+use tabmesh_federation::plan::NoisePlacement;
 use tabmesh_privacy::ledger::{balance_of, replay};
 
+use super::answers::{Answered, entities};
+use super::compare::{DRAWS, Loaded};
 use super::data::{Data, Source, World, virtual_domains};
-use super::document::{Federation, Flow, Metric, Scenario};
+use super::document::{Federation, Flow, Metric, Placement, Scenario};
+use super::duplicates;
 use super::figures::{Tenths, Where};
 use super::report;
-use super::results::{FORMAT, Manifest, Row, RunFolder, SetDigest, Shard};
+use super::results::{FORMAT, Manifest, Noise, Row, RunFolder, SetDigest, Shard};
 use super::rounds::{self, RoundEnd};
+use super::targets::{self, Judgement};
 use crate::process::now;
 use crate::quickstart::deployed::BASE_MODEL;
-use crate::utility::federation;
-use crate::utility::measure::{self, Answers, Scoring};
-use crate::utility::member::Member;
+use crate::utility::federation::{self, Setting};
+use crate::utility::measure::{self, Answers, Ours, Scoring};
+use crate::utility::member::{Member, Tables};
 
 /// How a scenario is run.
 #[derive(Debug, Clone, clap::Args)]
@@ -47,9 +52,16 @@ pub struct How {
     /// Do one part of the tasks, `I/N`; `compare` and `report` put parts together.
     #[arg(long, value_name = "I/N")]
     pub shard: Option<Shard>,
+    /// Do the tasks of these sets alone, separated by commas; the same folder takes those of the others later.
+    #[arg(long, value_name = "SET,SET", value_delimiter = ',')]
+    pub sets: Vec<String>,
     /// Tasks at a time. Default: one a core.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub jobs: Option<u16>,
+    /// Run flows as processes of the operating system over sockets: a coordinator and an agent for each domain. They publish
+    /// the same bytes as in one process under the same seed.
+    #[arg(long)]
+    pub real: bool,
 }
 
 /// A run that has been prepared: its folder and what is to be done.
@@ -58,8 +70,11 @@ pub(crate) struct Prepared {
     pub(crate) scenario: Scenario,
     digest: PlanDigest,
     data: Arc<Data>,
-    /// All tasks of this shard, done or not.
+    /// The tasks that were asked for, done or not.
     tasks: Vec<Task>,
+    /// Names of all tasks of this shard.
+    shard: Vec<String>,
+    real: bool,
 }
 
 /// One arm on one set under one seed.
@@ -74,6 +89,7 @@ struct Task {
 /// What a task runs.
 #[derive(Debug, Clone)]
 enum Arm {
+    Duplicates,
     Rivals,
     Flow(Flow),
     Federation(Federation),
@@ -82,6 +98,7 @@ enum Arm {
 impl Arm {
     fn name(&self) -> &str {
         match self {
+            Self::Duplicates => DUPLICATES,
             Self::Rivals => RIVALS,
             Self::Flow(flow) => &flow.name,
             Self::Federation(federation) => &federation.name,
@@ -99,21 +116,23 @@ pub fn run(args: &RunArgs) -> Result<RunFolder> {
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(&scenario.name));
     let data = Arc::new(Data::open(&scenario.data, &base, args.how.data.as_deref())?);
     let mut first = 0;
-    let prepared = prepare(&out, scenario, &text, data, args.how.shard, &mut first)?;
+    let prepared = prepare(&out, scenario, &text, data, &base, &args.how, &mut first)?;
     let mut done = execute(vec![prepared], args.how.jobs)?;
     done.pop().context("no run")
 }
 
-/// Opens a run's folder; `first` counts tasks over several runs, so that shards are cut through all of them.
+/// Opens a run's folder; `base` is the scenario's own, and `first` counts tasks over several runs, so that shards are cut
+/// through all of them.
 pub(crate) fn prepare(
     out: &Path,
     scenario: Scenario,
     text: &str,
     data: Arc<Data>,
-    shard: Option<Shard>,
+    base: &Path,
+    how: &How,
     first: &mut usize,
 ) -> Result<Prepared> {
-    let shard = shard.unwrap_or(Shard::WHOLE);
+    let shard = how.shard.unwrap_or(Shard::WHOLE);
     let all = tasks(&scenario, data.sets());
     let sets = data
         .sets()
@@ -130,12 +149,37 @@ pub(crate) fn prepare(
         sets,
         tasks: all.len(),
         shard,
+        commit: commit(base),
+        real: how.real,
     };
     let folder = RunFolder::open(out, text, &manifest)?;
     let start = *first;
     *first += all.len();
+    let known: Vec<&str> = data.sets().iter().map(Source::name).collect();
+    if let Some(strange) = how.sets.iter().find(|set| !known.contains(&set.as_str())) {
+        bail!("--sets: {strange} is none of {}", known.join(", "));
+    }
+    let asked = |task: &Task| {
+        how.sets.is_empty() || known.get(task.set).is_some_and(|name| how.sets.iter().any(|set| set == name))
+    };
     let mine = all.into_iter().enumerate().filter(|(i, _)| shard.has(start + i)).map(|(_, task)| task);
-    Ok(Prepared { folder, digest: PlanDigest::of(text.as_bytes()), data, tasks: mine.collect(), scenario })
+    let mine: Vec<Task> = mine.collect();
+    let names = mine.iter().map(|task| task.id.clone()).collect();
+    let tasks = mine.into_iter().filter(asked).collect();
+    let digest = PlanDigest::of(text.as_bytes());
+    Ok(Prepared { folder, digest, data, tasks, shard: names, scenario, real: how.real })
+}
+
+/// The commit of the work tree that a folder lies in; none outside of one, or without git.
+fn commit(folder: &Path) -> Option<String> {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let git = |args: &[&str]| {
+        let output = std::process::Command::new("git").arg("-C").arg(folder).args(args).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let commit = git(&["rev-parse", "HEAD"])?;
+    let changed = !git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty();
+    Some(if changed { format!("{commit}+changes") } else { commit })
 }
 
 fn tasks(scenario: &Scenario, sets: &[Source]) -> Vec<Task> {
@@ -146,6 +190,13 @@ fn tasks(scenario: &Scenario, sets: &[Source]) -> Vec<Task> {
     arms.extend(scenario.federations.iter().cloned().map(Arm::Federation));
     arms.extend(scenario.flows.iter().cloned().map(Arm::Flow));
     let mut all = Vec::new();
+    if scenario.duplicates {
+        // Before any figure that they would inflate.
+        all.extend(sets.iter().enumerate().map(|(set, source)| {
+            let id = format!("{}.0000.{DUPLICATES}", source.name());
+            Task { set, seed: 0, arm: Arm::Duplicates, id }
+        }));
+    }
     for (set, source) in sets.iter().enumerate() {
         for seed in 0..u64::from(scenario.seeds) {
             for arm in &arms {
@@ -200,62 +251,150 @@ pub(crate) fn execute(runs: Vec<Prepared>, jobs: Option<u16>) -> Result<Vec<RunF
     }
     let mut folders = Vec::new();
     for run in runs {
-        let ids: Vec<String> = run.tasks.iter().map(|task| task.id.clone()).collect();
+        let ids: Vec<String> = run.shard.iter().filter(|id| run.folder.has(id)).cloned().collect();
         let rows = run.folder.gather(&ids)?;
         let manifest = run.folder.manifest()?;
-        let page = report::html(&run.scenario, &manifest, &rows);
+        let judgement = run.judged()?;
+        let page = report::html(&run.scenario, &manifest, &rows, judgement.as_ref());
         super::results::write(&run.folder.report_path(), page.as_bytes())?;
+        super::results::write(&run.folder.summary_path(), report::summary::csv(&rows).as_bytes())?;
         folders.push(run.folder);
     }
     Ok(folders)
 }
 
 impl Prepared {
+    /// What came of the scenario's targets, kept beside the rows; none without targets, or in a part of a run.
+    fn judged(&self) -> Result<Option<Judgement>> {
+        if self.scenario.targets.is_none() || self.folder.manifest()?.shard != Shard::WHOLE {
+            return Ok(None);
+        }
+        let loaded = Loaded::read(&self.folder.root().display().to_string())?;
+        let judgement = targets::judge(&loaded, DRAWS)?;
+        super::results::write(&self.folder.targets_path(), &serde_json::to_vec_pretty(&judgement)?)?;
+        Ok(Some(judgement))
+    }
+
     /// Does one task.
     fn rows(&self, task: &Task, tell: &dyn Fn(&str)) -> Result<Vec<Row>> {
         let source = self.data.sets().get(task.set).context("no such set")?;
         let world = source.world(&self.scenario, task.seed)?;
-        let place = Where { set: source.name(), seed: task.seed, arm: task.arm.name(), round: None };
-        match &task.arm {
-            Arm::Rivals => self.rivals(&world, &place, tell),
-            Arm::Flow(flow) => self.flow(flow, &world, &place, tell),
-            Arm::Federation(federation) => self.federation(federation, &world, &place, tell),
+        let noise = match &task.arm {
+            Arm::Duplicates | Arm::Rivals => Noise::None,
+            Arm::Flow(flow) => match flow.noise_placement.unwrap_or_default() {
+                NoisePlacement::Local => Noise::Local,
+                NoisePlacement::SecureSum => Noise::SecureSum,
+            },
+            Arm::Federation(federation) => match federation.privacy.as_ref().map(|p| p.placement) {
+                None => Noise::None,
+                Some(Placement::Local) => Noise::Local,
+                Some(Placement::Shared) => Noise::SecureSum,
+            },
+        };
+        let arm = task.arm.name();
+        let place = Where { set: source.name(), seed: task.seed, arm, round: None, noise };
+        let Done { mut rows, answers } = match &task.arm {
+            Arm::Duplicates => {
+                tell("counting rows that are there twice");
+                let everybody = world.members.iter().chain(&world.newcomer).cloned().collect::<Vec<_>>();
+                Done { rows: duplicates::measure(&everybody, &place)?, answers: Vec::new() }
+            }
+            Arm::Rivals => self.rivals(&world, &place, tell)?,
+            Arm::Flow(flow) => self.flow(flow, &world, task, &place, tell)?,
+            Arm::Federation(federation) => self.federation(federation, &world, &place, tell)?,
+        };
+        for row in rows.iter_mut().filter(|row| world.hostile.contains(&row.domain)) {
+            row.counted = false;
+        }
+        if self.scenario.keep_answers {
+            self.folder.store_answers(&task.id, &answers)?;
+        }
+        Ok(rows)
+    }
+
+    /// What a method said about a domain, to be kept.
+    fn kept(place: &Where<'_>, method: &str, domain: &str, test: &Test, answers: &[f64]) -> Answered {
+        Answered {
+            set: place.set.to_owned(),
+            seed: place.seed,
+            arm: place.arm.to_owned(),
+            method: method.to_owned(),
+            domain: domain.to_owned(),
+            rows: None,
+            draw: 0,
+            entities: Arc::clone(&test.0),
+            labels: Arc::clone(&test.1),
+            answers: answers.iter().map(|answer| *answer as f32).collect(),
         }
     }
 
-    fn rivals(&self, world: &World, place: &Where<'_>, tell: &dyn Fn(&str)) -> Result<Vec<Row>> {
+    /// All of what methods said, if it is to be kept.
+    fn all_kept(&self, place: &Where<'_>, domains: &[(&str, &Answers, &Tables)]) -> Vec<Answered> {
+        let mut all = Vec::new();
+        if self.scenario.keep_answers {
+            for (domain, answers, tables) in domains {
+                let test = (Arc::new(entities(&tables.test)), Arc::new(tables.labels.clone()));
+                all.extend(
+                    answers.iter().map(|(method, said)| Self::kept(place, method, domain, &test, said)),
+                );
+            }
+        }
+        all
+    }
+
+    fn rivals(&self, world: &World, place: &Where<'_>, tell: &dyn Fn(&str)) -> Result<Done> {
         let tables = world.members.iter().map(Member::tables).collect::<Result<Vec<_>>>()?;
         let wanted: Vec<&'static str> = self.scenario.rivals.iter().map(|rival| rival.name()).collect();
         let answers = measure::rivals(&world.members, &tables, &wanted, place.seed, tell)?;
-        let domains: Vec<(&str, &Answers, &[u8])> = world
+        let domains: Vec<(&str, &Answers, &Tables)> = world
             .members
             .iter()
             .zip(&answers)
             .zip(&tables)
-            .map(|((member, answers), tables)| (member.domain.as_str(), answers, tables.labels.as_slice()))
+            .map(|((member, answers), tables)| (member.domain.as_str(), answers, tables))
             .collect();
-        Ok(place.all(&self.scenario.metrics, &domains))
+        let rows = place.all(&self.scenario.metrics, &labelled(&domains));
+        Ok(Done { rows, answers: self.all_kept(place, &domains) })
     }
 
-    fn flow(&self, flow: &Flow, world: &World, place: &Where<'_>, tell: &dyn Fn(&str)) -> Result<Vec<Row>> {
+    fn flow(
+        &self,
+        flow: &Flow,
+        world: &World,
+        task: &Task,
+        place: &Where<'_>,
+        tell: &dyn Fn(&str),
+    ) -> Result<Done> {
         let root = tempfile::Builder::new().prefix("tabmesh-flow-").tempdir()?;
         let plan = flow.plan(&world.target, world.members.len())?;
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-        let ran = federation::run(root.path(), &world.members, &plan, place.seed, tell);
-        let federated = runtime.block_on(ran)?;
-        runtime.shutdown_background();
         let members = &world.members;
-        let scoring = Scoring { federated: &federated, members, seed: place.seed, tell };
+        let setting = Setting { members, plan: &plan, seed: place.seed, faults: &flow.faults, tell };
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let federated = if self.real {
+            let program = std::env::current_exe().context("this program's own file")?;
+            runtime.block_on(federation::run_real(root.path(), setting, &program))?
+        } else {
+            runtime.block_on(federation::run(root.path(), setting))?
+        };
+        runtime.shutdown_background();
+        if let Some(adapter) = &federated.adapter {
+            self.folder.store_adapter(&task.id, adapter)?;
+        }
+        let scoring = Scoring { federated: &federated, members, seed: place.seed, also: &flow.also, tell };
         let tables = members.iter().map(Member::tables).collect::<Result<Vec<_>>>()?;
         let ours = measure::ours(&scoring, &tables)?;
-        let domains: Vec<(&str, &Answers, &[u8])> = members
+        let mut there: Vec<(&Member, &Ours, &Tables)> = Vec::new();
+        for ours in &ours {
+            let member = members.get(ours.member).context("no such member")?;
+            there.push((member, ours, tables.get(ours.member).context("no such member")?));
+        }
+        let domains: Vec<(&str, &Answers, &Tables)> = there
             .iter()
-            .zip(&ours)
-            .zip(&tables)
-            .map(|((member, ours), tables)| (member.domain.as_str(), &ours.answers, tables.labels.as_slice()))
+            .map(|(member, ours, tables)| (member.domain.as_str(), &ours.answers, *tables))
             .collect();
-        let mut rows = place.all(&self.scenario.metrics, &domains);
-        for ((member, ours), tables) in members.iter().zip(&ours).zip(&tables) {
+        let mut rows = place.all(&self.scenario.metrics, &labelled(&domains));
+        let mut answers = self.all_kept(place, &domains);
+        for (member, ours, tables) in there {
             let counts = measure::counted(&tables.labels);
             for (name, weight) in &ours.blend {
                 let metric = format!("weight of {name}");
@@ -272,6 +411,22 @@ impl Prepared {
             for line in measure::newcomer(&scoring, newcomer, &sizes, usize::from(spec.draws))? {
                 let counts = line.counted_draws > 0;
                 let size = u32::try_from(line.rows).ok();
+                for (name, weight) in &line.served {
+                    let metric = format!("weight of {name}");
+                    let row = place.row("served", &newcomer.domain, counts, &metric, Some(*weight));
+                    rows.extend(row.map(|row| Row { rows: size, ..row }));
+                }
+                if self.scenario.keep_answers {
+                    let labels = line.test.labels.iter().map(|label| u8::from(*label == Some(1))).collect();
+                    let test = (Arc::new(entities(&line.test)), Arc::new(labels));
+                    for (draw, said) in (0_u32..).zip(&line.answers) {
+                        answers.extend(said.iter().map(|(method, said)| Answered {
+                            rows: size,
+                            draw,
+                            ..Self::kept(place, method, &newcomer.domain, &test, said)
+                        }));
+                    }
+                }
                 for (metric, figures) in [("auc", &line.auc), ("log_loss", &line.log_loss)] {
                     let wanted = match metric {
                         "auc" => Metric::Auc,
@@ -287,7 +442,7 @@ impl Prepared {
                 }
             }
         }
-        Ok(rows)
+        Ok(Done { rows, answers })
     }
 
     fn federation(
@@ -296,22 +451,26 @@ impl Prepared {
         world: &World,
         place: &Where<'_>,
         tell: &dyn Fn(&str),
-    ) -> Result<Vec<Row>> {
+    ) -> Result<Done> {
         tell("coding rows");
         let domains = virtual_domains(&world.members)?;
         let wanted = &self.scenario.metrics;
-        let mut rows = Vec::new();
+        let (mut rows, mut kept) = (Vec::new(), Vec::new());
         let mut hear = |end: &RoundEnd<'_>| -> Result<()> {
             tell(&format!("round {} of {}", end.round, spec.rounds));
             let place = Where { round: Some(end.round), ..place.clone() };
             let mut tenths = Tenths::default();
+            let solved = end.learner.solved(end.parameters);
             for domain in &domains {
                 let test = &domain.test;
-                let answers: Vec<f64> = (0..test.len())
-                    .map(|row| end.learner.probability(end.parameters, test.row(row)))
-                    .collect();
+                let answers: Vec<f64> =
+                    (0..test.len()).map(|row| end.learner.probability(&solved, test.row(row))).collect();
                 rows.extend(place.domain(wanted, MODEL, &domain.domain, &answers, &test.labels));
                 tenths.add(&answers, &test.labels);
+                if end.round == spec.rounds && self.scenario.keep_answers {
+                    let test = (Arc::clone(&domain.entities), Arc::new(test.labels.clone()));
+                    kept.push(Self::kept(&place, MODEL, &domain.domain, &test, &answers));
+                }
             }
             if end.round == spec.rounds && wanted.contains(&Metric::Reliability) {
                 rows.extend(tenths.rows(&place, MODEL));
@@ -322,6 +481,7 @@ impl Prepared {
                 ("updates_dropped", counts.dropped),
                 ("updates_late", counts.late),
                 ("updates_screened", counts.screened),
+                ("updates_over_budget", counts.exhausted),
                 ("rounds_abandoned", counts.abandoned),
             ] {
                 rows.extend(place.row(MODEL, "*", true, metric, Some(f64::from(value))));
@@ -330,8 +490,23 @@ impl Prepared {
             Ok(())
         };
         rounds::run(spec, &domains, place.seed, self.digest, &mut hear)?;
-        Ok(rows)
+        Ok(Done { rows, answers: kept })
     }
+}
+
+/// What came of a task.
+struct Done {
+    rows: Vec<Row>,
+    /// What is to be kept of answers.
+    answers: Vec<Answered>,
+}
+
+/// Entities and labels of test rows.
+type Test = (Arc<Vec<u32>>, Arc<Vec<u8>>);
+
+/// Domains with the labels of their test rows.
+fn labelled<'a>(domains: &[(&'a str, &'a Answers, &'a Tables)]) -> Vec<(&'a str, &'a Answers, &'a [u8])> {
+    domains.iter().map(|(domain, answers, tables)| (*domain, *answers, tables.labels.as_slice())).collect()
 }
 
 /// Tells what is done and how long the rest may take.
@@ -423,6 +598,8 @@ impl State {
 
 /// Name of the arm of methods without a federation.
 pub(crate) const RIVALS: &str = "rivals";
+/// Name of the arm that counts rows that are there twice.
+pub(crate) const DUPLICATES: &str = "duplicates";
 /// Method name of a federation's model.
 pub(crate) const MODEL: &str = "model";
 

@@ -51,7 +51,8 @@ pub fn sweep(args: &SweepArgs) -> Result<Vec<RunFolder>> {
         let text = serde_json::to_string_pretty(&variant.document)?;
         let scenario = Scenario::parse(&text, &variant.name)?;
         let data = Arc::new(Data::open(&scenario.data, &base, args.how.data.as_deref())?);
-        runs.push(prepare(&out.join(&variant.name), scenario, &text, data, args.how.shard, &mut first)?);
+        let folder = out.join(&variant.name);
+        runs.push(prepare(&folder, scenario, &text, data, &base, &args.how, &mut first)?);
     }
     execute(runs, args.how.jobs)
 }

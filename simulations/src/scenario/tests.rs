@@ -2,21 +2,26 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use super::compare::{CompareArgs, compare};
 use super::document::Scenario;
 use super::report::{ReportArgs, report};
-use super::results::Shard;
+use super::results::{Noise, RunFolder, Shard};
 use super::run::{How, RunArgs, run};
 use super::sweep::{SweepArgs, sweep};
+use super::targets::{TargetsArgs, targets};
+use crate::utility::contracts::Declared;
+use crate::utility::made_up::{self, write_set};
+use crate::utility::set::Set;
 
 fn scenarios() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios")
 }
 
 fn how(shard: Option<Shard>) -> How {
-    How { data: None, shard, jobs: Some(2) }
+    How { data: None, shard, sets: Vec::new(), jobs: Some(2), real: false }
 }
 
 #[test]
@@ -140,4 +145,141 @@ fn columns_that_differ_are_missing_where_they_are_not() {
         .collect();
     assert_eq!(auc.len(), 6);
     assert!(auc.iter().sum::<f64>() / 6.0 > 0.6, "{auc:?}");
+}
+
+/// Runs a scenario on made-up tables of some domains; gives what its folder holds.
+fn ran_on(domains: &[&str], text: &str) -> (tempfile::TempDir, RunFolder) {
+    let root = tempfile::tempdir().unwrap();
+    let tables = root.path().join("tables");
+    std::fs::create_dir_all(&tables).unwrap();
+    write_set(&tables, domains);
+    let scenario = root.path().join("s.yaml");
+    let head = "kind: TabmeshScenario\nname: s\ndata: {folder: tables}\n";
+    std::fs::write(&scenario, format!("{head}{text}")).unwrap();
+    let out = Some(root.path().join("out"));
+    let folder = run(&RunArgs { scenario, out, how: how(None) }).unwrap();
+    (root, folder)
+}
+
+/// One flow in which everything goes wrong at once, and one without rounds under a secure sum.
+#[test]
+fn flows_with_faults_come_to_their_end_and_every_part_has_its_figures() {
+    let domains = ["a", "b", "c", "d", "e", "f"];
+    let (root, folder) = ran_on(
+        &domains,
+        "duplicates: true\nkeep_answers: true\nrivals: [local_trees, local_base, pooled_base]\n\
+         tampering: [{share: 0.17, kind: {kind: label_shift, rate: 0.3}}]\n\
+         flows:\n  - name: faulty\n    corpus_rows: 300\n    pretrain_steps: 0\n    rounds: 1\n\
+         \x20   also: [corpus_local, own_label_kept, rounds_untuned, picked, shipped_blend]\n\
+         \x20   faults: {late: 1, short_budget: 1, byzantine: {share: 0.17, attack: {kind: collusion_within_bound}}}\n\
+         \x20 - {name: no_rounds, corpus_rows: 300, pretrain_steps: 0, rounds: 0, noise_placement: secure_sum}\n\
+         targets:\n  aims:\n    - {kind: non_inferior, flow: no_rounds, margin: 0.5}\n",
+    );
+    let rows = folder.all_rows().unwrap();
+    let values = |arm: &str, method: &str, metric: &str| -> Vec<f64> {
+        let of = |row: &&super::results::Row| row.arm == arm && row.method == method && row.metric == metric;
+        rows.iter().filter(of).map(|row| row.value).collect()
+    };
+    // The liar serves nothing; who came late or had no budget serves and has spent nothing.
+    for method in ["served", "rounds", "base", "corpus_local", "own_label_kept", "picked", "shipped_blend"] {
+        assert_eq!(values("faulty", method, "auc").len(), 5, "{method}");
+    }
+    let spent = values("faulty", "served", "epsilon");
+    assert_eq!(spent.len(), 3);
+    assert!(spent.iter().all(|epsilon| *epsilon > 1.0 && *epsilon <= 3.0), "{spent:?}");
+    assert!(root.path().join("out/adapters/made_up.0000.faulty.safetensors").is_file());
+    // Without rounds there is no adapter, and the release has the budget.
+    assert_eq!(
+        (values("no_rounds", "served", "auc").len(), values("no_rounds", "rounds", "auc").len()),
+        (6, 0)
+    );
+    assert!(!root.path().join("out/adapters/made_up.0000.no_rounds.safetensors").exists());
+    // Shares of noise are rounded up, so some of the budget stays.
+    let spent = values("no_rounds", "served", "epsilon");
+    assert_eq!(spent.len(), 6);
+    assert!(spent.iter().all(|epsilon| *epsilon > 0.5 && *epsilon <= 3.0), "{spent:?}");
+    let noise =
+        |arm: &str, method: &str| rows.iter().find(|r| r.arm == arm && r.method == method).unwrap().noise;
+    assert_eq!(noise("no_rounds", "served"), Noise::SecureSum);
+    assert_eq!(noise("faulty", "local_trees_corpus"), Noise::Local);
+    assert_eq!(noise("rivals", "pooled_base"), Noise::None);
+    // Counted before anything else: rows of numbers hardly repeat.
+    let twice = values("duplicates", "test_rows", "among_own_training_rows");
+    assert_eq!(twice.len(), 7);
+    assert!(twice.iter().all(|share| *share < 0.5), "{twice:?}");
+
+    let text = folder.root().display().to_string();
+    let (a, b) = (format!("{text}@rivals/local_trees"), format!("{text}@no_rounds/served"));
+    let c = compare(&CompareArgs { a, b, metric: "auc".into(), draws: 200 }).unwrap();
+    assert_eq!((c[0].domains, c[0].entities), (6, 6 * made_up::ROWS));
+    assert!(c[0].low < c[0].high);
+    let judged = targets(&TargetsArgs { runs: text, draws: 200, out: None }).unwrap();
+    assert_eq!(judged.verdicts[0].entities, 6 * made_up::ROWS);
+    assert!(folder.targets_path().is_file());
+    let page = std::fs::read_to_string(folder.report_path()).unwrap();
+    assert!(page.contains("<h2>Targets</h2>") && page.contains("<h2>Duplicates</h2>"));
+}
+
+/// A liar who says the truth can't be told from an honest agent: the same bytes are published. One who doesn't changes them.
+#[test]
+fn a_liar_keeps_to_the_protocol_and_changes_nothing_but_values() {
+    let adapter = |faults: &str| {
+        let text = format!(
+            "metrics: [auc]\nflows:\n  - {{name: f, epsilon: 8, corpus_rows: 300, pretrain_steps: 0, rounds: 1, faults: {{{faults}}}}}\n"
+        );
+        let (root, _folder) = ran_on(&["a", "b", "c", "d"], &text);
+        std::fs::read(root.path().join("out/adapters/made_up.0000.f.safetensors")).unwrap()
+    };
+    let honest = adapter("");
+    assert_eq!(adapter("byzantine: {share: 0.25, attack: {kind: scaling, factor: 1}}"), honest);
+    assert_ne!(adapter("byzantine: {share: 0.25, attack: {kind: sign_flip}}"), honest);
+}
+
+/// Tables of one's own, by contracts whose sources are relative to them, go through rivals, rounds and a flow.
+#[test]
+fn own_tables_by_contract_are_run() {
+    let root = tempfile::tempdir().unwrap();
+    let domains = ["north", "south", "east", "west"];
+    write_set(root.path(), &domains);
+    let set = Set::read(root.path()).unwrap();
+    let declared = Declared::from_rows(&set, &set.pooled(&set.domains).unwrap()).unwrap();
+    let mut data = String::new();
+    for domain in domains {
+        let train = set.train(domain);
+        let member = declared.member(domain, &train, &set.test(domain), &BTreeSet::new());
+        let (whole, relative) = (train.display().to_string(), format!("../train/{domain}.parquet"));
+        let contract = member.contract.replace(&whole, &relative);
+        assert!(contract.contains(&relative));
+        std::fs::create_dir_all(root.path().join("contracts")).unwrap();
+        std::fs::write(root.path().join("contracts").join(format!("{domain}.yaml")), contract).unwrap();
+        data.push_str(&format!(
+            "    - {{domain: {domain}, contract: contracts/{domain}.yaml, test: test/{domain}.parquet}}\n"
+        ));
+    }
+    let scenario = root.path().join("s.yaml");
+    let text = format!(
+        "kind: TabmeshScenario\nname: s\ndata:\n  contracts:\n{data}metrics: [auc]\nrivals: [local_trees]\n\
+         flows: [{{name: ours, corpus_rows: 300, pretrain_steps: 0, rounds: 0}}]\n\
+         federations:\n  - {{name: fedavg, strategy: {{kind: fedavg}}, rounds: 5, local_rate: 2}}\n\
+         \x20 - {{name: one_shot, model: {{kind: ridge}}, strategy: {{kind: fedsgd}}, rounds: 1}}\n"
+    );
+    std::fs::write(&scenario, text).unwrap();
+    let out = Some(root.path().join("out"));
+    let rows = run(&RunArgs { scenario, out, how: how(None) }).unwrap().all_rows().unwrap();
+    for (arm, method) in
+        [("rivals", "local_trees"), ("ours", "served"), ("fedavg", "model"), ("one_shot", "model")]
+    {
+        let last = rows.iter().filter(|row| row.arm == arm && row.method == method && row.metric == "auc");
+        let last: Vec<f64> = last
+            .filter(|row| row.round.is_none_or(|r| r == 5 || arm == "one_shot"))
+            .map(|row| row.value)
+            .collect();
+        assert_eq!(last.len(), 4, "{arm}");
+        // The signal alone is worth about .8.
+        assert!(last.iter().sum::<f64>() / 4.0 > 0.65, "{arm}: {last:?}");
+    }
+    assert!(
+        rows.iter()
+            .all(|row| row.set == "own" && domains.contains(&row.domain.as_str()) || row.domain == "*")
+    );
 }

@@ -7,19 +7,25 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha20Rng;
 use serde::Serialize;
-use tabmesh_agent::choose::{Blend, choose};
+use tabmesh_agent::calibrate::Calibration;
+use tabmesh_agent::choose::{Blend, Member as BlendMember, Promotion, choose};
 use tabmesh_agent::config::PromotionSection;
 use tabmesh_agent::gate::Gate;
-use tabmesh_agent::promote::{Candidate, Rows, Tokens, Weights};
+use tabmesh_agent::promote::{Candidate, Loaded, Rows, Tokens, Weights};
 use tabmesh_agent::serve::Predictor;
 use tabmesh_agent::train::onto;
 use tabmesh_contract::batch::{TypedBatch, TypedColumn};
 use tabmesh_contract::schema::{Feature, FeatureId, FeatureKind, FeatureSchema};
 use tabmesh_tfm::metrics;
+use tabmesh_tfm::model::Model;
 
 use super::federation::Federated;
 use super::member::{Member, Tables};
+use crate::bench::tables::in_context;
+use crate::quickstart::deployed::BASE_MODEL;
+use crate::quickstart::deployment::Layout;
 use crate::quickstart::measure::{alone, loaded};
+use crate::scenario::document::Also;
 use crate::score::MIN_CLASS_ROWS;
 use crate::{baseline, logistic};
 
@@ -63,6 +69,12 @@ pub(crate) struct NewcomerLine {
     pub(crate) served: BTreeMap<String, f64>,
     pub(crate) auc: Figures,
     pub(crate) log_loss: Figures,
+    /// What each method said about the test rows in each counted draw.
+    #[serde(skip)]
+    pub(crate) answers: Vec<Answers>,
+    /// Of the test rows.
+    #[serde(skip)]
+    pub(crate) test: TypedBatch,
 }
 
 /// What each method said about one domain's test rows: probabilities of class 1.
@@ -73,6 +85,8 @@ pub(crate) struct Scoring<'a> {
     pub(crate) federated: &'a Federated,
     pub(crate) members: &'a [Member],
     pub(crate) seed: u64,
+    /// What is scored beside the steps.
+    pub(crate) also: &'a [Also],
     /// Hears what is being done.
     pub(crate) tell: &'a dyn Fn(&str),
 }
@@ -87,7 +101,7 @@ pub(super) fn members(scoring: &Scoring<'_>) -> Result<Vec<DomainLine>> {
     let rivals = rivals(members, &tables, &RIVALS, seed, tell)?;
     let ours = ours(scoring, &tables)?;
     let mut lines = Vec::new();
-    for (((member, tables), rivals), Ours { answers, blend }) in
+    for (((member, tables), rivals), Ours { answers, blend, .. }) in
         members.iter().zip(&tables).zip(rivals).zip(ours)
     {
         let labels = &tables.labels;
@@ -138,9 +152,12 @@ pub(crate) fn rivals(
         if has("local_logistic") {
             answers.insert("local_logistic", logistic::fit_predict(train, test, schema, seed)?);
         }
+        if has("local_base") {
+            answers.insert("local_base", by_base(train, test, schema, seed)?);
+        }
         all.push(answers);
     }
-    if !(has("pooled_trees") || has("pooled_logistic")) {
+    if !wanted.iter().any(|name| name.starts_with("pooled_")) {
         return Ok(all);
     }
     tell("pooled rivals");
@@ -164,6 +181,9 @@ pub(crate) fn rivals(
     if has("pooled_logistic") {
         pooled.push(("pooled_logistic", logistic::fit_predict(&pooled_train, &pooled_test, &known, seed)?));
     }
+    if has("pooled_base") {
+        pooled.push(("pooled_base", by_base(&pooled_train, &pooled_test, &known, seed)?));
+    }
     let mut first = 0;
     for (answers, tables) in all.iter_mut().zip(tables) {
         let rows = tables.test.rows();
@@ -177,37 +197,120 @@ pub(crate) fn rivals(
 
 /// What one member's agent can do after a federation, step by step, and what it chose.
 pub(crate) struct Ours {
+    /// Its number among the members.
+    pub(crate) member: usize,
     pub(crate) answers: Answers,
     /// Weights of what is served, by member of the blend.
     pub(crate) blend: BTreeMap<String, f64>,
 }
 
-/// Every step of the product's own flow, member by member.
+/// Every step of the product's own flow, for every member whose agent is there at the end.
 ///
 /// # Errors
 /// An artefact can't be read, or a model refuses.
 pub(crate) fn ours(scoring: &Scoring<'_>, tables: &[Tables]) -> Result<Vec<Ours>> {
-    let Scoring { federated, members, seed, tell } = *scoring;
+    let Scoring { federated, members, seed, tell, .. } = *scoring;
     let mut all = Vec::new();
-    for ((member, tables), serving) in members.iter().zip(tables).zip(&federated.serving) {
+    let mut by_corpus = None;
+    for (at, ((member, own), end)) in members.iter().zip(tables).zip(&federated.ends).enumerate() {
+        let Some(serving) = &end.serving else { continue };
         tell(&format!("scoring {}", member.domain));
-        let Tables { schema, train, test, .. } = tables;
-        let ours = loaded(&federated.layout, &federated.pki, &member.name(), schema, [0; 32], true)?;
-        let candidate = |weights, rows, tokens| -> Result<Vec<f64>> {
-            Ok(ones(&alone(&ours, Candidate { weights, rows, tokens }, train)?.predict(test)?))
-        };
-        let answers = BTreeMap::from([
-            ("local_trees_corpus", baseline::fit_predict(train, Some(ours.corpus()), test, schema, seed)?),
-            ("base", candidate(Weights::Base, Rows::Local, Tokens::Off)?),
-            ("base_mixed", candidate(Weights::Base, Rows::Mixed, Tokens::Off)?),
-            ("corpus", candidate(Weights::Tuned, Rows::Mixed, Tokens::Off)?),
-            ("rounds", candidate(Weights::Tuned, Rows::Mixed, Tokens::On)?),
+        let Tables { schema, train, test, .. } = own;
+        let ours =
+            loaded(&federated.layout, &federated.pki, &member.name(), schema, [0; 32], end.in_release)?;
+        if by_corpus.is_none() {
+            by_corpus = Some(by_corpus_alone(&ours, tables, seed)?);
+        }
+        let alone_as =
+            |candidate| -> Result<Vec<f64>> { Ok(ones(&alone(&ours, candidate, train)?.predict(test)?)) };
+        let as_is = |weights, rows, tokens| alone_as(Candidate { weights, rows, tokens });
+        let corpus = ours.in_own_columns(ours.corpus());
+        let mut answers = BTreeMap::from([
+            ("local_trees_corpus", baseline::fit_predict(train, Some(&corpus), test, schema, seed)?),
+            ("base", as_is(Weights::Base, Rows::Local, Tokens::Off)?),
+            ("base_mixed", as_is(Weights::Base, Rows::Mixed, Tokens::Off)?),
+            ("corpus", as_is(Weights::Tuned, Rows::Mixed, Tokens::Off)?),
             ("served", ones(&serving.predict(test)?)),
         ]);
+        if let Some(of_all) = by_corpus.as_ref().and_then(|all| all.get(at)) {
+            answers.insert("corpus_logistic", of_all.clone());
+        }
+        if ours.has_adapter() {
+            answers.insert("rounds", as_is(Weights::Tuned, Rows::Mixed, Tokens::On)?);
+        }
+        for also in scoring.also {
+            let also_answers = match also {
+                Also::CorpusLocal => as_is(Weights::Tuned, Rows::Local, Tokens::Off)?,
+                Also::OwnLabelKept => {
+                    let kept =
+                        loaded(&federated.layout, &federated.pki, &member.name(), schema, [0; 32], false)?;
+                    let candidate =
+                        Candidate { weights: Weights::Base, rows: Rows::Mixed, tokens: Tokens::Off };
+                    ones(&alone(&kept, candidate, train)?.predict(test)?)
+                }
+                Also::RoundsUntuned if ours.has_adapter() => as_is(Weights::Base, Rows::Mixed, Tokens::On)?,
+                Also::RoundsUntuned => continue,
+                Also::Picked => {
+                    let picked = picked(&federated.layout, member, &ours, train)?;
+                    ones(&ours.serve(Blend::of(picked), Calibration::NONE, train)?.predict(test)?)
+                }
+                Also::ShippedBlend => {
+                    let counts = class_counts(train);
+                    let shipped = Blend::default_for(counts[0].min(counts[1]), ours.has_adapter(), true);
+                    let sharpened = shipped.sharpened(counts);
+                    ones(&ours.serve(shipped, sharpened, train)?.predict(test)?)
+                }
+            };
+            answers.insert(also.name(), also_answers);
+        }
         let blend = weights(&serving.blend().context("a member serves nothing")?);
-        all.push(Ours { answers, blend });
+        all.push(Ours { member: at, answers, blend });
     }
     Ok(all)
+}
+
+/// Logistic regression on corpus rows alone, for the test rows of each member: it reads the release and nothing else.
+fn by_corpus_alone(ours: &Loaded, tables: &[Tables], seed: u64) -> Result<Vec<Vec<f64>>> {
+    let shared = ours.schema();
+    let mut test = TypedBatch::empty(shared);
+    tables.iter().for_each(|tables| test.append(&onto(&tables.test, &tables.schema, shared)));
+    let shown: Vec<usize> = (0..ours.corpus().rows().min(MOST_CORPUS_ROWS)).collect();
+    let all = logistic::fit_predict(&ours.corpus().take(&shown), &test, shared, seed)?;
+    let mut rest = all.as_slice();
+    let mut parts = Vec::with_capacity(tables.len());
+    for tables in tables {
+        let (own, more) = rest.split_at_checked(tables.test.rows()).context("too few answers")?;
+        parts.push(own.to_vec());
+        rest = more;
+    }
+    Ok(parts)
+}
+
+/// The member of the blend that was best at the gate; the one with the largest shipped weight where the gate had too few rows.
+fn picked(layout: &Layout, member: &Member, ours: &Loaded, train: &TypedBatch) -> Result<BlendMember> {
+    let path = layout.domain(&member.name()).join("data").join(PROMOTIONS);
+    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let last = text.lines().next_back().context("no promotion")?;
+    let promotion: Promotion = serde_json::from_str(last).context("a promotion")?;
+    let best = promotion.log_loss.iter().min_by(|a, b| a.1.total_cmp(&b.1)).map(|(name, _)| name);
+    let models = Candidate::all(ours.has_adapter()).into_iter().map(BlendMember::Model);
+    let named = [BlendMember::Trees, BlendMember::TreesAndCorpus]
+        .into_iter()
+        .chain(models)
+        .find(|known| best == Some(&known.to_string()));
+    if let Some(named) = named {
+        return Ok(named);
+    }
+    let counts = class_counts(train);
+    let shipped = Blend::default_for(counts[0].min(counts[1]), ours.has_adapter(), true);
+    let largest = shipped.shares.iter().max_by(|a, b| a.weight.total_cmp(&b.weight));
+    Ok(largest.context("an empty blend")?.member)
+}
+
+fn class_counts(rows: &TypedBatch) -> [usize; 2] {
+    let mut counts = [0; 2];
+    rows.labels.iter().flatten().for_each(|label| counts[usize::from(*label == 1)] += 1);
+    counts
 }
 
 /// All features that any member has.
@@ -223,6 +326,14 @@ pub(crate) fn union(tables: &[Tables]) -> Result<FeatureSchema> {
     Ok(FeatureSchema::new(features.into_values().collect(), first.schema.target().clone())?)
 }
 
+/// The shipped base model with rows in its context, coded by them alone.
+fn by_base(train: &TypedBatch, test: &TypedBatch, schema: &FeatureSchema, seed: u64) -> Result<Vec<f64>> {
+    let (model, _) = Model::from_safetensors(BASE_MODEL)?;
+    let mut order: Vec<usize> = (0..train.rows()).filter(|row| train.labels[*row].is_some()).collect();
+    order.shuffle(&mut ChaCha20Rng::seed_from_u64(seed));
+    in_context(&model, schema, &train.take(&order), test, MOST_CONTEXT_ROWS)
+}
+
 /// Scores a domain that took part in nothing, on draws of its own rows.
 ///
 /// Draws are not stratified; one of a single class is kept, as the product would meet it.
@@ -235,17 +346,21 @@ pub(crate) fn newcomer(
     sizes: &[usize],
     draws: usize,
 ) -> Result<Vec<NewcomerLine>> {
-    let Scoring { federated, members, seed, tell } = *scoring;
+    let Scoring { federated, members, seed, tell, .. } = *scoring;
     let tables = newcomer.tables()?;
-    let schema = &tables.schema;
     let newcomer = &newcomer.domain;
     let kept: Vec<usize> = (0..tables.test.rows().min(NEWCOMER_TEST_ROWS)).collect();
-    let (test, labels) = (tables.test.take(&kept), &tables.labels[..kept.len()]);
-    let member = members.first().context("no member")?;
+    let schema = &tables.schema;
+    let test = tables.test.take(&kept);
+    let labels = &tables.labels[..kept.len()];
+    let there = members.iter().zip(&federated.ends).find(|(_, end)| end.serving.is_some());
+    let (member, _) = there.context("no member is there")?;
+    let mut by_corpus: Option<Vec<f64>> = None;
     let mut lines = Vec::new();
     for size in sizes.iter().copied().filter(|size| *size <= tables.train.rows()) {
         let (mut auc, mut log_loss, mut counted) = (Figures::new(), Figures::new(), 0_u32);
         let mut blends: BTreeMap<String, f64> = BTreeMap::new();
+        let mut answers = Vec::new();
         for draw in 0..draws {
             tell(&format!("scoring newcomer {newcomer}, {size} rows, draw {} of {draws}", draw + 1));
             let mut rng = ChaCha20Rng::seed_from_u64(seed << 32 | draw as u64);
@@ -261,13 +376,17 @@ pub(crate) fn newcomer(
             let choice = choose(&ours, &training, &gate, None, PromotionSection::default())?;
             let served = ours.serve(choice.served, choice.calibration, &own)?;
             let base = Candidate { weights: Weights::Base, rows: Rows::Local, tokens: Tokens::Off };
+            if by_corpus.is_none() {
+                let of_all = by_corpus_alone(&ours, std::slice::from_ref(&tables), seed)?;
+                by_corpus = of_all.into_iter().next().map(|all| all[..kept.len()].to_vec());
+            }
+            let corpus = ours.in_own_columns(ours.corpus());
             let by_name = BTreeMap::from([
                 ("local_trees", baseline::fit_predict(&own, None, &test, schema, seed)?),
                 ("local_logistic", logistic::fit_predict(&own, &test, schema, seed)?),
-                (
-                    "local_trees_corpus",
-                    baseline::fit_predict(&own, Some(ours.corpus()), &test, schema, seed)?,
-                ),
+                ("local_trees_corpus", baseline::fit_predict(&own, Some(&corpus), &test, schema, seed)?),
+                ("local_base", by_base(&own, &test, schema, seed)?),
+                ("corpus_logistic", by_corpus.clone().context("no answers by the corpus")?),
                 ("base", ones(&alone(&ours, base, &own)?.predict(&test)?)),
                 ("served", ones(&served.predict(&test)?)),
             ]);
@@ -281,6 +400,7 @@ pub(crate) fn newcomer(
             }
             add(&mut auc, &scored);
             add(&mut log_loss, &figures(&by_name, labels, metrics::log_loss));
+            answers.push(by_name);
         }
         let n = f64::from(counted.max(1));
         let mean =
@@ -294,6 +414,8 @@ pub(crate) fn newcomer(
             served: blends.into_iter().map(|(member, sum)| (member, sum / n)).collect(),
             auc: mean(auc),
             log_loss: mean(log_loss),
+            answers,
+            test: test.clone(),
         });
     }
     Ok(lines)
@@ -342,7 +464,14 @@ fn add(sums: &mut Figures, figures: &Figures) {
 /// The column that tells a pooled rival whose row it is.
 const DOMAIN_FEATURE: &str = "bench.domain";
 /// Every method that uses no federation.
-pub(crate) const RIVALS: [&str; 4] = ["local_trees", "local_logistic", "pooled_trees", "pooled_logistic"];
+pub(crate) const RIVALS: [&str; 6] =
+    ["local_trees", "local_logistic", "local_base", "pooled_trees", "pooled_logistic", "pooled_base"];
+/// Rows that stand in the context of the base as a rival: twice what an agent shows it of its own.
+const MOST_CONTEXT_ROWS: usize = 1024;
+/// Corpus rows that logistic regression is fitted on.
+const MOST_CORPUS_ROWS: usize = 4000;
+/// Every promotion of an agent, a line each, in its data folder.
+const PROMOTIONS: &str = "promotions.jsonl";
 /// Rows a newcomer has.
 pub(super) const NEWCOMER_ROWS: [usize; 2] = [64, 256];
 /// Test rows of a newcomer that are scored in each draw.

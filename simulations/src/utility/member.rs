@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tabmesh_contract::batch::TypedBatch;
 use tabmesh_contract::contract::Contract;
 use tabmesh_contract::schema::FeatureSchema;
@@ -37,6 +37,19 @@ impl Member {
     /// Its name as identities and products spell it.
     pub(crate) fn name(&self) -> String {
         name(&self.domain)
+    }
+
+    /// The same domain with another training table.
+    ///
+    /// # Errors
+    /// The contract doesn't name the present table once.
+    pub(crate) fn with_train(mut self, train: PathBuf) -> Result<Self> {
+        let (old, new) = (self.train.display().to_string(), train.display().to_string());
+        let times = self.contract.matches(&old).count();
+        ensure!(times == 1, "{}: the contract names its table {times} times", self.domain);
+        self.contract = self.contract.replace(&old, &new);
+        self.train = train;
+        Ok(self)
     }
 
     /// Reads its contract.

@@ -6,6 +6,9 @@
 
 pub(crate) mod contracts;
 pub(crate) mod federation;
+mod liar;
+#[cfg(test)]
+pub(crate) mod made_up;
 pub(crate) mod measure;
 pub(crate) mod member;
 mod run;

@@ -14,13 +14,14 @@ use serde::Serialize;
 use tabmesh_federation::plan::Plan;
 
 use super::contracts::Declared;
+use super::federation::{self, Federated, Setting};
 use super::measure::{self, DomainLine, Figures, NewcomerLine, Scoring};
 use super::member::Member;
 use super::set::Set;
-use super::{federation, federation::Federated};
 use crate::cli::Output;
 use crate::process::now;
 use crate::quickstart::deployment::{self, PlanChoices};
+use crate::scenario::document::FlowFaults;
 use crate::score::MIN_CLASS_ROWS;
 
 /// What is measured.
@@ -269,9 +270,11 @@ fn one(
     };
     let (plan, _) = Plan::parse(deployment::plan_yaml(&choices).as_bytes(), "plan.yaml")?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let federated: Federated = runtime.block_on(federation::run(root.path(), &members, &plan, seed, tell))?;
+    let faults = FlowFaults::default();
+    let setting = Setting { members: &members, plan: &plan, seed, faults: &faults, tell };
+    let federated: Federated = runtime.block_on(federation::run(root.path(), setting))?;
     runtime.shutdown_background();
-    let scoring = Scoring { federated: &federated, members: &members, seed, tell };
+    let scoring = Scoring { federated: &federated, members: &members, seed, also: &[], tell };
     let lines = measure::members(&scoring)?;
     let newcomer = of(newcomer)?;
     Ok((lines, measure::newcomer(&scoring, &newcomer, &measure::NEWCOMER_ROWS, usize::from(args.draws))?))
@@ -376,72 +379,27 @@ const FLOW_STEPS: u64 = 10;
 /// Events of a round.
 const EVENTS_A_ROUND: u64 = 1;
 /// Rivals that use a domain's own rows alone.
-const LOCAL: &[&str] = &["local_trees", "local_logistic", "base"];
+const LOCAL: &[&str] = &["local_trees", "local_logistic", "local_base", "base"];
 /// Rivals that pool real rows, as nobody may.
-const POOLED: &[&str] = &["pooled_trees", "pooled_logistic"];
+const POOLED: &[&str] = &["pooled_trees", "pooled_logistic", "pooled_base"];
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
 
-    use std::fs::File;
-    use std::path::Path;
     use std::sync::Arc;
 
-    use arrow_array::{ArrayRef, Float64Array, Int8Array, Int64Array, RecordBatch, StringArray};
-    use parquet::arrow::ArrowWriter;
-    use rand::{Rng, SeedableRng};
-    use rand_chacha::ChaCha20Rng;
     use tabmesh_agent::serve::Predictor;
     use tabmesh_agent::{Local, Switches};
     use tabmesh_contract::contract::Contract;
 
     use super::*;
-
-    /// Four domains with a signal that a tree finds.
-    fn write_set(folder: &Path) {
-        let columns = r#"[{"name":"row_id","type":"int64","role":"row_id"},{"name":"label","type":"int8","role":"label"},
-            {"name":"Visits","type":"int64","role":"feature"},{"name":"load","type":"double","role":"feature"},
-            {"name":"kind","type":"string","role":"sensitive"},{"name":"surname","type":"string","role":"pii"}]"#;
-        let domains = r#"[{"name":"north_1"},{"name":"south_1"},{"name":"east_1"},{"name":"west_1"}]"#;
-        let text = format!(
-            r#"{{"name":"made_up","kind":"domains","task":"binary","privacy_unit":"row_id (visit)","columns":{columns},"domains":{domains}}}"#
-        );
-        std::fs::write(folder.join("dataset.json"), text).unwrap();
-        let mut rng = ChaCha20Rng::seed_from_u64(1);
-        for part in ["train", "test"] {
-            std::fs::create_dir_all(folder.join(part)).unwrap();
-            for domain in ["north_1", "south_1", "east_1", "west_1"] {
-                let visits: Vec<i64> = (0..ROWS).map(|_| rng.random_range(0..40)).collect();
-                let load: Vec<Option<f64>> =
-                    (0..ROWS).map(|_| rng.random_bool(0.9).then(|| rng.random_range(-1.0..1.0))).collect();
-                let kinds: Vec<&str> = (0..ROWS).map(|_| ["a", "b", "c"][rng.random_range(0..3)]).collect();
-                let labels = visits.iter().zip(&kinds).map(|(v, kind)| {
-                    let p = if *v > 20 { 0.8 } else { 0.2 } - if *kind == "a" { 0.15 } else { 0.0 };
-                    i8::from(rng.random_bool(p))
-                });
-                let labels: Vec<i8> = labels.collect();
-                let columns: Vec<(&str, ArrayRef)> = vec![
-                    ("row_id", Arc::new(Int64Array::from_iter_values(0..ROWS as i64))),
-                    ("label", Arc::new(Int8Array::from(labels))),
-                    ("Visits", Arc::new(Int64Array::from(visits))),
-                    ("load", Arc::new(Float64Array::from(load))),
-                    ("kind", Arc::new(StringArray::from(kinds))),
-                    ("surname", Arc::new(StringArray::from_iter_values((0..ROWS).map(|i| format!("s{i}"))))),
-                ];
-                let batch = RecordBatch::try_from_iter(columns).unwrap();
-                let file = File::create(folder.join(part).join(format!("{domain}.parquet"))).unwrap();
-                let mut writer = ArrowWriter::try_new(file, batch.schema(), None).unwrap();
-                writer.write(&batch).unwrap();
-                writer.close().unwrap();
-            }
-        }
-    }
+    use crate::utility::made_up::write_set;
 
     #[test]
     fn a_folder_goes_through_the_whole_loop_and_every_step_has_a_figure() {
         let folder = tempfile::tempdir().unwrap();
-        write_set(folder.path());
+        write_set(folder.path(), &["north_1", "south_1", "east_1", "west_1"]);
         let args = Args {
             data: folder.path().to_owned(),
             epsilon: 3.0,
@@ -461,9 +419,12 @@ mod tests {
         let names = [
             "local_trees",
             "local_logistic",
+            "local_base",
             "local_trees_corpus",
+            "corpus_logistic",
             "pooled_trees",
             "pooled_logistic",
+            "pooled_base",
             "base",
             "base_mixed",
             "corpus",
@@ -472,7 +433,9 @@ mod tests {
             "best_local",
             "best_pooled",
             "newcomer_local_trees",
+            "newcomer_local_base",
             "newcomer_local_trees_corpus",
+            "newcomer_corpus_logistic",
             "newcomer_served",
         ];
         for name in names {
@@ -495,7 +458,7 @@ mod tests {
     #[test]
     fn a_restart_without_coordinator_serves_the_same() {
         let folder = tempfile::tempdir().unwrap();
-        write_set(folder.path());
+        write_set(folder.path(), &["north_1", "south_1", "east_1", "west_1"]);
         let set = Set::read(folder.path()).unwrap();
         let declared = Declared::from_rows(&set, &set.pooled(&set.domains).unwrap()).unwrap();
         let of = |domain: &String| {
@@ -515,8 +478,10 @@ mod tests {
         let (plan, _) = Plan::parse(deployment::plan_yaml(&choices).as_bytes(), "plan.yaml").unwrap();
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let federated = runtime.block_on(federation::run(root.path(), &members, &plan, 0, &|_| ())).unwrap();
-        let serving = federated.serving.first().unwrap();
+        let faults = FlowFaults::default();
+        let setting = Setting { members: &members, plan: &plan, seed: 0, faults: &faults, tell: &|_| () };
+        let federated = runtime.block_on(federation::run(root.path(), setting)).unwrap();
+        let serving = federated.ends[0].serving.as_ref().unwrap();
         let name = members[0].name();
         let blend = serving.blend().unwrap();
         assert!(blend.shares.iter().any(|share| share.settings.is_some()), "no trees are served: {blend}");
@@ -542,8 +507,6 @@ mod tests {
         let told = format!("{} {} {:?}", after.name, after.base, after.adapter);
         assert!(!told.contains("trees") && !told.contains("context"), "{told}");
     }
-
-    const ROWS: usize = 240;
 
     #[test]
     fn means_are_over_figures_that_every_domain_has() {

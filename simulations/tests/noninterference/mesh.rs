@@ -199,7 +199,7 @@ async fn start_coordinator(
         clock: Arc::new(|| NOW_MS),
         ids: Box::new(ChaCha20Rng::seed_from_u64(SEED)),
     };
-    let switches = tabmesh_coordinator::Switches { insecure_dev: true };
+    let switches = tabmesh_coordinator::Switches { insecure_dev: true, ..Default::default() };
     let answering = tokio::spawn(async move {
         tabmesh_coordinator::run(config, switches, listener, surroundings, shutdown).await.unwrap();
     });

@@ -1,7 +1,9 @@
 //! Averaging with momentum at the server: FedAvgM of Hsu, Qi, Brown 2019 (arXiv 1909.06335).
 //!
-//! [`super::FedAvg`]'s local steps and weights; the mean change enters a heavy-ball velocity. The paper finds that it
-//! helps where label shares differ between agents.
+//! [`super::FedAvg`]'s local steps and weights; the mean change enters a heavy-ball velocity, and the server takes all of the
+//! velocity as its step: v ← βv + Δ, w ← w − v. So a change is pushed 1/(1 − β) times its size in all, and where local steps
+//! are large already a smaller server rate is to be named. The paper finds that momentum helps where label shares differ
+//! between agents.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -32,8 +34,8 @@ impl FederatedStrategy for FedAvgM {
         Rule::FedSgd(FedSgd {})
     }
 
-    /// The step is what keeps the sum of all pushes of one change at its own size.
+    /// The paper's: the whole velocity.
     fn optimiser(&self) -> OptimiserSpec {
-        OptimiserSpec::Sgd { learning_rate: 1.0 - self.momentum, momentum: self.momentum }
+        OptimiserSpec::Sgd { learning_rate: 1.0, momentum: self.momentum }
     }
 }

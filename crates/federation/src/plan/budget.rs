@@ -37,7 +37,8 @@ impl PlanBudget {
         let epsilon = Epsilon::new(spec.epsilon).map_err(|error| ("privacy.epsilon", error.to_string()))?;
         let delta = Delta::new(spec.delta).map_err(|error| ("privacy.delta", error.to_string()))?;
         let total = zcdp::rho_for(epsilon, delta);
-        let release = total.share(ppm(spec.release_share), PPM);
+        let without_rounds = plan.rounds.count == 0;
+        let release = if without_rounds { total } else { total.share(ppm(spec.release_share), PPM) };
         let StageShares { one_way, label_pairs, structure, tree } = plan.release.shares;
         // What a second attempt at a sum may cost is set aside, at the price of the dearest stage.
         let retries = plan.secure_sum().map_or(0, |spec| u64::from(spec.retries));
@@ -47,11 +48,12 @@ impl PlanBudget {
         let per_stage = shares.map(|share| release.share(share, whole));
         let rounds = total.saturating_sub(release);
         let allowed = rounds.share(1, u64::from(plan.rounds.count.max(1)) + retries);
-        if allowed == Rho::ZERO || per_stage.contains(&Rho::ZERO) {
+        if (allowed == Rho::ZERO && !without_rounds) || per_stage.contains(&Rho::ZERO) {
             let message = "epsilon and delta leave nothing for some stage or round".to_owned();
             return Err(("privacy.epsilon", message));
         }
         let per_round = match plan.rounds.noise_multiplier {
+            _ if without_rounds => Rho::ZERO,
             None => allowed,
             Some(multiplier) => {
                 let field = "rounds.noise_multiplier";

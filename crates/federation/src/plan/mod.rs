@@ -103,7 +103,7 @@ pub struct PrivacySpec {
     /// δ of the whole plan, in (0, 0.001]. Default 1e-5.
     #[garde(custom(delta_in_range))]
     pub delta: f64,
-    /// Share of ρ for the statistics, in (0, 1); the rest is for the rounds. Default 0.5.
+    /// Share of ρ for the statistics, in (0, 1); the rest is for the rounds. All of it where there are none. Default 0.5.
     #[garde(custom(checks::open_unit))]
     pub release_share: f64,
     /// Who adds the noise: `local`, each agent all of it, or `secure_sum`, each agent a share, under a mask that only
@@ -236,8 +236,8 @@ impl Default for PretrainSpec {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
 #[serde(deny_unknown_fields, default)]
 pub struct RoundsSpec {
-    /// Number of rounds, 1 to 200. Default 12.
-    #[garde(range(min = 1, max = MAX_ROUNDS))]
+    /// Number of rounds, 0 to 200; without rounds the release has the whole budget. Default 12.
+    #[garde(range(max = MAX_ROUNDS))]
     pub count: u32,
     /// Seconds each round is open. Default 60.
     #[garde(custom(checks::deadline))]

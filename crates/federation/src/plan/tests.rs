@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::float_cmp, reason = "tests; exact equality is meant where it stands")]
 
+use tabmesh_privacy::budget::Rho;
+
 use super::*;
 
 const MINIMAL: &str = "kind: TabmeshPlan\nname: income\ntarget: person.income_over_50k\n";
@@ -236,7 +238,7 @@ fn limits_hold_at_one_too_many() {
         ("pretrain: {prior_replay: ", "1}", "1.1}"),
         ("pretrain: {prior_replay: ", "0}", "-0.1}"),
         ("rounds: {count: ", "200}", "201}"),
-        ("rounds: {count: ", "1}", "0}"),
+        ("rounds: {count: ", "0}", "-1}"),
         ("rounds: {clip_norm: ", "10000}", "10001}"),
         ("rounds: {clip_norm: ", "0.0001}", "0.00009}"),
         ("rounds: {clip_norm: ", "1}", ".inf}"),
@@ -312,6 +314,11 @@ fn budget_shares_never_exceed_the_whole() {
     assert!(budget.per_round.units() * 12 + 12 > budget.rounds.units());
     check("privacy: {epsilon: 0.037, delta: 1.0e-9, release_share: 0.3337}");
     check("rounds: {count: 199}");
+    // Without rounds the release has it all, whatever their figures say.
+    for text in ["rounds: {count: 0}", "rounds: {count: 0, noise_multiplier: 0.1}"] {
+        let (_, budget) = check(text);
+        assert_eq!((budget.release, budget.rounds, budget.per_round), (budget.total, Rho::ZERO, Rho::ZERO));
+    }
     let (_, tight) = check("rounds: {count: 7, noise_multiplier: 9.5}");
     let expected = 0.5 / (9.5 * 9.5);
     assert!((tight.per_round.as_f64() - expected).abs() < 1e-11);

@@ -6,6 +6,7 @@
 pub(crate) mod features;
 mod logistic;
 mod mlp;
+mod ridge;
 
 use rand_chacha::ChaCha20Rng;
 
@@ -19,8 +20,13 @@ pub(crate) trait Learner: Send + Sync {
     /// Parameters before the first round.
     fn initial(&self, rng: &mut ChaCha20Rng) -> Vec<f64>;
 
-    /// Probability of class 1.
-    fn probability(&self, parameters: &[f64], row: &[f32]) -> f64;
+    /// What predictions are made from: the parameters, unless something has to be solved first.
+    fn solved(&self, parameters: &[f64]) -> Vec<f64> {
+        parameters.to_vec()
+    }
+
+    /// Probability of class 1, from what [`Self::solved`] gave.
+    fn probability(&self, solved: &[f64], row: &[f32]) -> f64;
 
     /// Adds the gradient of the row's log loss to `into`, which has [`Self::dimension`] values.
     fn add_gradient(&self, parameters: &[f64], row: &[f32], label: u8, into: &mut [f64]);
@@ -30,6 +36,7 @@ pub(crate) trait Learner: Send + Sync {
 pub(crate) fn learner(spec: ModelSpec, width: usize) -> Box<dyn Learner> {
     match spec {
         ModelSpec::Logistic => Box::new(logistic::Logistic { width }),
+        ModelSpec::Ridge => Box::new(ridge::Ridge { width }),
         ModelSpec::Mlp { hidden } => Box::new(mlp::Mlp { width, hidden: hidden as usize }),
     }
 }

@@ -11,13 +11,19 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 
-use super::compare::Loaded;
+use super::compare::{DRAWS, Loaded};
 use super::document::Scenario;
 use super::results::{Manifest, Row, write};
+use super::targets::{Judgement, judge};
 
 /// The page of a run.
-pub(crate) fn html(scenario: &Scenario, manifest: &Manifest, rows: &[Row]) -> String {
-    page::page(scenario, manifest, rows)
+pub(crate) fn html(
+    scenario: &Scenario,
+    manifest: &Manifest,
+    rows: &[Row],
+    judgement: Option<&Judgement>,
+) -> String {
+    page::page(scenario, manifest, rows, judgement)
 }
 
 /// How a report is drawn from folders.
@@ -30,7 +36,7 @@ pub struct ReportArgs {
     pub out: Option<PathBuf>,
 }
 
-/// Draws a report from one run or the parts of one; gives its path.
+/// Draws a report from one run or the parts of one, with `summary.csv` beside it; gives its path.
 ///
 /// # Errors
 /// A folder that isn't a run's, parts of different runs, or a page that can't be written.
@@ -43,6 +49,12 @@ pub fn report(args: &ReportArgs) -> Result<PathBuf> {
             Path::new(&args.runs).join("report.html")
         }
     };
-    write(&out, html(&loaded.scenario, &loaded.manifest, &loaded.rows).as_bytes())?;
+    let judgement = match &loaded.scenario.targets {
+        Some(_) => Some(judge(&loaded, DRAWS)?),
+        None => None,
+    };
+    let page = html(&loaded.scenario, &loaded.manifest, &loaded.rows, judgement.as_ref());
+    write(&out, page.as_bytes())?;
+    write(&out.with_file_name("summary.csv"), summary::csv(&loaded.rows).as_bytes())?;
     Ok(out)
 }

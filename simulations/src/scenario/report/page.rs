@@ -5,12 +5,18 @@ use std::fmt::Write;
 
 use super::super::document::Scenario;
 use super::super::results::{Manifest, Row};
-use super::super::run::{MODEL, RIVALS};
+use super::super::run::{DUPLICATES, MODEL, RIVALS};
+use super::super::targets::{Judgement, Verdict};
 use super::plot::{Axes, Series, bars, escape, lines, number, reliability, scatter};
 use super::summary::{Method, domains, last, mean, methods, sets};
 
 /// Draws the page of a run's rows.
-pub(super) fn page(scenario: &Scenario, manifest: &Manifest, rows: &[Row]) -> String {
+pub(super) fn page(
+    scenario: &Scenario,
+    manifest: &Manifest,
+    rows: &[Row],
+    judgement: Option<&Judgement>,
+) -> String {
     let mut html = String::new();
     let name = escape(&scenario.name);
     let _ = write!(
@@ -21,6 +27,10 @@ pub(super) fn page(scenario: &Scenario, manifest: &Manifest, rows: &[Row]) -> St
         facts(manifest)
     );
     let last = last(rows);
+    if let Some(judgement) = judgement {
+        aims(&mut html, judgement);
+    }
+    duplicates(&mut html, &last);
     table(&mut html, &last);
     newcomers(&mut html, &last);
     curves(&mut html, rows);
@@ -59,7 +69,84 @@ fn facts(manifest: &Manifest) -> String {
         "{}, {seeds}, program {}. Noise is drawn from the seed: reproducible, not private.{part}",
         names.join(", "),
         escape(&manifest.program)
-    )
+    ) + &manifest.commit.as_ref().map_or_else(String::new, |c| format!(" Work tree at {}.", escape(c)))
+        + if manifest.real { " Flows ran as processes." } else { "" }
+}
+
+/// What was aimed at, and what came of it.
+fn aims(html: &mut String, judgement: &Judgement) {
+    for (counts, heading) in [(true, "Targets"), (false, "The same figures over the other sets")] {
+        let verdicts: Vec<&Verdict> = judgement.verdicts.iter().filter(|v| v.counts == counts).collect();
+        if !counts && verdicts.iter().all(|verdict| verdict.value.is_none()) {
+            continue;
+        }
+        let _ = write!(
+            html,
+            "<section><h2>{heading}</h2><p>Value with its 95 % interval from a paired bootstrap over sets, domains, seeds and, where answers were kept, test entities.</p><div class=\"wide\"><table><thead><tr><th>figure</th><th>aim</th><th>value</th><th>interval</th><th></th><th>sets / domains / entities</th></tr></thead><tbody>"
+        );
+        for v in verdicts {
+            let figure = |value: Option<f64>| value.map_or_else(|| "–".to_owned(), |v| format!("{v:.4}"));
+            let _ = write!(
+                html,
+                "<tr><th>{}: {}</th><td>{}</td><td>{}</td><td>{} to {}</td><td>{}</td><td>{} / {} / {}</td></tr>",
+                escape(&v.flow),
+                escape(&v.what),
+                escape(&v.aim),
+                figure(v.value),
+                figure(v.low),
+                figure(v.high),
+                v.word(),
+                v.sets.len(),
+                v.domains,
+                v.entities
+            );
+        }
+        html.push_str("</tbody></table></div><ul>");
+        for own in judgement.own_trees.iter().filter(|own| own.counts == counts) {
+            let _ = write!(
+                html,
+                "<li>{}: of {} domains {:.0} % end on their own trees alone, {:.0} % on trees alone.</li>",
+                escape(&own.flow),
+                own.domains,
+                100.0 * own.own_rows_alone,
+                100.0 * own.no_model
+            );
+        }
+        html.push_str("</ul></section>");
+    }
+}
+
+/// Test rows that stand among training rows.
+fn duplicates(html: &mut String, last: &[&Row]) {
+    let own: Vec<&Row> =
+        last.iter().copied().filter(|row| row.arm == DUPLICATES && row.domain == "*").collect();
+    if own.is_empty() {
+        return;
+    }
+    let figures = [
+        ("test_rows", "test rows"),
+        ("among_own_training_rows", "among own training rows"),
+        ("among_own_training_rows_with_its_label", "with the same label"),
+        ("among_all_training_rows", "among all training rows"),
+        ("entities_in_training_too", "entities in both"),
+    ];
+    html.push_str("<section><h2>Duplicates</h2><p>Test rows whose features all equal those of a training row, and entities on both sides of the split.</p><div class=\"wide\"><table><thead><tr><th>set</th>");
+    figures.iter().for_each(|(_, shown)| html.push_str(&format!("<th>{shown}</th>")));
+    html.push_str("</tr></thead><tbody>");
+    for set in sets(own.iter().copied()) {
+        let _ = write!(html, "<tr><th>{}</th>", escape(set));
+        for (metric, _) in figures {
+            let found = own.iter().find(|row| row.set == set && row.metric == metric).map(|row| row.value);
+            let shown = match found {
+                None => "–".to_owned(),
+                Some(value) if metric == "test_rows" => format!("{value:.0}"),
+                Some(value) => format!("{:.2} %", 100.0 * value),
+            };
+            let _ = write!(html, "<td>{shown}</td>");
+        }
+        html.push_str("</tr>");
+    }
+    html.push_str("</tbody></table></div></section>");
 }
 
 /// One line a method: means over domains and sets, with standard errors over seeds.
@@ -76,7 +163,7 @@ fn table(html: &mut String, last: &[&Row]) {
     if present.is_empty() {
         return;
     }
-    html.push_str("<section><h2>Test figures</h2><p>Plain means over the domains with at least ten test rows of each class, then over sets and seeds; ± is one standard error over seeds. A calibrated slope is 1, a calibrated intercept 0.</p><div class=\"wide\"><table><thead><tr><th>method</th>");
+    html.push_str("<section><h2>Test figures</h2><p>Plain means over the domains with at least ten test rows of each class, then over sets and seeds; ± is one standard error over seeds. A calibrated slope is 1, a calibrated intercept 0.</p><div class=\"wide\"><table><thead><tr><th>method</th><th>noise</th>");
     for (_, shown) in &present {
         let _ = write!(html, "<th>{shown}</th>");
     }
@@ -87,7 +174,8 @@ fn table(html: &mut String, last: &[&Row]) {
         if present.iter().all(|(metric, _)| mean(rows(), metric).is_none()) {
             continue;
         }
-        let _ = write!(html, "<tr><th>{}</th>", escape(&method.shown()));
+        let noise = rows().next().map_or("", |row| row.noise.shown());
+        let _ = write!(html, "<tr><th>{}</th><td>{noise}</td>", escape(&method.shown()));
         for (metric, _) in &present {
             html.push_str("<td>");
             if let Some(found) = mean(rows(), metric) {
@@ -328,8 +416,8 @@ fn calibration(html: &mut String, last: &[&Row]) {
 
 /// What domains chose to serve.
 fn blends(html: &mut String, last: &[&Row]) {
-    let weights: Vec<&Row> =
-        last.iter().copied().filter(|row| row.metric.starts_with("weight of ")).collect();
+    let own = last.iter().copied().filter(|row| row.rows.is_none());
+    let weights: Vec<&Row> = own.filter(|row| row.metric.starts_with("weight of ")).collect();
     if weights.is_empty() {
         return;
     }
@@ -363,6 +451,7 @@ fn rounds(html: &mut String, rows: &[Row]) {
         ("updates_dropped", "dropped"),
         ("updates_late", "late or stale"),
         ("updates_screened", "screened out"),
+        ("updates_over_budget", "over budget"),
         ("rounds_abandoned", "rounds abandoned"),
     ];
     let arms = methods(rows.iter().filter(|row| row.metric == "updates_accepted"));

@@ -29,6 +29,7 @@ fn domains(n: usize, rows: usize) -> Vec<VirtualDomain> {
                 train: table(shift),
                 units: (0..rows).map(|row| vec![row]).collect(),
                 test: table(shift),
+                entities: Arc::default(),
             }
         })
         .collect()
@@ -65,6 +66,7 @@ fn ran_on(text: &str, domains: &[VirtualDomain], seed: u64) -> Ran {
             dropped: sums.dropped + c.dropped,
             late: sums.late + c.late,
             screened: sums.screened + c.screened,
+            exhausted: sums.exhausted + c.exhausted,
             abandoned: sums.abandoned + c.abandoned,
             epsilon: c.epsilon,
         };
@@ -183,6 +185,7 @@ fn shared_noise_is_smaller_by_the_number_of_agents() {
             train: Rows::new(width, vec![0.0; 4 * width], vec![0, 1, 0, 1]),
             units: (0..4).map(|row| vec![row]).collect(),
             test: Rows::new(width, vec![0.0; width], vec![1]),
+            entities: Arc::default(),
         })
         .collect();
     let power = |placement: &str| {
@@ -218,7 +221,7 @@ fn a_streamed_round_equals_a_collected_one() {
         let spec = spec(text);
         let world = || World::new(&spec, &domains, 5, PlanDigest::of(b"p")).unwrap();
         let (mut one, mut other) = (world(), world());
-        let asked = one.draw();
+        let asked = one.draw(0);
         let (mean, took_part) = one.collected(0, &asked).unwrap().unwrap();
         let (streamed, streamed_part) = other.streamed(0, &asked).unwrap().unwrap();
         assert_eq!((took_part, streamed_part), (12, 12));
@@ -238,6 +241,25 @@ fn a_cohort_beyond_what_is_held_streams_or_refuses() {
     let refused = run(&spec, &many, 1, PlanDigest::of(b"p"), &mut |_| Ok(())).unwrap_err();
     let text = format!("{refused:#}");
     assert!(text.contains("1025 domains are asked") && text.contains("median"), "{text}");
+}
+
+/// Half of the budget is that of five rounds of ten; who has no more is missing afterwards, and nothing is overspent.
+#[test]
+fn budgets_run_out_and_the_others_go_on() {
+    let text = "strategy: {kind: fedsgd}, rounds: 10, privacy: {epsilon: 3, unit: row, placement: local}, \
+                faults: {exhausted: {share: 0.3, granted: 0.5}}";
+    let ran = ran(text);
+    let Counts { accepted, exhausted, abandoned, epsilon, .. } = ran.counts;
+    assert_eq!((accepted, exhausted, abandoned), (100 - 15, 15, 0));
+    assert!(epsilon.unwrap() <= 3.0, "{epsilon:?}");
+}
+
+#[test]
+fn domains_that_come_and_go_are_asked_while_they_are_there() {
+    let ran = ran("strategy: {kind: fedavg}, rounds: 10, faults: {late: 0.3, leaving: 0.2}");
+    // Five rounds without three, five without two.
+    assert_eq!(ran.counts.accepted, 5 * 7 + 5 * 8);
+    assert!(ran.auc > 0.8, "{}", ran.auc);
 }
 
 #[test]

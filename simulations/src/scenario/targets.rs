@@ -1,0 +1,665 @@
+//! What a scenario aims at, and whether a run met it: each aim's value with its 95 % interval, met or missed.
+//!
+//! An aim counts on the sets that the scenario names for it, which had no part in any choice; the same figure over the
+//! other sets is shown beside it. Intervals are those of the paired bootstrap (see [`super::bootstrap`]). The best
+//! rival of a set is the one with the highest mean there, and stays it in every draw.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use comfy_table::{CellAlignment, Table, presets};
+use rand::SeedableRng;
+use rand_chacha::ChaCha20Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::bootstrap::{Figures, Forest, Interval, SetMeans};
+use super::compare::{BOOTSTRAP_SEED, DRAWS, Loaded, MethodKey, difference};
+use super::document::{Faulty, Scenario};
+use super::report::summary::last;
+use super::results::Row;
+use super::run::RIVALS;
+
+/// What a scenario aims at.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Targets {
+    /// Sets that aims count on; they shaped nothing. Default: all.
+    #[serde(default)]
+    pub sets: Vec<String>,
+    /// The aims, at most 64.
+    pub aims: Vec<Aim>,
+}
+
+/// One aim; met when the end of the interval passes it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Aim {
+    /// Of the AUC between the best local and the best pooled rival, the part that what is served gains: the sum of gains over
+    /// sets divided by the sum of gaps.
+    GapClosed {
+        /// The flow.
+        flow: String,
+        /// Least part, in (0, 1].
+        least: f64,
+    },
+    /// What is served is no worse in AUC than the best local rival by more than a margin, and better on the mean.
+    NonInferior {
+        /// The flow.
+        flow: String,
+        /// The margin, in (0, 1].
+        margin: f64,
+    },
+    /// What is served to newcomers gains AUC over trees on their own rows and over the best rival.
+    Newcomers {
+        /// The flow.
+        flow: String,
+        /// Number of own rows, one of the scenario's.
+        rows: u32,
+        /// Least gain over trees on own rows, in [0, 1].
+        over_trees: f64,
+        /// Least gain over the best rival, in [0, 1].
+        over_best: f64,
+    },
+    /// The slope of labels' logit on the served logit, mean over domains, stays between two figures.
+    Calibrated {
+        /// The flow.
+        flow: String,
+        /// Least slope.
+        low: f64,
+        /// Largest slope, above `low`.
+        high: f64,
+    },
+}
+
+impl Aim {
+    fn flow(&self) -> &str {
+        match self {
+            Self::GapClosed { flow, .. }
+            | Self::NonInferior { flow, .. }
+            | Self::Newcomers { flow, .. }
+            | Self::Calibrated { flow, .. } => flow,
+        }
+    }
+}
+
+impl Targets {
+    pub(super) fn faults(&self, scenario: &Scenario, found: &mut Faulty) {
+        let known = &scenario.data.sets;
+        for (i, set) in self.sets.iter().enumerate() {
+            if !known.contains(set) {
+                found.say(&format!("targets.sets[{i}]"), &format!("{set} is none of data.sets"));
+            }
+        }
+        if self.aims.is_empty() || self.aims.len() > MOST_AIMS {
+            found.say("targets.aims", &format!("must be 1 to {MOST_AIMS} aims"));
+        }
+        for (i, aim) in self.aims.iter().enumerate() {
+            let at = |key: &str| format!("targets.aims[{i}].{key}");
+            if !scenario.flows.iter().any(|flow| flow.name == aim.flow()) {
+                found.say(&at("flow"), &format!("{} is none of the flows", aim.flow()));
+            }
+            match aim {
+                Aim::GapClosed { least, .. } => found.above(&at("least"), *least, 0.0, 1.0),
+                Aim::NonInferior { margin, .. } => found.above(&at("margin"), *margin, 0.0, 1.0),
+                Aim::Newcomers { rows, over_trees, over_best, .. } => {
+                    found.within(&at("over_trees"), *over_trees, 0.0, 1.0);
+                    found.within(&at("over_best"), *over_best, 0.0, 1.0);
+                    if !scenario.newcomers.as_ref().is_some_and(|n| n.rows.contains(rows)) {
+                        found.say(&at("rows"), &format!("no newcomer is scored with {rows} rows"));
+                    }
+                }
+                Aim::Calibrated { low, high, .. } => {
+                    if !(low.is_finite() && high.is_finite() && low < high) {
+                        found.say(&at("low"), &format!("must be below high, got {low} and {high}"));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// How a run's targets are judged from the command line.
+#[derive(Debug, Clone, clap::Args)]
+pub struct TargetsArgs {
+    /// A run's folder, a folder of its parts, or several separated by commas.
+    pub runs: String,
+    /// Draws of the bootstrap.
+    #[arg(long, default_value_t = DRAWS, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
+    pub draws: u32,
+    /// File to which the verdicts are written as JSON too.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+}
+
+/// What came of a run's targets.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Judgement {
+    /// Commit of the work tree that the scenario lay in.
+    pub commit: Option<String>,
+    /// One for each aim and kind of sets.
+    pub verdicts: Vec<Verdict>,
+    /// Where domains end on their own trees.
+    pub own_trees: Vec<OwnTrees>,
+}
+
+/// One aim over some sets.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Verdict {
+    /// Its flow.
+    pub flow: String,
+    /// What is measured, in words.
+    pub what: String,
+    /// What is aimed at, in words.
+    pub aim: String,
+    /// Whether these are the sets that count.
+    pub counts: bool,
+    /// The sets that have figures.
+    pub sets: Vec<String>,
+    /// The figure and its interval; none if the run has no figures for it yet.
+    pub value: Option<f64>,
+    /// Lower end of the 95 % interval.
+    pub low: Option<f64>,
+    /// Upper end.
+    pub high: Option<f64>,
+    /// Whether the end of the interval passes.
+    pub met: bool,
+    /// Domains.
+    pub domains: usize,
+    /// Test entities that were drawn; 0 where no answers were kept.
+    pub entities: usize,
+    /// The rivals held against, by set.
+    pub against: BTreeMap<String, String>,
+}
+
+/// Domains of a flow that serve their own trees and nothing else.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct OwnTrees {
+    /// The flow.
+    pub flow: String,
+    /// Whether these are the sets that count.
+    pub counts: bool,
+    /// Domains under a seed that serve something.
+    pub domains: usize,
+    /// Share of them that serve trees on own rows alone.
+    pub own_rows_alone: f64,
+    /// Share in which no model has any weight: trees on own rows, or on own and corpus rows.
+    pub no_model: f64,
+    /// Mean weight of trees on own rows.
+    pub weight_of_own_trees: f64,
+    /// Mean weight of trees on own and corpus rows.
+    pub weight_of_trees_and_corpus: f64,
+    /// Mean weight of all variants of the model together.
+    pub weight_of_model: f64,
+}
+
+/// Judges the targets of a run.
+///
+/// # Errors
+/// The scenario has none, or a run that can't be read.
+pub fn targets(args: &TargetsArgs) -> Result<Judgement> {
+    let loaded = Loaded::read(&args.runs)?;
+    ensure!(loaded.scenario.targets.is_some(), "the scenario of {} has no targets", args.runs);
+    let judgement = judge(&loaded, args.draws)?;
+    if let Some(out) = &args.out {
+        super::results::write(out, &serde_json::to_vec_pretty(&judgement)?)?;
+    }
+    Ok(judgement)
+}
+
+/// Judges what has been run so far.
+///
+/// # Errors
+/// Answers that can't be read.
+pub(crate) fn judge(loaded: &Loaded, draws: u32) -> Result<Judgement> {
+    let (mut verdicts, mut own) = (Vec::new(), Vec::new());
+    if let Some(targets) = &loaded.scenario.targets {
+        let needed: BTreeSet<&str> = targets.aims.iter().map(Aim::flow).chain([RIVALS]).collect();
+        let wanted = |key: &MethodKey| needed.contains(key.0.as_str());
+        let auc = loaded.figures("auc", &wanted)?;
+        let slope = loaded.figures("calibration_slope", &wanted)?;
+        let all_count = targets.sets.is_empty();
+        for counts in [true, false] {
+            let named = |set: &str| all_count || targets.sets.iter().any(|known| known == set);
+            let within = |set: &str| named(set) == counts;
+            let sides =
+                Sides { auc: narrowed(&auc, &within), slope: narrowed(&slope, &within), draws, counts };
+            for aim in &targets.aims {
+                verdicts.extend(sides.verdicts(aim));
+            }
+            let flows: BTreeSet<&str> = loaded.scenario.flows.iter().map(|flow| flow.name.as_str()).collect();
+            own.extend(flows.into_iter().filter_map(|flow| own_trees(&loaded.rows, flow, counts, &within)));
+        }
+    }
+    Ok(Judgement { commit: loaded.manifest.commit.clone(), verdicts, own_trees: own })
+}
+
+type ByMethod = BTreeMap<MethodKey, Figures>;
+
+/// The figures of some sets alone.
+fn narrowed(all: &ByMethod, within: &dyn Fn(&str) -> bool) -> ByMethod {
+    let mut kept = ByMethod::new();
+    for (key, figures) in all {
+        let values = figures.values.iter().filter(|(place, _)| within(&place.0));
+        let answers = figures.answers.iter().filter(|(place, _)| within(&place.0));
+        let figures = Figures {
+            values: values.map(|(place, value)| (place.clone(), *value)).collect(),
+            answers: answers.map(|(place, all)| (place.clone(), all.clone())).collect(),
+        };
+        if !figures.values.is_empty() {
+            kept.insert(key.clone(), figures);
+        }
+    }
+    kept
+}
+
+/// Figures over sets that count, or over the others.
+struct Sides {
+    auc: ByMethod,
+    slope: ByMethod,
+    draws: u32,
+    counts: bool,
+}
+
+impl Sides {
+    fn verdicts(&self, aim: &Aim) -> Vec<Verdict> {
+        match aim {
+            Aim::GapClosed { flow, least } => {
+                let served = self.of(flow, "served", None);
+                let (locals, pooled) = (self.rivals(&LOCAL), self.rivals(&POOLED));
+                let bounds = [&locals, &pooled];
+                let found = self.held(served, &bounds, |sets, best| {
+                    let (mut gains, mut gaps) = (0.0, 0.0);
+                    for (at, means) in sets {
+                        let best = best.get(at)?;
+                        gains += means[0] - means[best[0]];
+                        gaps += means[best[1]] - means[best[0]];
+                    }
+                    (gaps > 0.0).then(|| gains / gaps)
+                });
+                let (what, text) = ("part of the gap closed", format!("at least {least}"));
+                vec![self.verdict(flow, what.to_owned(), text, found, |i| i.low >= *least)]
+            }
+            Aim::NonInferior { flow, margin } => {
+                let served = self.of(flow, "served", None);
+                let locals = self.rivals(&LOCAL);
+                let found = self.held(served, &[&locals], gain);
+                let what = "gain over the best local rival, AUC".to_owned();
+                let text = format!("interval above -{margin}, mean above 0");
+                vec![self.verdict(flow, what, text, found, |i| i.low > -margin && i.value > 0.0)]
+            }
+            Aim::Newcomers { flow, rows, over_trees, over_best } => {
+                let served = || self.of(flow, "served", Some(*rows));
+                let of = |names: &[&str]| -> Vec<(String, &Figures)> {
+                    names.iter().filter_map(|name| self.of(flow, name, Some(*rows))).collect()
+                };
+                let (trees, all) = (of(&["local_trees"]), of(&NEWCOMER_RIVALS));
+                let over = |rivals: &Vec<(String, &Figures)>| self.held(served(), &[rivals], gain);
+                let words = |than: &str| format!("newcomers with {rows} rows: gain over {than}, AUC");
+                let at_least = |least: f64| format!("at least {least}");
+                let (trees, all) = (over(&trees), over(&all));
+                vec![
+                    self.verdict(flow, words("own trees"), at_least(*over_trees), trees, |i| {
+                        i.low >= *over_trees
+                    }),
+                    self.verdict(flow, words("the best rival"), at_least(*over_best), all, |i| {
+                        i.low >= *over_best
+                    }),
+                ]
+            }
+            Aim::Calibrated { flow, low, high } => {
+                let key = (flow.clone(), "served".to_owned(), None);
+                let served = self.slope.get(&key).map(|figures| (flow.clone(), figures));
+                let found = self.held(served, &[], |sets, _| {
+                    let sum: f64 = sets.iter().map(|(_, means)| means[0]).sum();
+                    (!sets.is_empty()).then(|| sum / sets.len() as f64)
+                });
+                let text = format!("interval within {low} to {high}");
+                let fits = |i: Interval| i.low >= *low && i.high <= *high;
+                vec![self.verdict(flow, "calibration slope".to_owned(), text, found, fits)]
+            }
+        }
+    }
+
+    fn of(&self, arm: &str, method: &str, rows: Option<u32>) -> Option<(String, &Figures)> {
+        let key = (arm.to_owned(), method.to_owned(), rows);
+        Some((method.to_owned(), self.auc.get(&key)?))
+    }
+
+    fn rivals(&self, names: &[&str]) -> Vec<(String, &Figures)> {
+        names.iter().filter_map(|name| self.of(RIVALS, name, None)).collect()
+    }
+
+    /// What is served, held against the best of each group of rivals; none without figures of each.
+    fn held(
+        &self,
+        served: Option<(String, &Figures)>,
+        groups: &[&Vec<(String, &Figures)>],
+        statistic: impl Fn(&[SetMeans], &BTreeMap<usize, Vec<usize>>) -> Option<f64>,
+    ) -> Option<Found> {
+        let (_, served) = served?;
+        if groups.iter().any(|group| group.is_empty()) {
+            return None;
+        }
+        let mut methods = vec![served];
+        methods.extend(groups.iter().flat_map(|group| group.iter().map(|(_, figures)| *figures)));
+        let metric = if groups.is_empty() { "calibration_slope" } else { "auc" };
+        let forest = Forest::new(metric, &methods);
+        if forest.is_empty() {
+            return None;
+        }
+        // The best of each group in each set, by its place among the methods.
+        let mut best: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        let mut against = BTreeMap::new();
+        for (set, means) in forest.means() {
+            let mut first = 1;
+            let mut names = Vec::new();
+            for group in groups {
+                let places = first..first + group.len();
+                let top = places.max_by(|a, b| means[*a].total_cmp(&means[*b])).unwrap_or(first);
+                best.entry(set).or_default().push(top);
+                names.push(group[top - first].0.clone());
+                first += group.len();
+            }
+            if !names.is_empty() {
+                against.insert(forest.name(set).to_owned(), names.join(", "));
+            }
+        }
+        let mut rng = ChaCha20Rng::seed_from_u64(BOOTSTRAP_SEED);
+        let interval = forest.interval(self.draws, &mut rng, &|sets| statistic(sets, &best))?;
+        let sizes = forest.sizes();
+        let sets = (0..sizes.sets).map(|set| forest.name(set).to_owned()).collect();
+        Some(Found { interval, sets, against, domains: sizes.domains, entities: sizes.entities })
+    }
+
+    fn verdict(
+        &self,
+        flow: &str,
+        what: String,
+        aim: String,
+        found: Option<Found>,
+        met: impl Fn(Interval) -> bool,
+    ) -> Verdict {
+        let interval = found.as_ref().map(|found| found.interval);
+        let (sets, against, domains, entities) = match found {
+            Some(Found { sets, against, domains, entities, .. }) => (sets, against, domains, entities),
+            None => Default::default(),
+        };
+        Verdict {
+            flow: flow.to_owned(),
+            what,
+            aim,
+            counts: self.counts,
+            sets,
+            value: interval.map(|i| i.value),
+            low: interval.map(|i| i.low),
+            high: interval.map(|i| i.high),
+            met: interval.is_some_and(met),
+            domains,
+            entities,
+            against,
+        }
+    }
+}
+
+struct Found {
+    interval: Interval,
+    sets: Vec<String>,
+    against: BTreeMap<String, String>,
+    domains: usize,
+    entities: usize,
+}
+
+/// Mean over sets of what is served less the best of the first group.
+fn gain(sets: &[SetMeans], best: &BTreeMap<usize, Vec<usize>>) -> Option<f64> {
+    let pairs: Option<Vec<SetMeans>> =
+        sets.iter().map(|(at, means)| Some((*at, vec![means[best.get(at)?[0]], means[0]]))).collect();
+    difference(&pairs?, 0, 1)
+}
+
+/// How often and with what weight domains of a flow serve their own trees; none if none serves anything.
+fn own_trees(rows: &[Row], flow: &str, counts: bool, within: &dyn Fn(&str) -> bool) -> Option<OwnTrees> {
+    // Weights of own trees, of trees with the corpus, of everything else.
+    let mut blends: BTreeMap<(&str, &str, u64), [f64; 3]> = BTreeMap::new();
+    for row in last(rows) {
+        let Some(member) = row.metric.strip_prefix("weight of ") else { continue };
+        if row.arm != flow || row.rows.is_some() || !row.counted || !within(&row.set) {
+            continue;
+        }
+        let place = match member {
+            "trees on own rows" => 0,
+            "trees on own and corpus rows" => 1,
+            _ => 2,
+        };
+        blends.entry((&row.set, &row.domain, row.seed)).or_default()[place] += row.value;
+    }
+    let n = blends.len() as f64;
+    let share = |is: &dyn Fn(&[f64; 3]) -> bool| blends.values().filter(|b| is(b)).count() as f64 / n;
+    let mean = |place: usize| blends.values().map(|blend| blend[place]).sum::<f64>() / n;
+    (!blends.is_empty()).then(|| OwnTrees {
+        flow: flow.to_owned(),
+        counts,
+        domains: blends.len(),
+        own_rows_alone: share(&|blend| blend[1] + blend[2] <= f64::EPSILON),
+        no_model: share(&|blend| blend[2] <= f64::EPSILON),
+        weight_of_own_trees: mean(0),
+        weight_of_trees_and_corpus: mean(1),
+        weight_of_model: mean(2),
+    })
+}
+
+/// The judgement as tables.
+#[must_use]
+pub fn table(judgement: &Judgement) -> String {
+    let mut text = String::new();
+    if let Some(commit) = &judgement.commit {
+        text.push_str(&format!("work tree at {commit}\n"));
+    }
+    for (counts, heading) in [(true, "sets that count"), (false, "other sets, for comparison")] {
+        let verdicts: Vec<&Verdict> = judgement.verdicts.iter().filter(|v| v.counts == counts).collect();
+        if !counts && verdicts.iter().all(|verdict| verdict.value.is_none()) {
+            continue;
+        }
+        let mut table = Table::new();
+        table.load_style(presets::ASCII_MARKDOWN);
+        table.set_header([heading, "aim", "value", "95 % interval", "", "sets/domains/entities"]);
+        for v in verdicts {
+            let interval = match (v.low, v.high) {
+                (Some(low), Some(high)) => format!("{low:.4} to {high:.4}"),
+                _ => "-".to_owned(),
+            };
+            table.add_row([
+                format!("{}: {}", v.flow, v.what),
+                v.aim.clone(),
+                v.value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}")),
+                interval,
+                v.word().to_owned(),
+                format!("{}/{}/{}", v.sets.len(), v.domains, v.entities),
+            ]);
+        }
+        for column in table.column_iter_mut().skip(2) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        text.push_str(&format!("{table}\n"));
+    }
+    for own in &judgement.own_trees {
+        text.push_str(&format!(
+            "{} ({}): of {} domains {:.0} % end on their own trees alone, {:.0} % on trees alone; mean weights: own trees \
+             {:.3}, trees with the corpus {:.3}, the model {:.3}\n",
+            own.flow,
+            if own.counts { "sets that count" } else { "other sets" },
+            own.domains,
+            100.0 * own.own_rows_alone,
+            100.0 * own.no_model,
+            own.weight_of_own_trees,
+            own.weight_of_trees_and_corpus,
+            own.weight_of_model
+        ));
+    }
+    text
+}
+
+impl Verdict {
+    /// `met`, `missed`, or that there is nothing to judge.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match (self.value, self.met) {
+            (None, _) => "no figures",
+            (_, true) => "met",
+            (_, false) => "missed",
+        }
+    }
+}
+
+/// Rivals that use a domain's own rows alone.
+const LOCAL: [&str; 3] = ["local_trees", "local_logistic", "local_base"];
+/// Rivals that pool real rows, as nobody may.
+const POOLED: [&str; 3] = ["pooled_trees", "pooled_logistic", "pooled_base"];
+/// What a newcomer could serve without a model: local ones, and simple ones that read the release.
+const NEWCOMER_RIVALS: [&str; 5] =
+    ["local_trees", "local_logistic", "local_base", "local_trees_corpus", "corpus_logistic"];
+/// Most aims of a scenario.
+const MOST_AIMS: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::super::results::{FORMAT, Manifest, Noise, RunFolder, Shard};
+    use super::*;
+    use tabmesh_federation::id::Digest;
+
+    const TEXT: &str = "kind: TabmeshScenario
+name: t
+seeds: 2
+data: {folder: x, sets: [a, b, c]}
+newcomers: {rows: [64], draws: 1}
+rivals: [local_trees, local_logistic, pooled_trees]
+flows: [{name: ours}]
+targets:
+  sets: [a, b]
+  aims:
+    - {kind: gap_closed, flow: ours, least: 0.4}
+    - {kind: non_inferior, flow: ours, margin: 0.01}
+    - {kind: newcomers, flow: ours, rows: 64, over_trees: 0.08, over_best: 0.03}
+    - {kind: calibrated, flow: ours, low: 0.8, high: 1.2}
+";
+
+    fn row(set: &str, seed: u64, arm: &str, method: &str, metric: &str, value: f64) -> Row {
+        Row {
+            set: set.into(),
+            seed,
+            arm: arm.into(),
+            method: method.into(),
+            round: None,
+            domain: format!("{set}_d"),
+            rows: None,
+            counted: true,
+            noise: Noise::None,
+            metric: metric.into(),
+            value,
+        }
+    }
+
+    fn judged(rows: &[Row]) -> Judgement {
+        let root = tempfile::tempdir().unwrap();
+        let manifest = Manifest {
+            format: FORMAT,
+            scenario: "t".into(),
+            scenario_digest: Digest::of(TEXT.as_bytes()),
+            program: "1".into(),
+            base_model: Digest::of(b"base"),
+            seeds: 2,
+            sets: Vec::new(),
+            tasks: 1,
+            shard: Shard::WHOLE,
+            commit: Some("abc".into()),
+            real: false,
+        };
+        let folder = RunFolder::open(root.path(), TEXT, &manifest).unwrap();
+        folder.store("all", rows).unwrap();
+        judge(&Loaded::read(&root.path().display().to_string()).unwrap(), 200).unwrap()
+    }
+
+    fn rows() -> Vec<Row> {
+        let mut rows = Vec::new();
+        for seed in 0..2 {
+            // Local .7 and .72, pooled .9 and .8, served .8 and .74: (.1 + .02) / (.2 + .08) by hand.
+            for (set, local, logistic, pooled, served) in
+                [("a", 0.7, 0.6, 0.9, 0.8), ("b", 0.5, 0.72, 0.8, 0.74), ("c", 0.5, 0.5, 0.9, 0.5)]
+            {
+                rows.push(row(set, seed, "rivals", "local_trees", "auc", local));
+                rows.push(row(set, seed, "rivals", "local_logistic", "auc", logistic));
+                rows.push(row(set, seed, "rivals", "pooled_trees", "auc", pooled));
+                rows.push(row(set, seed, "ours", "served", "auc", served));
+                rows.push(row(set, seed, "ours", "served", "calibration_slope", 1.1));
+                for (method, value) in [("local_trees", 0.6), ("local_trees_corpus", 0.66), ("served", 0.7)] {
+                    let one = row(set, seed, "ours", method, "auc", value);
+                    rows.push(Row { rows: Some(64), ..one });
+                }
+            }
+            rows.push(row("a", seed, "ours", "served", "weight of trees on own rows", 1.0));
+            rows.push(row("b", seed, "ours", "served", "weight of trees on own rows", 0.25));
+            rows.push(row("b", seed, "ours", "served", "weight of tuned, mixed context, adapter", 0.75));
+        }
+        rows
+    }
+
+    #[test]
+    fn every_aim_is_judged_on_the_sets_that_count_and_shown_for_the_others() {
+        let judged = judged(&rows());
+        let of = |what: &str, counts: bool| {
+            let mut found = judged.verdicts.iter().filter(|v| v.counts == counts && v.what.contains(what));
+            found.next().unwrap().clone()
+        };
+        let gap = of("gap", true);
+        assert!((gap.value.unwrap() - 0.12 / 0.28).abs() < 1e-9, "{gap:?}");
+        // A draw of set b twice closes .02 of .08.
+        assert!((gap.low.unwrap() - 0.25).abs() < 1e-9 && !gap.met, "{gap:?}");
+        assert_eq!(gap.against["a"], "local_trees, pooled_trees");
+        assert_eq!(gap.against["b"], "local_logistic, pooled_trees");
+        assert_eq!(
+            (gap.sets.as_slice(), of("gap", false).sets.as_slice()),
+            (&["a".to_owned(), "b".to_owned()][..], &["c".to_owned()][..])
+        );
+        assert!(of("best local", true).met && !of("best local", false).met);
+        // .7 − .6 passes .08, .7 − .66 passes .03.
+        assert!(of("own trees", true).met && of("best rival", true).met);
+        assert!(of("slope", true).met);
+        let own = judged.own_trees.iter().find(|own| own.counts).unwrap();
+        assert_eq!(own.domains, 4);
+        assert!((own.own_rows_alone - 0.5).abs() < 1e-12 && (own.no_model - 0.5).abs() < 1e-12);
+        assert!(
+            (own.weight_of_own_trees - 0.625).abs() < 1e-12 && (own.weight_of_model - 0.375).abs() < 1e-12
+        );
+        let text = table(&judged);
+        assert!(
+            text.contains("met") && text.contains("missed") && text.contains("work tree at abc"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn what_was_not_run_is_neither_met_nor_missed() {
+        let only_rivals: Vec<Row> = rows().into_iter().filter(|row| row.arm == "rivals").collect();
+        let judged = judged(&only_rivals);
+        assert!(judged.verdicts.iter().all(|v| v.value.is_none() && !v.met && v.word() == "no figures"));
+        assert!(judged.own_trees.is_empty());
+    }
+
+    #[test]
+    fn aims_that_name_nothing_are_refused_with_their_place() {
+        for (from, to, path) in [
+            ("flow: ours, least", "flow: theirs, least", "targets.aims[0].flow"),
+            ("least: 0.4", "least: 0", "targets.aims[0].least"),
+            ("margin: 0.01", "margin: 1.5", "targets.aims[1].margin"),
+            ("rows: 64, over", "rows: 65, over", "targets.aims[2].rows"),
+            ("low: 0.8", "low: 1.2", "targets.aims[3].low"),
+            ("sets: [a, b]\n", "sets: [a, z]\n", "targets.sets[1]"),
+        ] {
+            let text = TEXT.replacen(from, to, 1);
+            let refused = format!("{:#}", Scenario::parse(&text, "t.yaml").unwrap_err());
+            assert!(refused.contains(path), "{to}: {refused}");
+        }
+    }
+}
