@@ -149,6 +149,10 @@ impl Product<'_> {
 
     /// `R` rows times `V` strips from `strip` on, sums in registers: of every `PARTS`-th product, so that one sum needn't wait
     /// for the one before.
+    #[allow(
+        clippy::needless_range_loop,
+        reason = "by index the sums stay in registers, by iterator they don't"
+    )]
     #[inline(always)]
     fn tile<S: Simd, const W: usize, const R: usize, const V: usize, const PARTS: usize>(
         &mut self,
@@ -229,6 +233,10 @@ impl Product<'_> {
         }
     }
 
+    #[allow(
+        clippy::needless_range_loop,
+        reason = "by index the sums stay in registers, by iterator they don't"
+    )]
     #[inline(always)]
     fn store<S: Simd, const R: usize, const V: usize>(
         &mut self,
