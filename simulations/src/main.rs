@@ -2,10 +2,6 @@
 
 use std::process::ExitCode;
 
-/// Training allocates and frees large tensors all the time, which the system's allocator gives back and asks for again.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     tabmesh_sim::cli::main(std::env::args_os().collect())
 }
