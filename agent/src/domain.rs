@@ -272,6 +272,15 @@ impl Domain {
             );
             return refuse(RefusalRule::CohortTooSmall, reason);
         }
+        // What later steps count with is bounded here.
+        let selected = plan.cohort.min_agents..=plan.cohort.max_agents;
+        if !selected.contains(&announcement.cohort) {
+            let (got, from, to) = (announcement.cohort, selected.start(), selected.end());
+            return refuse(
+                RefusalRule::ContractMismatch,
+                format!("cohort of {got}, the plan selects {from} to {to} agents"),
+            );
+        }
         match plan.secure_sum() {
             Some(spec) => self.judge_sums(spec, announcement.cohort)?,
             None if self.contract.privacy.domain_aggregates != DomainAggregates::Confidential => {}

@@ -9,14 +9,14 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use crate::{
     adapter::{Adapter, path::Applied},
     error::TfmError,
     features::text_vectors,
     infer::{
-        Cached, Engine, Held,
+        Cached, Engine,
         back::{Passes, Readable},
         build::Labelled,
     },
@@ -296,31 +296,10 @@ impl Context {
         VIEWS
     }
 
-    /// Cells `(rows, columns, E)` of query rows before any adapter; they depend on each row and the context alone.
-    pub(crate) fn cells(&self, view: usize, values: &[f32]) -> Result<Tensor, TfmError> {
-        let columns = self.column_keys.len();
-        let column = &self.model.parts.column;
-        let groups = column.groups(values, 1, values.len() / columns, columns)?;
-        let (slots, config) = (groups.dim(0)?, self.model.config());
-        let mut summaries = Vec::with_capacity(self.cached.summaries.len());
-        for heads in &self.cached.summaries {
-            let rows: Vec<f32> = (0..slots).flat_map(|slot| heads.rows(view * slots + slot)).collect();
-            let shape = (slots, config.col_num_inds, 2 * config.embed_dim);
-            summaries.push(Tensor::from_vec(rows, shape, &Device::Cpu)?);
-        }
-        let cells = column.query(column.input(&groups)?, &summaries)?;
-        let cells = column.output(cells, &groups)?;
-        self.with_slots(cells.transpose(0, 1)?.contiguous()?)
-    }
-
-    /// Row vectors `(1, rows, D)` of cells `(rows, slots, E)`.
-    pub(crate) fn vectors(&self, cells: &Tensor) -> Result<Tensor, TfmError> {
-        Ok(self.model.parts.row.rows(cells)?.unsqueeze(0)?)
-    }
-
-    /// Query rows `(1, rows, D)` after reading the context in one view, from row vectors `(1, rows, D)`.
-    pub(crate) fn read(&self, view: usize, vectors: Tensor) -> Result<Tensor, TfmError> {
-        self.model.parts.icl.cached(vectors, &self.keys_values(view)?)
+    /// Cells `(rows, slots, E)` of query rows in one view before any adapter.
+    pub(crate) fn cells(&self, view: usize, values: &[f32]) -> Result<Vec<f32>, TfmError> {
+        let added = plain(self.slots.as_ref(), self.model.config(), self.column_keys.len())?;
+        Ok(self.engine.query_cells(&self.cached, view, values, &added))
     }
 
     /// What rows that enter the query path before the in-context stage will read.
@@ -346,32 +325,6 @@ impl Context {
     pub(crate) fn with_query_weights(self, model: Model) -> Result<Self, TfmError> {
         Ok(Self { engine: model.engine()?, model, ..self })
     }
-
-    /// Keys and values `(1, rows, 2 D)` of each in-context block as tensors.
-    fn keys_values(&self, view: usize) -> Result<Vec<Tensor>, TfmError> {
-        let width = self.model.config().row_width();
-        match &self.cached.held {
-            Held::KeysValues(blocks) => {
-                let tensor = |heads: &crate::infer::heads::Heads| {
-                    Tensor::from_vec(heads.rows(view), (1, self.rows, 2 * width), &Device::Cpu)
-                };
-                Ok(blocks.iter().map(tensor).collect::<Result<_, _>>()?)
-            }
-            Held::Vectors(numbers) => {
-                let size = self.rows * width;
-                let vectors = numbers.read(view * size, size);
-                let vectors = Tensor::from_vec(vectors, (1, self.rows, width), &Device::Cpu)?;
-                self.model.parts.icl.context(vectors)
-            }
-        }
-    }
-
-    fn with_slots(&self, cells: Tensor) -> Result<Tensor, TfmError> {
-        match &self.slots {
-            Some(slots) => Ok(cells.broadcast_add(slots)?),
-            None => Ok(cells),
-        }
-    }
 }
 
 /// Threads that contexts are built and read with.
@@ -392,8 +345,6 @@ fn plain(slots: Option<&Tensor>, config: &ModelConfig, columns: usize) -> Result
 const VIEWS: usize = 2;
 /// Most context rows.
 pub const MAX_CONTEXT_ROWS: usize = 16_384;
-/// Rows that a gradient computes together, which bounds memory.
-pub(crate) const CHUNK_ROWS: usize = 256;
 
 #[cfg(test)]
 pub(crate) mod tests {

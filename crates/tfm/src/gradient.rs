@@ -18,7 +18,7 @@ use crate::{
         Adapter, Entry,
         path::{Applied, Played},
     },
-    context::{CHUNK_ROWS, Context},
+    context::Context,
     error::TfmError,
     infer::back::{Entering, Passes, Readable, Trail},
     table::EncodedTable,
@@ -34,6 +34,14 @@ pub struct PreparedRows {
     views: Vec<Vec<f32>>,
     /// The context, as rows that enter there read it.
     readable: Readable,
+}
+
+#[cfg(test)]
+impl PreparedRows {
+    /// What enters, view by view.
+    pub(crate) fn views_mut(&mut self) -> &mut [Vec<f32>] {
+        &mut self.views
+    }
 }
 
 impl std::fmt::Debug for PreparedRows {
@@ -64,29 +72,22 @@ impl Context {
     /// Computes what adapters of this one's kind leave as it is, of labelled rows, once for many rounds.
     ///
     /// # Errors
-    /// [`TfmError::Mismatch`] if columns differ from the context's or a row has no label.
+    /// [`TfmError::Mismatch`] if columns differ from the context's, a row has no label or there are more than two classes.
     pub fn prepare(&self, rows: &EncodedTable, adapter: &Adapter) -> Result<PreparedRows, TfmError> {
         self.check_queries(rows)?;
-        let entry = adapter.entry();
-        let mut views = vec![Vec::new(); self.views()];
-        for values in rows.values.chunks(CHUNK_ROWS * rows.columns) {
-            for (view, kept) in views.iter_mut().enumerate() {
-                let entering = match entry {
-                    Entry::Cells => self.cells(view, values)?,
-                    Entry::Vectors => self.vectors(&self.cells(view, values)?)?,
-                    Entry::Read => self.read(view, self.vectors(&self.cells(view, values)?)?)?,
-                };
-                kept.extend(entering.flatten_all()?.to_vec1::<f32>()?);
-            }
+        let (entry, readable) = (adapter.entry(), self.readable());
+        let passes = self.passes(&Applied::default(), &readable)?;
+        let mut views = Vec::with_capacity(self.views());
+        for view in 0..self.views() {
+            let cells = self.cells(view, &rows.values)?;
+            views.push(match entry {
+                Entry::Cells => cells,
+                Entry::Vectors => passes.row_vectors(&cells),
+                Entry::Read => passes.read_rows(view, &passes.row_vectors(&cells)),
+            });
         }
-        Ok(PreparedRows {
-            rows: rows.rows,
-            columns: rows.columns,
-            entry,
-            labels: rows.known_labels()?,
-            views,
-            readable: if entry == Entry::Read { Readable::nothing() } else { self.readable() },
-        })
+        let (columns, labels) = (rows.columns, rows.known_labels()?);
+        Ok(PreparedRows { rows: rows.rows, columns, entry, labels, views, readable })
     }
 
     /// Gradients of all prepared rows at the adapter's values, chunk by chunk.

@@ -100,6 +100,16 @@ impl Targets {
             if !scenario.flows.iter().any(|flow| flow.name == aim.flow()) {
                 found.say(&at("flow"), &format!("{} is none of the flows", aim.flow()));
             }
+            let rivals = match aim {
+                Aim::GapClosed { .. } => [LOCAL, POOLED].concat(),
+                Aim::NonInferior { .. } => LOCAL.to_vec(),
+                Aim::Newcomers { .. } | Aim::Calibrated { .. } => Vec::new(),
+            };
+            for rival in
+                rivals.iter().filter(|rival| !scenario.rivals.iter().any(|known| known.name() == **rival))
+            {
+                found.say(&at("kind"), &format!("is held against {rival}, which is none of the rivals"));
+            }
             match aim {
                 Aim::GapClosed { least, .. } => found.above(&at("least"), *least, 0.0, 1.0),
                 Aim::NonInferior { margin, .. } => found.above(&at("margin"), *margin, 0.0, 1.0),
@@ -163,7 +173,9 @@ pub struct Verdict {
     pub low: Option<f64>,
     /// Upper end.
     pub high: Option<f64>,
-    /// Whether the end of the interval passes.
+    /// Whether every set that this is about has figures of all seeds; what is incomplete is neither met nor missed.
+    pub complete: bool,
+    /// Whether the end of the interval passes, and the figures are complete.
     pub met: bool,
     /// Domains.
     pub domains: usize,
@@ -223,8 +235,10 @@ pub(crate) fn judge(loaded: &Loaded, draws: u32) -> Result<Judgement> {
         for counts in [true, false] {
             let named = |set: &str| all_count || targets.sets.iter().any(|known| known == set);
             let within = |set: &str| named(set) == counts;
-            let sides =
-                Sides { auc: narrowed(&auc, &within), slope: narrowed(&slope, &within), draws, counts };
+            let sets = loaded.scenario.data.sets.iter().filter(|set| within(set)).cloned().collect();
+            let seeds = loaded.scenario.seeds as usize;
+            let (auc, slope) = (narrowed(&auc, &within), narrowed(&slope, &within));
+            let sides = Sides { auc, slope, draws, counts, sets, seeds };
             for aim in &targets.aims {
                 verdicts.extend(sides.verdicts(aim));
             }
@@ -260,6 +274,9 @@ struct Sides {
     slope: ByMethod,
     draws: u32,
     counts: bool,
+    /// The sets, and the seeds that each has to have figures of.
+    sets: BTreeSet<String>,
+    seeds: usize,
 }
 
 impl Sides {
@@ -327,8 +344,10 @@ impl Sides {
         Some((method.to_owned(), self.auc.get(&key)?))
     }
 
+    /// All of these rivals, or none of them: the best of some would be a smaller best.
     fn rivals(&self, names: &[&str]) -> Vec<(String, &Figures)> {
-        names.iter().filter_map(|name| self.of(RIVALS, name, None)).collect()
+        let all: Option<Vec<_>> = names.iter().map(|name| self.of(RIVALS, name, None)).collect();
+        all.unwrap_or_default()
     }
 
     /// What is served, held against the best of each group of rivals; none without figures of each.
@@ -369,8 +388,11 @@ impl Sides {
         let mut rng = ChaCha20Rng::seed_from_u64(BOOTSTRAP_SEED);
         let interval = forest.interval(self.draws, &mut rng, &|sets| statistic(sets, &best))?;
         let sizes = forest.sizes();
-        let sets = (0..sizes.sets).map(|set| forest.name(set).to_owned()).collect();
-        Some(Found { interval, sets, against, domains: sizes.domains, entities: sizes.entities })
+        let sets: Vec<String> = (0..sizes.sets).map(|set| forest.name(set).to_owned()).collect();
+        let complete = self.sets.iter().all(|set| sets.contains(set))
+            && (0..sizes.sets).all(|set| forest.seeds(set) == self.seeds);
+        let (domains, entities) = (sizes.domains, sizes.entities);
+        Some(Found { interval, complete, sets, against, domains, entities })
     }
 
     fn verdict(
@@ -382,6 +404,7 @@ impl Sides {
         met: impl Fn(Interval) -> bool,
     ) -> Verdict {
         let interval = found.as_ref().map(|found| found.interval);
+        let complete = found.as_ref().is_some_and(|found| found.complete);
         let (sets, against, domains, entities) = match found {
             Some(Found { sets, against, domains, entities, .. }) => (sets, against, domains, entities),
             None => Default::default(),
@@ -395,7 +418,8 @@ impl Sides {
             value: interval.map(|i| i.value),
             low: interval.map(|i| i.low),
             high: interval.map(|i| i.high),
-            met: interval.is_some_and(met),
+            complete,
+            met: complete && interval.is_some_and(met),
             domains,
             entities,
             against,
@@ -405,6 +429,7 @@ impl Sides {
 
 struct Found {
     interval: Interval,
+    complete: bool,
     sets: Vec<String>,
     against: BTreeMap<String, String>,
     domains: usize,
@@ -501,13 +526,14 @@ pub fn table(judgement: &Judgement) -> String {
 }
 
 impl Verdict {
-    /// `met`, `missed`, or that there is nothing to judge.
+    /// `met`, `missed`, or that there is nothing to judge yet.
     #[must_use]
     pub fn word(&self) -> &'static str {
-        match (self.value, self.met) {
-            (None, _) => "no figures",
-            (_, true) => "met",
-            (_, false) => "missed",
+        match (self.value, self.complete, self.met) {
+            (None, _, _) => "no figures",
+            (_, false, _) => "incomplete",
+            (_, _, true) => "met",
+            (_, _, false) => "missed",
         }
     }
 }
@@ -534,7 +560,7 @@ name: t
 seeds: 2
 data: {folder: x, sets: [a, b, c]}
 newcomers: {rows: [64], draws: 1}
-rivals: [local_trees, local_logistic, pooled_trees]
+rivals: [local_trees, local_logistic, local_base, pooled_trees, pooled_logistic, pooled_base]
 flows: [{name: ours}]
 targets:
   sets: [a, b]
@@ -591,6 +617,9 @@ targets:
                 rows.push(row(set, seed, "rivals", "local_trees", "auc", local));
                 rows.push(row(set, seed, "rivals", "local_logistic", "auc", logistic));
                 rows.push(row(set, seed, "rivals", "pooled_trees", "auc", pooled));
+                for method in ["local_base", "pooled_logistic", "pooled_base"] {
+                    rows.push(row(set, seed, "rivals", method, "auc", 0.4));
+                }
                 rows.push(row(set, seed, "ours", "served", "auc", served));
                 rows.push(row(set, seed, "ours", "served", "calibration_slope", 1.1));
                 for (method, value) in [("local_trees", 0.6), ("local_trees_corpus", 0.66), ("served", 0.7)] {
@@ -647,6 +676,26 @@ targets:
         assert!(judged.own_trees.is_empty());
     }
 
+    /// A run of one of the sets, of one of the seeds, or without a rival proves nothing, however good its figures are.
+    #[test]
+    fn what_was_run_in_part_is_incomplete() {
+        let all = rows();
+        let without =
+            |gone: &dyn Fn(&Row) -> bool| all.iter().filter(|row| !gone(row)).cloned().collect::<Vec<_>>();
+        let best_local = |rows: &[Row]| {
+            let judged = judged(rows);
+            let found = judged.verdicts.into_iter().find(|v| v.counts && v.what.contains("best local"));
+            found.unwrap()
+        };
+        assert_eq!(best_local(&all).word(), "met");
+        for part in [without(&|row| row.set == "b"), without(&|row| row.set == "b" && row.seed == 1)] {
+            let found = best_local(&part);
+            assert!(found.low.unwrap() > 0.0 && !found.met, "{found:?}");
+            assert_eq!(found.word(), "incomplete");
+        }
+        assert_eq!(best_local(&without(&|row| row.method == "local_base")).word(), "no figures");
+    }
+
     #[test]
     fn aims_that_name_nothing_are_refused_with_their_place() {
         for (from, to, path) in [
@@ -656,6 +705,8 @@ targets:
             ("rows: 64, over", "rows: 65, over", "targets.aims[2].rows"),
             ("low: 0.8", "low: 1.2", "targets.aims[3].low"),
             ("sets: [a, b]\n", "sets: [a, z]\n", "targets.sets[1]"),
+            ("local_base, ", "", "targets.aims[1].kind"),
+            (", pooled_base", "", "targets.aims[0].kind"),
         ] {
             let text = TEXT.replacen(from, to, 1);
             let refused = format!("{:#}", Scenario::parse(&text, "t.yaml").unwrap_err());

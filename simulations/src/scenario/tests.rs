@@ -167,7 +167,7 @@ fn flows_with_faults_come_to_their_end_and_every_part_has_its_figures() {
     let domains = ["a", "b", "c", "d", "e", "f"];
     let (root, folder) = ran_on(
         &domains,
-        "duplicates: true\nkeep_answers: true\nrivals: [local_trees, local_base, pooled_base]\n\
+        "duplicates: true\nkeep_answers: true\nrivals: [local_trees, local_logistic, local_base, pooled_base]\n\
          tampering: [{share: 0.17, kind: {kind: label_shift, rate: 0.3}}]\n\
          flows:\n  - name: faulty\n    corpus_rows: 300\n    pretrain_steps: 0\n    rounds: 1\n\
          \x20   also: [corpus_local, own_label_kept, rounds_untuned, picked, shipped_blend]\n\

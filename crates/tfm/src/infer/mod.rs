@@ -182,6 +182,25 @@ impl Engine {
         labels: Option<&[u8]>,
         added: &[f32],
     ) -> Buffer {
+        let items = self.items(cached, (view, count), values, labels, added);
+        self.row.vectors(items, self.length(cached))
+    }
+
+    /// Tokens and slots of an item.
+    fn length(&self, cached: &Cached) -> usize {
+        self.row.tokens().len() / self.cell + self.column.slots(cached.columns)
+    }
+
+    /// Items `(count, rows, C + slots, E)` of a few rows in the views from the first on: row tokens, then cells with what is
+    /// added to them.
+    fn items(
+        &self,
+        cached: &Cached,
+        (view, count): (usize, usize),
+        values: &[f32],
+        labels: Option<&[u8]>,
+        added: &[f32],
+    ) -> Buffer {
         let (columns, column) = (cached.columns, &self.column);
         let (rows, slots) = (values.len() / columns, column.slots(columns));
         let groups: Vec<f32> = (0..slots).flat_map(|slot| column.group(values, columns, slot)).collect();
@@ -209,8 +228,7 @@ impl Engine {
                 }
             }
         }
-        drop(cells);
-        self.row.vectors(z, tokens.len() / self.cell + slots)
+        z
     }
 
     /// Class scores `(rows, K)` from rows `(views, rows, D)` after the last block.

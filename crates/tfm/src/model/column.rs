@@ -103,14 +103,6 @@ impl ColumnStage {
         let Some([factor, addend]) = &self.affine else { return Ok(cells) };
         Ok(factor.apply(&cells)?.broadcast_mul(groups)?.add(&addend.apply(&cells)?)?)
     }
-
-    /// Embeds query rows against the summaries of a context.
-    pub(crate) fn query(&self, mut cells: Tensor, cache: &[Tensor]) -> Result<Tensor, TfmError> {
-        for (block, kv) in self.blocks.iter().zip(cache) {
-            cells = block.read(&cells, kv)?;
-        }
-        Ok(cells)
-    }
 }
 
 impl Normed {

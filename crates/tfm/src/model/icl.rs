@@ -71,29 +71,6 @@ impl IclStage {
         Ok(rows)
     }
 
-    /// Keys and values of every block, each `(1, context, 2 D)`, of labelled context rows `(1, context, D)`.
-    pub(crate) fn context(&self, mut rows: Tensor) -> Result<Vec<Tensor>, TfmError> {
-        let context = rows.dim(1)?;
-        let mut cache = Vec::with_capacity(self.blocks.len());
-        for (i, block) in self.blocks.iter().enumerate() {
-            let normed = block.normed(&rows)?;
-            let kv = block.keys_values(&normed)?;
-            if i + 1 < self.blocks.len() {
-                rows = block.attend(&rows, &normed, &kv, None, context)?;
-            }
-            cache.push(kv);
-        }
-        Ok(cache)
-    }
-
-    /// Query rows `(1, queries, D)` after reading a cached context.
-    pub(crate) fn cached(&self, mut rows: Tensor, cache: &[Tensor]) -> Result<Tensor, TfmError> {
-        for (block, kv) in self.blocks.iter().zip(cache) {
-            rows = block.attend(&rows, &block.normed(&rows)?, kv, None, kv.dim(1)?)?;
-        }
-        Ok(rows)
-    }
-
     /// Weights `(D, D)` of the queries, block by block.
     pub(crate) fn query_weights(&self) -> Result<Vec<Tensor>, TfmError> {
         self.blocks.iter().map(Block::query_weight).collect()

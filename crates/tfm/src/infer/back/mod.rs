@@ -8,12 +8,14 @@ mod block;
 mod reading;
 mod row;
 
+use rayon::prelude::*;
+
 use self::{
     block::{FeedForward, Gated, Turned, activated},
     reading::{ContextRows, Weights},
 };
 use super::{
-    Cached, Engine, Held,
+    CELL_ROWS, Cached, Engine, Held,
     change::{Change, TurnedFactors},
     heads::HeadSizes,
     matrix::{Matrix, Standardised},
@@ -106,6 +108,24 @@ impl Engine {
         Readable((0..cached.views).map(blocks).collect())
     }
 
+    /// Cells `(rows, slots, E)` of query rows in one view, before any adapter; `added (slots, E)` is the base's own. Each row's
+    /// are a function of that row and the context, to the last bit, and so is all that follows.
+    pub(crate) fn query_cells(
+        &self,
+        cached: &Cached,
+        view: usize,
+        values: &[f32],
+        added: &[f32],
+    ) -> Vec<f32> {
+        let (tokens, item) = (self.row.tokens().len(), self.length(cached) * self.cell);
+        let chunks = values.par_chunks(CELL_ROWS * cached.columns);
+        let cells = chunks.flat_map_iter(|values| {
+            let items = self.items(cached, (view, 1), values, None, added);
+            items.chunks_exact(item).flat_map(|item| item[tokens..].iter().copied()).collect::<Vec<f32>>()
+        });
+        cells.collect()
+    }
+
     /// The query path of a context of two classes. `added (slots, E)` is added to every row's cells, nothing if it is empty.
     pub(crate) fn passes<'a>(
         &'a self,
@@ -141,13 +161,6 @@ impl Engine {
     }
 }
 
-impl Readable {
-    /// For rows that enter after the in-context stage.
-    pub(crate) fn nothing() -> Self {
-        Self(Vec::new())
-    }
-}
-
 impl Passes<'_> {
     /// Rows of a pass, few enough that what it keeps of their attention stays near the processor.
     pub(crate) fn rows(&self) -> usize {
@@ -177,10 +190,27 @@ impl Passes<'_> {
         Trail { margins, view, rows: kept_rows, blocks, norm, slopes, active }
     }
 
+    /// Row vectors `(rows, D)` of cells.
+    pub(crate) fn row_vectors(&self, cells: &[f32]) -> Vec<f32> {
+        self.vectors(cells).0.to_vec()
+    }
+
+    /// Rows `(rows, D)` that have read one view's context, of row vectors.
+    pub(crate) fn read_rows(&self, view: usize, vectors: &[f32]) -> Vec<f32> {
+        let chunks = vectors.par_chunks(self.rows() * self.engine.vector);
+        let read = chunks.flat_map_iter(|vectors| {
+            let mut rows = Buffer::copy(vectors);
+            self.read(view, &mut rows);
+            rows.to_vec()
+        });
+        read.collect()
+    }
+
     /// What the adapter's places saw, in the order in which rows pass them, if the loss has gradient `outer (rows)` by the
     /// margins.
     pub(crate) fn back(&self, trail: &Trail, outer: &[f32]) -> Vec<Seen> {
-        let sign = if trail.view == 0 { 1.0 } else { -1.0 };
+        // What a view calls class 1 is the margin's first term.
+        let sign = if shifted(1, trail.view, 2) == 1 { 1.0 } else { -1.0 };
         let mut hidden = Buffer::copy(&trail.slopes);
         for (hidden, outer) in hidden.chunks_exact_mut(self.margin.len()).zip(outer) {
             hidden.iter_mut().zip(&self.margin).for_each(|(slope, weight)| *slope *= weight * outer * sign);
