@@ -368,10 +368,10 @@ async fn a_sum_that_lost_too_many_is_made_again_by_those_who_are_left() {
     done(&operator, &id).await;
     for domain in members().skip(1) {
         let debits = all_debits(&deployment.layout, domain.id);
-        // All four were asked for a vector twice in the last round: over five agents, then over four.
+        // All four were asked for a vector over four agents; over five only if the fifth was lost after it had shared.
         let last = debits.iter().filter(|(_, commit)| (commit.purpose, commit.step) == (Purpose::Round, 1));
         let agents: Vec<u32> = last.map(|(_, commit)| commit.event.shares.unwrap().agents).collect();
-        assert_eq!(agents, [5, 4], "{}", domain.id);
+        assert!(agents == [4] || agents == [5, 4], "{}: {agents:?}", domain.id);
         let spent: u64 = debits.iter().map(|(_, commit)| commit.event.rho.units()).sum();
         every_debit_is_reported(&deployment, domain, spent).await;
     }

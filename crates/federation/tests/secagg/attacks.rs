@@ -225,6 +225,11 @@ fn attack_04_a_set_too_small() {
     // And where the threshold would do, the noise of the honest ones has to.
     let mut noisy = World::new(Shape { dropouts: 1, ..Shape::complete(10, 40) });
     noisy.descriptor.threshold = 7;
+    let mut stage = Stage::shared(noisy.clone());
+    let mut delivery = stage.deliveries[&seat(0)].clone();
+    delivery.senders.truncate(8);
+    let refused = stage.agents[0].mask(&delivery, &noisy.contribution(0, 1), NOW_MS).unwrap_err();
+    assert_eq!(refused, Refusal::TooLittleNoise { honest: 7 }, "nobody is debited for what nobody will open");
     let mut stage = Stage::masked(noisy);
     let mut list = stage.survivors.clone();
     list.survivors.truncate(8);

@@ -79,6 +79,11 @@ impl Agent {
         if !senders.contains(&self.state.seat) {
             return Err(Refusal::Missing { what, seat: self.state.seat });
         }
+        // Nobody would sign for fewer survivors, and the senders are the most there can be: no debit for nothing.
+        let noise = &self.state.descriptor.noise;
+        if !noise.suffices(senders.len()) {
+            return Err(Refusal::TooLittleNoise { honest: noise.honest(senders.len()) });
+        }
         let held = self.open_shares(shared, delivery, &senders)?;
 
         let descriptor = &self.state.descriptor;

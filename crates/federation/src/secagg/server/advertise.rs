@@ -65,9 +65,9 @@ impl Advertising {
     /// Ends the phase: the list for every agent that advertised.
     ///
     /// # Errors
-    /// [`Abort::TooFew`] below the threshold.
+    /// [`Abort::TooFew`] below the threshold, [`Abort::TooLittleNoise`] if theirs wouldn't suffice.
     pub fn close(self) -> Result<(AdvertList, Revealing), Abort> {
-        self.common.enough(Step::Advertise, self.adverts.len())?;
+        self.common.may_mask(Step::Advertise, self.adverts.len())?;
         let list =
             AdvertList { descriptor: self.common.digest, adverts: self.adverts.values().cloned().collect() };
         Ok((list, Revealing::new(self.common, self.adverts)))

@@ -75,11 +75,7 @@ impl Masking {
     /// would sign.
     pub fn close(self) -> Result<(Survivors, Consenting), Abort> {
         let Self { common, adverts, graph, transcript, senders, total, survivors: digests } = self;
-        common.enough(Step::Mask, digests.len())?;
-        let noise = &common.descriptor.noise;
-        if !noise.suffices(digests.len()) {
-            return Err(Abort::TooLittleNoise { honest: noise.honest(digests.len()) });
-        }
+        common.may_mask(Step::Mask, digests.len())?;
         let survivors: BTreeSet<Seat> = digests.keys().copied().collect();
         let most = common.descriptor.max_dropped();
         for seat in &survivors {

@@ -222,6 +222,14 @@ impl Common {
         Ok(())
     }
 
+    /// Whether as many may go on towards masked vectors: they reach the threshold, and their noise suffices. Asked before an
+    /// agent is debited for a vector, so that nobody pays for a sum that can't be opened.
+    fn may_mask(&self, step: Step, got: usize) -> Result<(), Abort> {
+        self.enough(step, got)?;
+        let noise = &self.descriptor.noise;
+        if noise.suffices(got) { Ok(()) } else { Err(Abort::TooLittleNoise { honest: noise.honest(got) }) }
+    }
+
     fn enough(&self, step: Step, got: usize) -> Result<(), Abort> {
         let expected = self.descriptor.threshold as usize;
         if got >= expected { Ok(()) } else { Err(Abort::TooFew { step, expected, got }) }

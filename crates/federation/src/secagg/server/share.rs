@@ -55,9 +55,9 @@ impl Sharing {
     /// Ends the phase: each sharer's delivery.
     ///
     /// # Errors
-    /// [`Abort::TooFew`] below the threshold.
+    /// [`Abort::TooFew`] below the threshold, [`Abort::TooLittleNoise`] if theirs wouldn't suffice.
     pub fn close(self) -> Result<(BTreeMap<Seat, Delivery>, Masking), Abort> {
-        self.common.enough(Step::Share, self.shares.len())?;
+        self.common.may_mask(Step::Share, self.shares.len())?;
         let senders: BTreeSet<Seat> = self.shares.keys().copied().collect();
         let deliver = |to: &Seat| {
             let from = self.graph.neighbours(*to).iter();
