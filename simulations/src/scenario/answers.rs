@@ -7,7 +7,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Float32Type, UInt8Type, UInt32Type};
 use arrow_array::{Array, ArrayRef, Float32Array, RecordBatch, StringArray, UInt8Array, UInt32Array};
@@ -114,7 +114,8 @@ pub(crate) fn read(path: &Path) -> Result<Vec<Answered>> {
     for batch in reader.with_batch_size(1 << 16).build()? {
         add(&batch?, &mut all).with_context(|| format!("reading {}", path.display()))?;
     }
-    Ok(all.into_iter().map(Open::close).collect())
+    let closed = all.into_iter().map(Open::close).collect::<Result<_>>();
+    closed.with_context(|| format!("reading {}", path.display()))
 }
 
 /// One method's answers while their lines are read.
@@ -125,8 +126,19 @@ struct Open {
 }
 
 impl Open {
-    fn close(self) -> Answered {
-        Answered { entities: Arc::new(self.entities), labels: Arc::new(self.labels), ..self.answered }
+    /// Checks what figures count with: labels of two classes, and entities numbered as they appear.
+    fn close(self) -> Result<Answered> {
+        let mut known = 0;
+        for (row, (entity, label)) in self.entities.iter().zip(&self.labels).enumerate() {
+            ensure!(*label <= 1, "row {row} of {}: label {label}, expected 0 or 1", self.answered.method);
+            ensure!(
+                *entity <= known,
+                "row {row} of {}: entity {entity}, expected at most {known}",
+                self.answered.method
+            );
+            known += u32::from(*entity == known);
+        }
+        Ok(Answered { entities: Arc::new(self.entities), labels: Arc::new(self.labels), ..self.answered })
     }
 }
 
@@ -142,6 +154,8 @@ fn add(batch: &RecordBatch, all: &mut Vec<Open>) -> Result<()> {
     let (seed, rows, draw, entity) = (number("seed")?, number("rows")?, number("draw")?, number("entity")?);
     let label = column("label")?.as_primitive_opt::<UInt8Type>().context("labels are no numbers")?;
     let answer = column("answer")?.as_primitive_opt::<Float32Type>().context("answers are no numbers")?;
+    let whole: [&dyn Array; 9] = [set, arm, method, domain, seed, draw, entity, label, answer];
+    ensure!(whole.iter().all(|column| column.null_count() == 0), "a value is missing");
     for i in 0..batch.num_rows() {
         let own_rows = rows.is_valid(i).then(|| rows.value(i));
         let same = |open: &Open| {
@@ -215,6 +229,16 @@ mod tests {
         }
         std::fs::write(&path, b"no parquet").unwrap();
         assert!(read(&path).is_err());
+        let one = &all[0];
+        for (wrong, said) in [
+            (Answered { labels: Arc::new(vec![1, 0, 2]), ..one.clone() }, "row 2 of a: label 2"),
+            (Answered { entities: Arc::new(vec![0, 2, 1]), ..one.clone() }, "row 1 of a: entity 2"),
+            (Answered { entities: Arc::new(vec![u32::MAX, 0, 1]), ..one.clone() }, "expected at most 0"),
+        ] {
+            std::fs::write(&path, to_parquet(&[wrong]).unwrap()).unwrap();
+            let refused = format!("{:#}", read(&path).unwrap_err());
+            assert!(refused.contains(said) && refused.contains("answers.parquet"), "{refused}");
+        }
     }
 
     #[test]

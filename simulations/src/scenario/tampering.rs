@@ -8,7 +8,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use arrow_array::cast::AsArray;
 use arrow_array::types::Int8Type;
 use arrow_array::{ArrayRef, Int8Array, RecordBatch, UInt32Array};
@@ -87,7 +87,14 @@ fn tampered(table: &RecordBatch, kind: TamperingKind, rng: &mut ChaCha20Rng) -> 
         Ok(RecordBatch::try_new(table.schema(), columns)?)
     };
     match kind {
-        TamperingKind::FlippedLabels => with(labels.into_iter().map(|label| label.map(|l| 1 - l)).collect()),
+        TamperingKind::FlippedLabels => {
+            let flipped = labels.into_iter().map(|label| match label {
+                None => Ok(None),
+                Some(label @ 0..=1) => Ok(Some(1 - label)),
+                Some(label) => bail!("label {label}, expected 0 or 1"),
+            });
+            with(flipped.collect::<Result<_>>()?)
+        }
         TamperingKind::ShuffledLabels => {
             let mut labels = labels;
             labels.shuffle(rng);

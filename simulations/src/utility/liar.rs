@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use tabmesh_agent::Agent;
@@ -221,7 +222,9 @@ impl Liar {
                 let index = descriptor.index;
                 let sums = || self.collusion.honest.lock().unwrap_or_else(PoisonError::into_inner);
                 sums().entry(index).or_default().push(honest);
-                self.collusion.all_in.wait().await;
+                tokio::time::timeout(PARTNERS, self.collusion.all_in.wait())
+                    .await
+                    .context("another of the colluding agents has gone")?;
                 // In one order, whoever came first.
                 let mut all = sums().get(&index).cloned().unwrap_or_default();
                 all.sort_unstable();
@@ -260,5 +263,7 @@ impl Liar {
     }
 }
 
+/// How long a colluding agent waits for the others.
+const PARTNERS: Duration = Duration::from_secs(120);
 /// Standard deviations of noise that a lie leaves room for.
 const ROOM: f64 = 8.0;
