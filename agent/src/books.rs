@@ -7,12 +7,13 @@
 use std::path::{Path, PathBuf};
 
 use rand_chacha::ChaCha20Rng;
+use tabmesh_federation::release_plan::LABEL_STAGE;
 use tabmesh_federation::secagg::contribution::{Contribution, ContributionError};
 use tabmesh_federation::secagg::descriptor::SumDescriptor;
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::{
     Balance, ChainedEntry, CommitRequest, DebitReceipt, Entry, GrantRequest, Journal, JournalError, Ledger,
-    LedgerError, Pace, PlanRequest, Purpose, RefusalRule, Reservation,
+    LedgerError, Pace, PlanRequest, Purpose, RefusalRule, Reservation, State, replay,
 };
 use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, MechanismEvent, Noise};
 use tabmesh_privacy::noise::{NoEntropy, NoiseSource, Purpose as NoisePurpose};
@@ -134,7 +135,7 @@ impl Books {
         std::fs::create_dir_all(folder)
             .map_err(|error| JournalError { reason: error.to_string() })
             .map_err(LedgerError::from)?;
-        let (log, torn) = Log::open(&folder.join("ledger.log"))?;
+        let (log, torn) = Log::open(&folder.join(LEDGER))?;
         if let Some(torn) = torn {
             tracing::warn!(?torn, "a torn entry was cut from the ledger; its payload, if any, is deleted");
         }
@@ -284,12 +285,13 @@ impl Books {
     /// How often a stage or round of a plan was debited.
     #[must_use]
     pub fn debits(&self, plan: &str, purpose: Purpose, step: u64) -> usize {
-        let commits = self.ledger.state().commits.values();
-        let same = commits.filter(|committed| {
-            let entry = &committed.entry;
-            committed.plan_digest == plan && entry.purpose == purpose && entry.step == step
-        });
-        same.count()
+        debits(self.ledger.state(), plan, purpose, step)
+    }
+
+    /// Whether this domain's rows were counted by label in a plan's release: then a level's code has their labels in it.
+    #[must_use]
+    pub fn in_release(&self, plan: &str) -> bool {
+        in_release(self.ledger.state(), plan)
     }
 
     fn reserved(&self, plan: &str, purpose: Purpose) -> Result<Reservation, BooksError> {
@@ -372,7 +374,7 @@ impl Books {
 /// [`BooksError`] if it is missing or doesn't verify.
 pub fn read_entries(folder: &Path) -> Result<Vec<ChainedEntry>, BooksError> {
     let mut entries = Vec::new();
-    for entry in tabmesh_store::log::read(&folder.join("ledger.log"))? {
+    for entry in tabmesh_store::log::read(&folder.join(LEDGER))? {
         let entry = chained(entry?);
         Entry::from_json(&entry.payload)?;
         entries.push(entry);
@@ -380,6 +382,32 @@ pub fn read_entries(folder: &Path) -> Result<Vec<ChainedEntry>, BooksError> {
     tabmesh_privacy::ledger::verify_chain(&entries)?;
     Ok(entries)
 }
+
+/// As [`Books::in_release`], by the ledger of a folder that another part of the process, or another process, has open.
+///
+/// # Errors
+/// [`BooksError`] if the ledger doesn't verify. A folder without a ledger released nothing.
+pub fn was_in_release(folder: &Path, plan: &str) -> Result<bool, BooksError> {
+    if !folder.join(LEDGER).exists() {
+        return Ok(false);
+    }
+    Ok(in_release(&replay(&read_entries(folder)?)?, plan))
+}
+
+fn in_release(state: &State, plan: &str) -> bool {
+    debits(state, plan, Purpose::Release, u64::from(LABEL_STAGE)) > 0
+}
+
+fn debits(state: &State, plan: &str, purpose: Purpose, step: u64) -> usize {
+    let same = state.commits.values().filter(|committed| {
+        let entry = &committed.entry;
+        committed.plan_digest == plan && entry.purpose == purpose && entry.step == step
+    });
+    same.count()
+}
+
+/// The ledger's file in the folder.
+const LEDGER: &str = "ledger.log";
 
 #[cfg(test)]
 mod tests {
@@ -441,6 +469,27 @@ mod tests {
         let (stored, same) = books.answered(&[1; 32]).unwrap().unwrap();
         assert_eq!((stored.as_bytes(), same.seq()), (first.as_bytes(), receipt.seq()));
         assert_eq!(books.balance().unwrap().spent, spent);
+    }
+
+    #[test]
+    fn rows_are_in_a_release_once_they_were_counted_by_label() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(!was_in_release(folder.path(), PLAN).unwrap(), "no ledger yet");
+        let mut books = granted(folder.path());
+        books.reserve(PLAN, Purpose::Release, rho(0.02), vec![], 2).unwrap();
+        books.reserve(PLAN, Purpose::Round, rho(0.02), vec![], 2).unwrap();
+        let mechanism = DiscreteGaussian::from_rho(1, rho(0.01)).unwrap();
+        let both = |books: &Books| (books.in_release(PLAN), was_in_release(folder.path(), PLAN).unwrap());
+        books.answer(&ask(&mechanism, 1), &[1, 2, 3], 3).unwrap();
+        assert_eq!(both(&books), (false, false), "stage 1 doesn't count by label");
+        let round = Question { purpose: Purpose::Round, step: 2, ..ask(&mechanism, 2) };
+        books.answer(&round, &[1, 2, 3], 4).unwrap();
+        assert_eq!(both(&books), (false, false), "a second round is no second stage");
+        books.answer(&Question { step: 2, ..ask(&mechanism, 3) }, &[1, 2, 3], 5).unwrap();
+        assert_eq!(both(&books), (true, true));
+        books.close(PLAN, 6).unwrap();
+        assert_eq!(both(&books), (true, true), "it stays so after the plan");
+        assert!(!books.in_release("bb"));
     }
 
     #[test]
@@ -550,7 +599,7 @@ mod tests {
     fn a_damaged_ledger_is_not_opened() {
         let folder = tempfile::tempdir().unwrap();
         drop(granted(folder.path()));
-        let path = folder.path().join("ledger.log");
+        let path = folder.path().join(LEDGER);
         let mut bytes = std::fs::read(&path).unwrap();
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;

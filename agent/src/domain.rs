@@ -16,7 +16,7 @@ use tabmesh_contract::contract::{Contract, DomainAggregates, Purpose as Contract
 use tabmesh_contract::policy::{Aggregation, Decision, DecisionKind, PolicyBundle, RefusalCode, Request};
 use tabmesh_contract::schema::{FeatureSchema, PrivacyUnit};
 use tabmesh_federation::documents::PlanAnnouncement;
-use tabmesh_federation::id::AgentId;
+use tabmesh_federation::id::{AgentId, PlanDigest};
 use tabmesh_federation::plan::{Plan, SecureSumSpec};
 use tabmesh_federation::release_plan::shared_schema;
 use tabmesh_federation::secagg::descriptor::least_threshold;
@@ -29,7 +29,9 @@ use tabmesh_privacy::signature::{SigningKey, VerifyingKey};
 use tabmesh_proto::identity::SpiffeId;
 use thiserror::Error;
 
+use crate::books::{self, BooksError};
 use crate::config::{Config, ConfigError, LocalPolicy};
+use crate::gate::Gate;
 use crate::peers::Peers;
 use crate::source::{self, DomainKey, SourceError, View};
 
@@ -176,13 +178,14 @@ impl Domain {
         self.contract.privacy.unit.max_rows()
     }
 
-    /// Whether the contract lets this product contribute to training; a newcomer only receives.
-    #[must_use]
-    pub fn contributes(&self) -> bool {
-        let purposes = &self.contract.privacy.allowed_purposes;
-        self.contract.privacy.allow_training
-            && purposes.contains(&ContractPurpose::CentralAggregate)
-            && purposes.contains(&ContractPurpose::FederatedAdapter)
+    /// The gate whose training rows a plan's release counted by label, by this domain's own ledger; none for a newcomer,
+    /// for a domain that came too late, and for one whose policy refused the plan.
+    ///
+    /// # Errors
+    /// [`BooksError`] if the ledger can't be read or doesn't verify.
+    pub fn counted_by(&self, plan: &PlanDigest) -> Result<Option<Gate>, BooksError> {
+        let there = books::was_in_release(&self.config.data_dir.join("books"), &plan.to_string())?;
+        Ok(there.then(|| Gate::new(&self.secret("gate"))))
     }
 
     /// Hands every batch of the table to `visit`, in this schema's columns, at most k rows of each unit.

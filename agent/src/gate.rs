@@ -17,6 +17,7 @@ pub struct GateSplit {
 }
 
 /// Decides by a keyed hash which units stand at the gate.
+#[derive(Clone)]
 pub struct Gate {
     key: hmac::Key,
 }

@@ -8,12 +8,14 @@ use tabmesh_contract::batch::{TypedBatch, UnitKey};
 use tabmesh_federation::manifest::Manifest;
 use tabmesh_tfm::adapter::Adapter;
 use tabmesh_tfm::context::Context;
+use tabmesh_tfm::error::TfmError;
 use tabmesh_tfm::model::Model;
 use tabmesh_tfm::table::{Coding, EncodedTable, Preprocessing};
 
 use crate::calibrate::Calibration;
 use crate::choose::{Blend, Member, Share};
 use crate::config::ContextSection;
+use crate::gate::Gate;
 use crate::publication::{ArtefactError, Artefacts};
 use crate::train::onto;
 use crate::trees::{Settings, Trees};
@@ -107,8 +109,8 @@ pub struct Loaded {
     own: FeatureSchema,
     sizes: ContextSection,
     key: hmac::Key,
-    /// Whether the domain's rows are in the release, so that their own labels are in the level counts.
-    in_release: bool,
+    /// The gate whose training rows are in the release, so that their own labels are in the level counts.
+    counted: Option<Gate>,
 }
 
 /// A variant of the model with its context, ready to answer.
@@ -134,7 +136,7 @@ enum Part {
 }
 
 impl Loaded {
-    /// Loads a verified publication.
+    /// Loads a verified publication; `counted` is the gate whose training rows its release counted by label, if any.
     ///
     /// # Errors
     /// [`ArtefactError`] if an artefact is missing, damaged or doesn't fit.
@@ -144,7 +146,7 @@ impl Loaded {
         own: &FeatureSchema,
         sizes: ContextSection,
         secret: &[u8; 32],
-        in_release: bool,
+        counted: Option<Gate>,
     ) -> Result<Self, ArtefactError> {
         let tuned = artefacts.model(&manifest.tuned)?;
         let adapter = |digest| artefacts.adapter(&digest, &manifest.tuned, &tuned);
@@ -158,8 +160,14 @@ impl Loaded {
             own: own.clone(),
             sizes,
             key: hmac::Key::new(hmac::HMAC_SHA256, secret),
-            in_release,
+            counted,
         })
+    }
+
+    /// The same with every row coded as if none were in the release, to measure what leaving the own label out does.
+    #[must_use]
+    pub fn own_labels_kept(self) -> Self {
+        Self { counted: None, ..self }
     }
 
     /// The corpus rows in the contract's terms.
@@ -220,10 +228,9 @@ impl Loaded {
         let chosen = self.first_by_hash(&rows.units, self.sizes.local_rows);
         let own = rows.take(&chosen);
         let one_class = own.labels.iter().all(|label| Some(label) == own.labels.first());
-        let coding = if self.in_release { Coding::OwnRow } else { Coding::Foreign };
         let mut parts: Vec<EncodedTable> = Vec::new();
         if own.rows() > 0 && !(one_class && candidate.rows == Rows::Local) {
-            parts.push(self.preprocessing.encode(&own, coding)?);
+            parts = own_parts(&self.preprocessing, self.counted.as_ref(), &own)?;
         }
         if candidate.rows == Rows::Mixed || parts.is_empty() {
             let like = self.corpus_like(&own);
@@ -398,8 +405,25 @@ pub fn encoded(
     Ok(preprocessing.encode(&onto(rows, own, shared), Coding::Foreign)?)
 }
 
+/// The domain's own rows for a context: those that the release counted, on the training side of the gate, are coded without
+/// their own label, others as they are.
+fn own_parts(
+    preprocessing: &Preprocessing,
+    counted: Option<&Gate>,
+    own: &TypedBatch,
+) -> Result<Vec<EncodedTable>, TfmError> {
+    let Some(gate) = counted else { return Ok(vec![preprocessing.encode(own, Coding::Foreign)?]) };
+    let split = gate.split(own);
+    let sides = [(split.training, Coding::OwnRow), (split.gate, Coding::Foreign)];
+    let filled = sides.into_iter().filter(|(rows, _)| !rows.is_empty());
+    filled.map(|(rows, coding)| preprocessing.encode(&own.take(&rows), coding)).collect()
+}
+
 #[cfg(test)]
 mod tests {
+    use tabmesh_contract::batch::TypedColumn;
+    use tabmesh_contract::contract::Contract;
+
     use super::*;
 
     #[test]
@@ -408,5 +432,39 @@ mod tests {
         let distinct: std::collections::BTreeSet<_> = all.iter().collect();
         assert_eq!((all.len(), distinct.len()), (8, 8));
         assert_eq!(Candidate::all(false).len(), 4);
+    }
+
+    /// A level's code has the labels of the training rows in it and none of the gate's.
+    #[test]
+    fn rows_that_the_release_counted_are_coded_without_their_label_and_no_others() {
+        let text = "name: shop.sales
+version: '1.0.0'
+owner: shop@example.com
+schema:
+  - {name: label, type: integer, role: target, feature: sale.fraud, categories: ['0', '1']}
+  - {name: category, type: categorical, categories: [grocery, travel], feature: sale.category}
+privacy: {sensitivity: low, allow_training: true, unit: row, max_units: 100}
+source: {type: csv, path: sales.csv}
+";
+        let schema = Contract::parse("contract.yaml", text).unwrap().0.approved_schema().unwrap();
+        let unit = |row: u8| [row; 16];
+        let rows = TypedBatch {
+            columns: vec![TypedColumn::Categorical((0..40).map(|row| row % 2).collect())],
+            labels: (0..40).map(|row| Some(u16::from(row % 3 == 0))).collect(),
+            units: (0..40).map(unit).collect(),
+        };
+        let preprocessing = Preprocessing::fit(&schema, &rows).unwrap();
+        let as_all = |coding| preprocessing.encode(&rows, coding).unwrap();
+        let (left_out, kept) = (as_all(Coding::OwnRow), as_all(Coding::Foreign));
+        assert_ne!(left_out, kept);
+        assert_eq!(own_parts(&preprocessing, None, &rows).unwrap(), std::slice::from_ref(&kept));
+
+        let gate = Gate::new(b"secret");
+        let split = gate.split(&rows);
+        assert!(split.gate.len() > 2 && split.training.len() > 20);
+        let parts = own_parts(&preprocessing, Some(&gate), &rows).unwrap();
+        assert_eq!(parts, [left_out.take(&split.training), kept.take(&split.gate)]);
+        let alone = own_parts(&preprocessing, Some(&gate), &rows.take(&split.gate)).unwrap();
+        assert_eq!(alone, [kept.take(&split.gate)], "no empty part");
     }
 }

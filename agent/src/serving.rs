@@ -123,6 +123,23 @@ impl Serving {
         Ok(Some(record))
     }
 
+    /// The domain's own rows as contexts are made of them.
+    ///
+    /// # Errors
+    /// [`WorkError`] if the table can't be read.
+    pub fn rows(&self) -> Result<TypedBatch, WorkError> {
+        Ok(self.domain.rows(&self.domain.schema)?)
+    }
+
+    /// What was published last, loaded for this domain; nothing before the first publication.
+    ///
+    /// # Errors
+    /// [`WorkError`] if the publication or the ledger can't be read.
+    pub fn published(&self) -> Result<Option<Loaded>, WorkError> {
+        let current = self.artefacts.current()?;
+        current.map(|(_, manifest)| self.load(&manifest)).transpose()
+    }
+
     /// What is in service, loaded; nothing before the first promotion.
     ///
     /// # Errors
@@ -154,8 +171,8 @@ impl Serving {
     fn load(&self, manifest: &Manifest) -> Result<Loaded, WorkError> {
         let sizes = self.domain.config.context;
         let secret = self.domain.secret("context rows");
-        let in_release = self.domain.contributes();
-        Ok(Loaded::new(&self.artefacts, manifest, &self.domain.schema, sizes, &secret, in_release)?)
+        let counted = self.domain.counted_by(&manifest.plan)?;
+        Ok(Loaded::new(&self.artefacts, manifest, &self.domain.schema, sizes, &secret, counted)?)
     }
 
     fn put(&self, served: Served, manifest: &Manifest, held: &Held) {

@@ -30,7 +30,8 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Encodes the domain's rows and computes the part of the model that no adapter touches.
+    /// Encodes the domain's rows and computes the part of the model that no adapter touches; `coding` says whether the
+    /// plan's release counted them.
     ///
     /// # Errors
     /// [`WorkError`] if an artefact is missing, damaged or doesn't fit.
@@ -40,6 +41,7 @@ impl Trainer {
         plan: &Plan,
         shared: &FeatureSchema,
         rows: &TypedBatch,
+        coding: Coding,
     ) -> Result<Self, WorkError> {
         let model = artefacts.model(&descriptor.base)?;
         let preprocessing = artefacts.preprocessing(&descriptor.preprocessing)?;
@@ -54,7 +56,7 @@ impl Trainer {
             units.entry(*unit).or_default().push(row);
         }
         let adapter = Adapter::initial(kind_of(plan.rounds.adapter), &model, context.column_keys())?;
-        let rows = context.prepare(&preprocessing.encode(&rows, Coding::OwnRow)?, &adapter)?;
+        let rows = context.prepare(&preprocessing.encode(&rows, coding)?, &adapter)?;
         Ok(Self {
             artefacts: [descriptor.base, descriptor.context, descriptor.preprocessing],
             units: units.into_values().map(|rows| UnitGroup { rows }).collect(),

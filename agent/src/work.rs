@@ -13,6 +13,7 @@ use tabmesh_contract::batch::TypedColumn;
 use tabmesh_contract::schema::FeatureSchema;
 use tabmesh_federation::descriptor::{DescriptorError, RoundDescriptor};
 use tabmesh_federation::documents::{self, DocumentError, MAX_DOCUMENT_BYTES, PlanAnnouncement, PlanClosing};
+use tabmesh_federation::id::PlanDigest;
 use tabmesh_federation::plan::{Plan, PlanError};
 use tabmesh_federation::release_plan::{QueryRefusal, check_query};
 use tabmesh_federation::witness::WitnessRequest;
@@ -23,6 +24,7 @@ use tabmesh_privacy::private::Private;
 use tabmesh_privacy::release::{ColumnRef, CountError, Counter, QueryError, ReleaseQuery};
 use tabmesh_proto::message::{Assignment, SubmissionTarget};
 use tabmesh_tfm::error::TfmError;
+use tabmesh_tfm::table::Coding;
 use thiserror::Error;
 
 use crate::books::{Books, BooksError, Question};
@@ -343,18 +345,24 @@ impl Work {
         plan: &Plan,
         announcement: &PlanAnnouncement,
     ) -> Result<Vec<i64>, WorkError> {
+        let coding = self.coding(&announcement.digest);
         let mut held = self.trainer.lock().unwrap_or_else(PoisonError::into_inner);
         let trainer = match held.take().filter(|trainer| trainer.fits(descriptor)) {
             Some(trainer) => trainer,
             None => {
                 let rows = self.domain.rows(&announcement.schema)?;
                 let training = rows.take(&self.gate.split(&rows).training);
-                Trainer::new(&self.artefacts, descriptor, plan, &announcement.schema, &training)?
+                Trainer::new(&self.artefacts, descriptor, plan, &announcement.schema, &training, coding)?
             }
         };
         let sum = trainer.clipped_sum(descriptor)?;
         *held = Some(trainer);
         Ok(sum)
+    }
+
+    /// How training rows are coded in a plan's rounds: without their own label if the plan's release counted it.
+    pub fn coding(&self, plan: &PlanDigest) -> Coding {
+        if self.books().in_release(&plan.to_string()) { Coding::OwnRow } else { Coding::Foreign }
     }
 
     /// Ends a plan: refunds what it didn't use.

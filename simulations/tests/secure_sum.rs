@@ -34,6 +34,7 @@ use tabmesh_sim::quickstart::dataset::{DOMAINS, Domain, members};
 use tabmesh_sim::quickstart::deployed::{Deployment, Setup};
 use tabmesh_sim::quickstart::deployment::{Layout, PlanChoices};
 use tabmesh_store::{BlobStore, Records, Sled};
+use tabmesh_tfm::table::Coding;
 use tokio::sync::OnceCell;
 
 use crate::common::{Published, published, submitted, until};
@@ -183,7 +184,10 @@ fn contribution(layout: &Layout, domain: &Domain, agent: &Agent, sum: &Recorded)
             let descriptor = RoundDescriptor::from_bytes(text.as_bytes()).unwrap();
             let (plan, _) = Plan::parse(&std::fs::read(layout.plan()).unwrap(), "plan.yaml").unwrap();
             let artefacts = &agent.work.artefacts;
-            let trainer = Trainer::new(artefacts, &descriptor, &plan, &facts.schema, &training).unwrap();
+            let coding = agent.work.coding(&descriptor.plan);
+            assert_eq!(coding, Coding::OwnRow, "the plan's release counted its rows");
+            let trainer =
+                Trainer::new(artefacts, &descriptor, &plan, &facts.schema, &training, coding).unwrap();
             (NoisePurpose::Round, trainer.clipped_sum(&descriptor).unwrap())
         }
     };

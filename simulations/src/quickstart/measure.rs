@@ -5,21 +5,23 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use tabmesh_agent::calibrate::Calibration;
 use tabmesh_agent::choose::{Blend, Member};
-use tabmesh_agent::config::ContextSection;
+use tabmesh_agent::config::{Config, ContextSection};
 use tabmesh_agent::promote::{Candidate, Loaded, Rows, Served, Tokens, Weights};
 use tabmesh_agent::publication::Artefacts;
 use tabmesh_agent::source::{self, DomainKey, View};
+use tabmesh_agent::{Local, Switches};
 use tabmesh_contract::batch::TypedBatch;
 use tabmesh_contract::contract::{Contract, SourceKind, SourceSpec};
 use tabmesh_contract::schema::FeatureSchema;
 use tabmesh_federation::manifest::Trust;
 use tabmesh_privacy::signature::VerifyingKey;
 
-use super::dataset::{Domain, Participation, schema};
+use super::dataset::{Domain, schema};
 use super::deployment::Layout;
 use super::pki::{PkiFolder, Role};
 use super::predict;
@@ -50,15 +52,15 @@ pub fn contract(layout: &Layout, domain: &Domain) -> Result<Contract> {
     Ok(Contract::parse("contract.yaml", &text).context("contract")?.0)
 }
 
-/// Predicts one domain's test rows by every variant.
+/// Predicts one domain's test rows by every variant; `switches` are those that its agent runs with.
 ///
 /// # Errors
 /// A table, artefact or agent can't be used.
 pub fn domain(
     layout: &Layout,
-    pki: &PkiFolder,
     domain: &Domain,
     address: &str,
+    switches: Switches,
     seed: u64,
 ) -> Result<Predictions> {
     let schema = schema()?;
@@ -66,8 +68,10 @@ pub fn domain(
     let train = rows(&contract, &layout.train_table(domain.id), &schema)?;
     let test = rows(&contract, &layout.test_table(domain.id), &schema)?;
     let labels: Vec<u8> = test.labels.iter().map(|l| l.map_or(0, |l| u8::try_from(l).unwrap_or(1))).collect();
-    let in_release = domain.participation == Participation::Member;
-    let loaded = loaded(layout, pki, domain.id, &schema, [0; 32], in_release)?;
+    let config = Config::load(&layout.agent_config(domain.id))?;
+    let agent = Local::open(config, switches, Arc::new(|| 0))?;
+    let loaded = agent.serving.published()?.context("nothing was published")?;
+    let own = agent.serving.rows()?;
     let mut by_variant = BTreeMap::new();
     by_variant.insert(Variant::LocalTrees, baseline::fit_predict(&train, None, &test, &schema, seed)?);
     let with_corpus = baseline::fit_predict(&train, Some(loaded.corpus()), &test, &schema, seed)?;
@@ -76,7 +80,7 @@ pub fn domain(
         [(Variant::Base, Weights::Base, Rows::Local), (Variant::Corpus, Weights::Tuned, Rows::Mixed)]
     {
         let candidate = Candidate { weights, rows: context, tokens: Tokens::Off };
-        let answers = alone(&loaded, candidate, &train)?.predict(&test)?;
+        let answers = alone(&loaded, candidate, &own)?.predict(&test)?;
         let ones = answers.iter().map(|row| row.get(1).copied().map_or(f64::NAN, f64::from)).collect();
         by_variant.insert(variant, ones);
     }
@@ -95,8 +99,8 @@ pub fn alone(loaded: &Loaded, candidate: Candidate, rows: &TypedBatch) -> Result
     Ok(loaded.serve(Blend::of(Member::Model(candidate)), Calibration::NONE, rows)?)
 }
 
-/// The publication as the agent of `domain` received it, loaded for a domain with the schema `own` and the secret
-/// `secret`, whose rows are in the release or not.
+/// The publication as the agent of `domain` received it, loaded for another domain, with the schema `own` and the secret
+/// `secret`, none of whose rows are in the release.
 ///
 /// # Errors
 /// Nothing was published, or it can't be read.
@@ -106,12 +110,11 @@ pub fn loaded(
     domain: &str,
     own: &FeatureSchema,
     secret: [u8; 32],
-    in_release: bool,
 ) -> Result<Loaded> {
     let key = std::fs::read(pki.signing_public_key(&Role::Coordinator))?;
     let key: [u8; 32] = key.try_into().ok().context("the coordinator's public key has not 32 bytes")?;
     let data_dir = layout.domain(domain).join("data");
     let artefacts = Artefacts::open(&data_dir, VerifyingKey::from_bytes(key), Trust::InsecureDev)?;
     let (_, manifest) = artefacts.current()?.context("nothing was published")?;
-    Ok(Loaded::new(&artefacts, &manifest, own, ContextSection::default(), &secret, in_release)?)
+    Ok(Loaded::new(&artefacts, &manifest, own, ContextSection::default(), &secret, None)?)
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use comfy_table::Table;
 use serde::Serialize;
 use serde_json::{Value, json};
+use tabmesh_agent::Switches;
 use tabmesh_privacy::budget::Epsilon;
 use tabmesh_privacy::report::{Report, SignedReport, render_html, verify};
 use tabmesh_privacy::signature::VerifyingKey;
@@ -176,9 +177,10 @@ async fn whole(options: &Options, root: &Path) -> Result<()> {
     let seed = options.seed.unwrap_or(1);
     let mut scoring = Vec::new();
     for (domain, address) in DOMAINS.iter().zip(&deployment.agent_addresses) {
-        let (layout, pki, address) = (deployment.layout.clone(), deployment.pki.clone(), address.clone());
+        let (layout, address) = (deployment.layout.clone(), address.clone());
+        let switches = Switches { insecure_dev: true, reproducible_noise: options.seed };
         scoring.push(tokio::task::spawn_blocking(move || {
-            measure::domain(&layout, &pki, domain, &address, seed)
+            measure::domain(&layout, domain, &address, switches, seed)
         }));
     }
     let mut predictions = Vec::new();

@@ -61,8 +61,6 @@ pub(crate) struct Federated {
 pub(crate) struct End {
     /// What it serves; nothing if it has left or lies.
     pub(crate) serving: Option<Arc<Serving>>,
-    /// Whether its rows are in the release.
-    pub(crate) in_release: bool,
 }
 
 /// A member's part.
@@ -189,10 +187,7 @@ pub(crate) async fn run(root: &Path, setting: Setting<'_>) -> Result<Federated> 
         } else {
             task.abort();
         }
-        ends.push(End {
-            serving: serving.filter(|_| stays(part)),
-            in_release: !matches!(part, Part::Late | Part::ShortBudget),
-        });
+        ends.push(End { serving: serving.filter(|_| stays(part)) });
     }
     coordinator.await??;
     let adapter = adapter(&layout, &pki, &staying)?;
@@ -247,7 +242,7 @@ pub(crate) async fn run_real(root: &Path, setting: Setting<'_>, program: &Path) 
         let switches = Switches { insecure_dev: true, reproducible_noise: Some(seed) };
         let serving = Local::open(config, switches, Arc::new(unix_ms))?.serving;
         ensure!(serving.restore()?, "{} serves nothing", member.domain);
-        ends.push(End { serving: Some(serving), in_release: true });
+        ends.push(End { serving: Some(serving) });
     }
     let adapter = adapter(&layout, &pki, &staying)?;
     Ok(Federated { layout, pki, ends, adapter })

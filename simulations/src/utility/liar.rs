@@ -203,7 +203,8 @@ impl Liar {
                 let made = tokio::task::spawn_blocking(move || -> Result<Trainer> {
                     let rows = work.domain.rows(&schema)?;
                     let training = rows.take(&Gate::new(&work.domain.secret("gate")).split(&rows).training);
-                    Ok(Trainer::new(&work.artefacts, &descriptor, &plan, &schema, &training)?)
+                    let coding = work.coding(&descriptor.plan);
+                    Ok(Trainer::new(&work.artefacts, &descriptor, &plan, &schema, &training, coding)?)
                 });
                 let made = Arc::new(made.await??);
                 known.trainer = Some(Arc::clone(&made));

@@ -216,13 +216,13 @@ pub(crate) fn ours(scoring: &Scoring<'_>, tables: &[Tables]) -> Result<Vec<Ours>
         let Some(serving) = &end.serving else { continue };
         tell(&format!("scoring {}", member.domain));
         let Tables { schema, train, test, .. } = own;
-        let ours =
-            loaded(&federated.layout, &federated.pki, &member.name(), schema, [0; 32], end.in_release)?;
+        let published = || serving.published()?.context("nothing was published");
+        let (ours, context) = (published()?, serving.rows()?);
         if by_corpus.is_none() {
             by_corpus = Some(by_corpus_alone(&ours, tables, seed)?);
         }
         let alone_as =
-            |candidate| -> Result<Vec<f64>> { Ok(ones(&alone(&ours, candidate, train)?.predict(test)?)) };
+            |candidate| -> Result<Vec<f64>> { Ok(ones(&alone(&ours, candidate, &context)?.predict(test)?)) };
         let as_is = |weights, rows, tokens| alone_as(Candidate { weights, rows, tokens });
         let corpus = ours.in_own_columns(ours.corpus());
         let mut answers = BTreeMap::from([
@@ -242,23 +242,22 @@ pub(crate) fn ours(scoring: &Scoring<'_>, tables: &[Tables]) -> Result<Vec<Ours>
             let also_answers = match also {
                 Also::CorpusLocal => as_is(Weights::Tuned, Rows::Local, Tokens::Off)?,
                 Also::OwnLabelKept => {
-                    let kept =
-                        loaded(&federated.layout, &federated.pki, &member.name(), schema, [0; 32], false)?;
+                    let kept = published()?.own_labels_kept();
                     let candidate =
                         Candidate { weights: Weights::Base, rows: Rows::Mixed, tokens: Tokens::Off };
-                    ones(&alone(&kept, candidate, train)?.predict(test)?)
+                    ones(&alone(&kept, candidate, &context)?.predict(test)?)
                 }
                 Also::RoundsUntuned if ours.has_adapter() => as_is(Weights::Base, Rows::Mixed, Tokens::On)?,
                 Also::RoundsUntuned => continue,
                 Also::Picked => {
                     let picked = picked(&federated.layout, member, &ours, train)?;
-                    ones(&ours.serve(Blend::of(picked), Calibration::NONE, train)?.predict(test)?)
+                    ones(&ours.serve(Blend::of(picked), Calibration::NONE, &context)?.predict(test)?)
                 }
                 Also::ShippedBlend => {
                     let counts = class_counts(train);
                     let shipped = Blend::default_for(counts[0].min(counts[1]), ours.has_adapter(), true);
                     let sharpened = shipped.sharpened(counts);
-                    ones(&ours.serve(shipped, sharpened, train)?.predict(test)?)
+                    ones(&ours.serve(shipped, sharpened, &context)?.predict(test)?)
                 }
             };
             answers.insert(also.name(), also_answers);
@@ -370,7 +369,7 @@ pub(crate) fn newcomer(
             let own = tables.train.take(&order);
             let mut secret = [0; 32];
             secret[..8].copy_from_slice(&(draw as u64 + 1).to_le_bytes());
-            let ours = loaded(&federated.layout, &federated.pki, &member.name(), schema, secret, false)?;
+            let ours = loaded(&federated.layout, &federated.pki, &member.name(), schema, secret)?;
             let split = Gate::new(&secret).split(&own);
             let (training, gate) = (own.take(&split.training), own.take(&split.gate));
             let choice = choose(&ours, &training, &gate, None, PromotionSection::default())?;

@@ -102,7 +102,7 @@ impl Release<'_> {
     pub fn stage_two(&self, finals: &Attributes) -> Result<ReleaseQuery, ReleasePlanError> {
         let (attributes, label) = self.with_label(finals)?;
         let marginals = (0..label).map(|i| MarginalSpec { attributes: vec![i, label] }).collect();
-        self.query(2, attributes, marginals)
+        self.query(LABEL_STAGE, attributes, marginals)
     }
 
     /// Stage 3: all pairs of features, over the coarse bins. Nothing to ask with a single feature: then the first
@@ -298,6 +298,8 @@ fn check_forest(parents: &[Option<usize>]) -> Result<(), ReleasePlanError> {
 
 /// Names of the stages, for logs, ledgers and reports.
 pub const STAGE_NAMES: [&str; STAGES] = ["one_way", "label_pairs", "structure", "tree"];
+/// The stage that counts each feature by label: levels of categories are coded by what it says.
+pub const LABEL_STAGE: u8 = 2;
 /// A level whose noisy count is below this many standard deviations of noise is merged with other rare ones.
 pub const RARE_SD: f64 = 3.0;
 
