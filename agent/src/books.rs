@@ -276,6 +276,15 @@ impl Books {
         Ok(self.noise.stream(&self.agent, &self.product, number, NoisePurpose::Keys)?)
     }
 
+    /// What the units of a sampled round are drawn with: secret, and other bits than the noise of the debit that follows.
+    ///
+    /// # Errors
+    /// [`BooksError::Entropy`] when the system gave no randomness.
+    pub fn draws(&self) -> Result<ChaCha20Rng, BooksError> {
+        let sequence = self.ledger.entries().len() as u64;
+        Ok(self.noise.stream(&self.agent, &self.product, sequence, NoisePurpose::Sampling)?)
+    }
+
     /// Whether a question was answered and debited.
     #[must_use]
     pub fn debited(&self, digest: &Digest) -> bool {

@@ -345,7 +345,7 @@ impl Work {
         plan: &Plan,
         announcement: &PlanAnnouncement,
     ) -> Result<Vec<i64>, WorkError> {
-        let coding = self.coding(&announcement.digest);
+        let (coding, mut draws) = (self.coding(&announcement.digest), self.books().draws()?);
         let mut held = self.trainer.lock().unwrap_or_else(PoisonError::into_inner);
         let trainer = match held.take().filter(|trainer| trainer.fits(descriptor)) {
             Some(trainer) => trainer,
@@ -355,7 +355,7 @@ impl Work {
                 Trainer::new(&self.artefacts, descriptor, plan, &announcement.schema, &training, coding)?
             }
         };
-        let sum = trainer.clipped_sum(descriptor)?;
+        let sum = trainer.clipped_sum(descriptor, &mut draws)?;
         *held = Some(trainer);
         Ok(sum)
     }
