@@ -11,6 +11,7 @@ use tabmesh_federation::release_plan::LABEL_STAGE;
 use tabmesh_federation::secagg::contribution::{Contribution, ContributionError};
 use tabmesh_federation::secagg::descriptor::SumDescriptor;
 use tabmesh_privacy::budget::Rho;
+use tabmesh_privacy::ledger::window::{Standing, standing};
 use tabmesh_privacy::ledger::{
     Balance, ChainedEntry, CommitRequest, DebitReceipt, Entry, GrantRequest, Journal, JournalError, Ledger,
     LedgerError, Pace, PlanRequest, Purpose, RefusalRule, Reservation, State, replay,
@@ -355,6 +356,12 @@ impl Books {
     #[must_use]
     pub fn balance(&self) -> Option<Balance> {
         self.ledger.balance(&self.product)
+    }
+
+    /// Where the budget stands within the window that the grant sets; nothing without one.
+    #[must_use]
+    pub fn standing(&self, now_ms: i64) -> Option<Standing> {
+        standing(self.ledger.state(), &self.product, now_ms)
     }
 
     /// What is spent or reserved; cheaper than the [`Self::balance`], which has it as ε too.

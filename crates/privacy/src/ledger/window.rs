@@ -54,6 +54,14 @@ pub struct Standing {
     pub frees_ms: Option<i64>,
 }
 
+impl Standing {
+    /// Spent within the window or reserved: what a plan may not ask for any more.
+    #[must_use]
+    pub fn charged(&self) -> Rho {
+        self.limit.rho.saturating_sub(self.left)
+    }
+}
+
 /// Where a product's account stands in its grant's window; nothing without one.
 #[must_use]
 pub fn standing(state: &State, product: &str, now_ms: i64) -> Option<Standing> {
