@@ -159,7 +159,8 @@ impl Work {
         mut books: Books,
         now_ms: i64,
     ) -> Result<Self, WorkError> {
-        books.grant(domain.grant(), domain.pace(), now_ms)?;
+        let derived_from = domain.policy.grant.derived_from.as_deref();
+        books.grant(domain.grant(), domain.pace(), derived_from, now_ms)?;
         let gate = Gate::new(&domain.secret("gate"));
         let data_dir = &domain.config.data_dir;
         let guard = domain.config.sum_guard.clone().unwrap_or_else(|| data_dir.join("sum.guard"));
