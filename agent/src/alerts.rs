@@ -1,6 +1,7 @@
 //! Budget alerts: says once, where the operator listens, that a share of the privacy budget is gone.
 //!
-//! A share counts as gone when it is spent or reserved, so an alert comes before the plan that uses it up, not after. Each
+//! A share counts as gone when it is spent or reserved, so an alert comes before the plan that uses it up, not after. Where the
+//! grant limits the pace, the same shares of its window are watched, and said again once time has freed them. Each
 //! crossing is a warning in the log and a line in `alerts.jsonl`, and is posted to the webhook of the configuration, if
 //! there is one. What was said last lies in a file of its own: a restart repeats nothing and forgets nothing. An
 //! alert holds figures of the ledger, nothing that depends on rows, and goes to the domain's own operator alone.
@@ -12,9 +13,10 @@ use std::sync::{Mutex, PoisonError};
 
 use garde::Validate;
 use serde::{Deserialize, Serialize};
+use tabmesh_privacy::accountant::zcdp;
 use tabmesh_privacy::budget::{Epsilon, Rho};
 use tabmesh_privacy::ledger::Balance;
-use tabmesh_privacy::ledger::window::{Threshold, crossed};
+use tabmesh_privacy::ledger::window::{DAY_MS, Standing, Threshold, crossed};
 use thiserror::Error;
 
 pub use self::webhook::{Webhook, WebhookError};
@@ -68,9 +70,12 @@ pub struct Alert {
     pub product: String,
     /// The share that was reached, in percent of ρ.
     pub percent: u8,
-    /// ε granted over the lifetime.
+    /// Length of the window in days, where this is about the window of the grant; nothing where it is about the lifetime.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub window_days: Option<u64>,
+    /// ε granted over the lifetime, or within the window.
     pub epsilon_granted: Epsilon,
-    /// ε if everything spent and reserved is used up.
+    /// ε if everything spent there and reserved is used up.
     pub epsilon_charged: Option<Epsilon>,
     /// The δ of both.
     pub delta: f64,
@@ -115,11 +120,16 @@ impl Alerts {
         self.said.lock().unwrap_or_else(PoisonError::into_inner).charged != charged
     }
 
-    /// What the balance gives cause to say, lowest share first; logged and durable when it returns.
+    /// What balance and window give cause to say, lowest share first; logged and durable when it returns.
     ///
     /// # Errors
     /// [`AlertError::File`] if it can't be written; then it is said again at the next change.
-    pub fn notice(&self, balance: &Balance, now_ms: i64) -> Result<Vec<Alert>, AlertError> {
+    pub fn notice(
+        &self,
+        balance: &Balance,
+        window: Option<&Standing>,
+        now_ms: i64,
+    ) -> Result<Vec<Alert>, AlertError> {
         let most = Rho::from_units(u64::MAX);
         let charged = balance.spent.checked_add(balance.reserved).unwrap_or(most);
         let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
@@ -127,7 +137,15 @@ impl Alerts {
             return Ok(Vec::new());
         }
         let crossed = crossed(&self.thresholds, said.charged, charged, balance.granted);
-        let alerts: Vec<Alert> = crossed.into_iter().map(|share| alert(balance, share, now_ms)).collect();
+        let mut alerts: Vec<Alert> =
+            crossed.into_iter().map(|share| alert(balance, None, share, now_ms)).collect();
+        if let Some(window) = window {
+            // What is new since then is all in the window, whatever has left it in the meantime.
+            let new = charged.saturating_sub(said.charged);
+            let before = window.charged().saturating_sub(new);
+            let crossed = self::crossed(&self.thresholds, before, window.charged(), window.limit.rho);
+            alerts.extend(crossed.into_iter().map(|share| alert(balance, Some(window), share, now_ms)));
+        }
         let log = self.folder.join(LOG);
         for alert in &alerts {
             tracing::warn!(product = %alert.product, percent = alert.percent, "{}", alert.text);
@@ -145,22 +163,31 @@ impl Alerts {
     }
 }
 
-fn alert(balance: &Balance, share: Threshold, now_ms: i64) -> Alert {
-    let charged = balance.epsilon_charged.map_or(0.0, Epsilon::get);
+fn alert(balance: &Balance, window: Option<&Standing>, share: Threshold, now_ms: i64) -> Alert {
+    let delta = balance.grant.delta;
+    let (granted, charged, days) = match window {
+        None => (balance.grant.epsilon, balance.epsilon_charged, None),
+        Some(window) => {
+            let charged = window.charged();
+            let epsilon = (charged > Rho::ZERO).then(|| zcdp::epsilon(charged, delta));
+            (window.limit.epsilon, epsilon, Some(window.limit.length_ms.div_ceil(DAY_MS)))
+        }
+    };
+    let of = days.map_or_else(String::new, |days| format!(" for {days} days"));
     let text = format!(
-        "{} % of the privacy budget of {} is spent or reserved: epsilon {charged:.3} of {} (delta {})",
+        "{} % of the privacy budget of {}{of} is spent or reserved: epsilon {:.3} of {granted} (delta {delta})",
         share.percent(),
         balance.product,
-        balance.grant.epsilon,
-        balance.grant.delta,
+        charged.map_or(0.0, Epsilon::get),
     );
     Alert {
         time_ms: now_ms,
         product: balance.product.clone(),
         percent: share.percent(),
-        epsilon_granted: balance.grant.epsilon,
-        epsilon_charged: balance.epsilon_charged,
-        delta: balance.grant.delta.get(),
+        window_days: days,
+        epsilon_granted: granted,
+        epsilon_charged: charged,
+        delta: delta.get(),
         text,
     }
 }
@@ -175,12 +202,22 @@ const SAID: &str = "alerts-said.json";
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha20Rng;
     use tabmesh_privacy::budget::Delta;
-    use tabmesh_privacy::ledger::{GrantRequest, Ledger, MemoryJournal, PlanRequest, Purpose};
+    use tabmesh_privacy::ledger::window::standing;
+    use tabmesh_privacy::ledger::{
+        CommitRequest, GrantRequest, Ledger, MemoryJournal, Pace, PlanRequest, Purpose,
+    };
+    use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, Noise};
 
     use super::*;
 
     fn ledger() -> Ledger<MemoryJournal> {
+        paced(None)
+    }
+
+    fn paced(pace: Option<Pace>) -> Ledger<MemoryJournal> {
         let mut ledger = Ledger::open(MemoryJournal::default()).unwrap();
         let grant = GrantRequest {
             product: "a.orders".to_owned(),
@@ -191,7 +228,7 @@ mod tests {
             delta: Delta::new(1e-5).unwrap(),
             signer: "owner".to_owned(),
         };
-        ledger.grant(grant, 1).unwrap();
+        ledger.grant_at_pace(grant, pace, 1).unwrap();
         ledger
     }
 
@@ -211,7 +248,7 @@ mod tests {
     }
 
     fn heard(alerts: &Alerts, ledger: &Ledger<MemoryJournal>) -> Vec<u8> {
-        let said = alerts.notice(&ledger.balance("a.orders").unwrap(), 5).unwrap();
+        let said = alerts.notice(&ledger.balance("a.orders").unwrap(), None, 5).unwrap();
         said.iter().map(|alert| alert.percent).collect()
     }
 
@@ -250,6 +287,54 @@ mod tests {
         assert_eq!(heard(&alerts, &ledger), [0; 0]);
         reserve(&mut ledger, "two", 60);
         assert_eq!(heard(&alerts, &ledger), [50]);
+    }
+
+    /// Two plans of two quarters: each takes most of its quarter, neither half of the lifetime; the agent slept in between.
+    #[test]
+    fn shares_of_a_window_are_said_and_said_again_when_time_has_freed_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Alerts::open(folder.path(), &AlertSection::default()).unwrap();
+        let pace = Pace { length_ms: 91 * DAY_MS, epsilon: Epsilon::new(1.0).unwrap() };
+        let mut ledger = paced(Some(pace));
+        let said = |ledger: &Ledger<MemoryJournal>, now_ms: i64| -> Vec<(u8, Option<u64>)> {
+            let window = standing(ledger.state(), "a.orders", now_ms).unwrap();
+            let balance = ledger.balance("a.orders").unwrap();
+            let said = open().notice(&balance, Some(&window), now_ms).unwrap();
+            said.iter().map(|alert| (alert.percent, alert.window_days)).collect()
+        };
+        let limit = standing(ledger.state(), "a.orders", 1).unwrap().limit.rho;
+        let share = limit.units() as f64 / ledger.balance("a.orders").unwrap().granted.units() as f64;
+        assert!(share < 0.2, "{share}");
+        let day = i64::try_from(DAY_MS).unwrap();
+        for (query, quarter) in [(1, 0), (2, 2)] {
+            let now_ms = 10 + quarter * 91 * day;
+            let mut reserve = |name: &str, units: u64| {
+                let plan = PlanRequest {
+                    plan_digest: format!("{name}{query}"),
+                    product: "a.orders".to_owned(),
+                    purpose: Purpose::Release,
+                    rho: Rho::from_units(units),
+                    approvals: Vec::new(),
+                    planned: Vec::new(),
+                };
+                ledger.reserve(plan, now_ms).unwrap()
+            };
+            let most = reserve("most", limit.units() * 85 / 100);
+            let expected: &[_] = &[(50, Some(91)), (80, Some(91))];
+            assert_eq!(said(&ledger, now_ms), expected, "quarter {quarter}");
+            assert_eq!(said(&ledger, now_ms + day), []);
+            // Spent, so that it leaves the window by time alone.
+            let mechanism = DiscreteGaussian::from_rho(1, Rho::from_units(limit.units() * 84 / 100)).unwrap();
+            let shape = EventShape { rows_per_unit: 1, marginals: 1, dimension: 1 };
+            let event = mechanism.event(shape);
+            let request = CommitRequest { event, step: 1, query_digest: [query; 32] };
+            let noised = mechanism.privatize(&[1], &mut ChaCha20Rng::seed_from_u64(query.into())).encode();
+            ledger.commit(&most, request, &noised, now_ms).unwrap();
+            ledger.close(&most, now_ms).unwrap();
+            assert_eq!(said(&ledger, now_ms + day), []);
+        }
+        let lines = std::fs::read_to_string(folder.path().join(LOG)).unwrap();
+        assert!(lines.lines().count() == 4 && lines.contains("of a.orders for 91 days is"), "{lines}");
     }
 
     #[test]

@@ -11,9 +11,10 @@ use tabmesh_federation::release_plan::LABEL_STAGE;
 use tabmesh_federation::secagg::contribution::{Contribution, ContributionError};
 use tabmesh_federation::secagg::descriptor::SumDescriptor;
 use tabmesh_privacy::budget::Rho;
+use tabmesh_privacy::ledger::window::{Standing, standing};
 use tabmesh_privacy::ledger::{
-    Balance, ChainedEntry, CommitRequest, DebitReceipt, Entry, GrantRequest, Journal, JournalError, Ledger,
-    LedgerError, Pace, PlanRequest, Purpose, RefusalRule, Reservation, State, replay,
+    AccountKey, Balance, ChainedEntry, CommitRequest, DebitReceipt, Entry, GrantRequest, Journal,
+    JournalError, Ledger, LedgerError, Pace, PlanRequest, Purpose, RefusalRule, Reservation, State, replay,
 };
 use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, MechanismEvent, Noise};
 use tabmesh_privacy::noise::{NoEntropy, NoiseSource, Purpose as NoisePurpose};
@@ -40,6 +41,28 @@ pub enum BooksError {
         digest: String,
         /// Where it should be.
         folder: PathBuf,
+    },
+    /// The product is counted under another source, and nobody said that this one's rows came from there.
+    #[error(
+        "{product} was counted as {known}, the contract's source is {now} now: if rows or people of the one are in the other, write          `derived_from: {lineage:?}` under grant in the policy; if none are, it is another product and needs another name"
+    )]
+    OtherSource {
+        /// The data product.
+        product: String,
+        /// Entity namespace and source of its account.
+        known: String,
+        /// Those of the contract.
+        now: String,
+        /// The known source alone.
+        lineage: String,
+    },
+    /// A source to count on from that this ledger doesn't know.
+    #[error("grant.derived_from: {got:?} is no source of this ledger; it has {known}")]
+    UnknownOrigin {
+        /// What the policy says.
+        got: String,
+        /// Sources there are.
+        known: String,
     },
     /// A vector doesn't fit the sum that it is for.
     #[error(transparent)]
@@ -161,14 +184,44 @@ impl Books {
 
     /// Grants the budget that the local policy names; nothing is written if nothing changed.
     ///
+    /// A budget is the source's, not the name's: another source under the same name doesn't start anew. `derived_from` is
+    /// the source that this one's rows came from.
+    ///
     /// # Errors
-    /// [`BooksError::Ledger`] if it can't be recorded.
+    /// [`BooksError::OtherSource`] for another source without that, [`BooksError::UnknownOrigin`] for one that was never
+    /// granted a budget here; [`BooksError::Ledger`] if it can't be recorded.
     pub fn grant(
         &mut self,
         request: GrantRequest,
         pace: Option<Pace>,
+        derived_from: Option<&str>,
         now_ms: i64,
     ) -> Result<Rho, BooksError> {
+        let source = AccountKey {
+            entity_namespace: request.entity_namespace.clone(),
+            lineage: request.lineage.clone(),
+        };
+        if let Some(lineage) = derived_from.filter(|lineage| **lineage != source.lineage) {
+            let origin = AccountKey { lineage: lineage.to_owned(), ..source.clone() };
+            let accounts = &self.ledger.state().accounts;
+            if !accounts.contains_key(&self.ledger.state().origin_of(&origin)) {
+                let known: Vec<&str> = accounts.keys().map(|key| key.lineage.as_str()).collect();
+                let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                return Err(BooksError::UnknownOrigin { got: lineage.to_owned(), known });
+            }
+            self.ledger.derive(&source, lineage, &request.signer, now_ms)?;
+        }
+        if let Some((known, _)) = self.ledger.state().account_of(&request.product)
+            && *known != self.ledger.state().origin_of(&source)
+        {
+            let shown = |key: &AccountKey| format!("{} in {:?}", key.lineage, key.entity_namespace);
+            return Err(BooksError::OtherSource {
+                product: request.product,
+                known: shown(known),
+                now: shown(&source),
+                lineage: known.lineage.clone(),
+            });
+        }
         Ok(self.ledger.grant_at_pace(request, pace, now_ms)?)
     }
 
@@ -276,6 +329,15 @@ impl Books {
         Ok(self.noise.stream(&self.agent, &self.product, number, NoisePurpose::Keys)?)
     }
 
+    /// What the units of a sampled round are drawn with: secret, and other bits than the noise of the debit that follows.
+    ///
+    /// # Errors
+    /// [`BooksError::Entropy`] when the system gave no randomness.
+    pub fn draws(&self) -> Result<ChaCha20Rng, BooksError> {
+        let sequence = self.ledger.entries().len() as u64;
+        Ok(self.noise.stream(&self.agent, &self.product, sequence, NoisePurpose::Sampling)?)
+    }
+
     /// Whether a question was answered and debited.
     #[must_use]
     pub fn debited(&self, digest: &Digest) -> bool {
@@ -346,6 +408,12 @@ impl Books {
     #[must_use]
     pub fn balance(&self) -> Option<Balance> {
         self.ledger.balance(&self.product)
+    }
+
+    /// Where the budget stands within the window that the grant sets; nothing without one.
+    #[must_use]
+    pub fn standing(&self, now_ms: i64) -> Option<Standing> {
+        standing(self.ledger.state(), &self.product, now_ms)
     }
 
     /// What is spent or reserved; cheaper than the [`Self::balance`], which has it as ε too.
@@ -441,7 +509,7 @@ mod tests {
             delta: Delta::new(1e-5).unwrap(),
             signer: "owner".into(),
         };
-        books.grant(request, None, 1).unwrap();
+        books.grant(request, None, None, 1).unwrap();
         books
     }
 
@@ -490,6 +558,46 @@ mod tests {
         books.close(PLAN, 6).unwrap();
         assert_eq!(both(&books), (true, true), "it stays so after the plan");
         assert!(!books.in_release("bb"));
+    }
+
+    /// A moved table keeps what was spent on it; under the same name no other table gets a budget of its own.
+    #[test]
+    fn a_budget_follows_its_source_and_not_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut books = granted(folder.path());
+        books.reserve(PLAN, Purpose::Release, rho(0.02), vec![], 2).unwrap();
+        let mechanism = DiscreteGaussian::from_rho(1, rho(0.01)).unwrap();
+        books.answer(&ask(&mechanism, 1), &[1, 2, 3], 3).unwrap();
+        let spent = books.balance().unwrap().spent;
+        let of = |lineage: &str, namespace: &str| GrantRequest {
+            product: "a.b".into(),
+            entity_namespace: namespace.into(),
+            lineage: lineage.into(),
+            unit: "row".into(),
+            epsilon: Epsilon::new(3.0).unwrap(),
+            delta: Delta::new(1e-5).unwrap(),
+            signer: "owner".into(),
+        };
+        let entries = books.entries().len();
+        let refused = books.grant(of("b.parquet", "person"), None, None, 4).unwrap_err();
+        assert!(refused.to_string().contains("derived_from: \"a.parquet\""), "{refused}");
+        let other = books.grant(of("a.parquet", "household"), None, None, 5);
+        assert!(matches!(other, Err(BooksError::OtherSource { .. })));
+        let unknown = books.grant(of("b.parquet", "person"), None, Some("c.parquet"), 6).unwrap_err();
+        assert!(unknown.to_string().contains("it has a.parquet"), "{unknown}");
+        assert_eq!(books.entries().len(), entries, "nothing was written");
+
+        books.grant(of("b.parquet", "person"), None, Some("a.parquet"), 7).unwrap();
+        assert_eq!(books.balance().unwrap().spent, spent);
+        // Said again at each start; and moved once more, from what it was called last.
+        books.grant(of("b.parquet", "person"), None, Some("a.parquet"), 8).unwrap();
+        assert_eq!(books.entries().len(), entries + 2, "the origin and the grant");
+        books.grant(of("c.parquet", "person"), None, Some("b.parquet"), 9).unwrap();
+        drop(books);
+        let mut books = reopened(folder.path());
+        assert_eq!(books.balance().unwrap().spent, spent);
+        books.grant(of("a.parquet", "person"), None, Some("a.parquet"), 10).unwrap();
+        assert_eq!(books.balance().unwrap().spent, spent);
     }
 
     #[test]

@@ -339,6 +339,10 @@ pub struct Grant {
     pub delta: Delta,
     /// Who granted it; shown in the report.
     pub signer: String,
+    /// The `source.path` that the contract had before, where the table was moved, renamed or copied: what was spent there counts
+    /// on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub derived_from: Option<String>,
     /// How fast it may be spent; without one, as fast as it is left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[garde(dive, custom(within_lifetime(&self.epsilon)))]

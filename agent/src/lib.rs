@@ -39,6 +39,7 @@ use miette::Diagnostic;
 use tabmesh_federation::manifest::Trust;
 use tabmesh_privacy::budget::Epsilon;
 use tabmesh_privacy::ledger::Balance;
+use tabmesh_privacy::ledger::window::Standing;
 use tabmesh_privacy::noise::NoiseSource;
 use tabmesh_proto::connect::{ConnectError, CoordinatorAddress, Dial};
 use tabmesh_proto::identity::{DevelopmentCa, SpiffeId};
@@ -204,8 +205,12 @@ impl Agent {
         );
         serve.batching = config.serve.batching.into();
         serve.budget = Some({
-            let work = Arc::clone(&self.work);
-            Arc::new(move || work.books().balance().as_ref().map(budget_facts))
+            let (work, clock) = (Arc::clone(&self.work), Arc::clone(&self.clock));
+            Arc::new(move || {
+                let books = work.books();
+                let window = books.standing(clock());
+                books.balance().map(|balance| budget_facts(&balance, window.as_ref()))
+            })
         });
         serve.tls = config.serve.tls.as_ref().map(|files| serve::TlsFiles {
             cert: files.cert.clone(),
@@ -271,17 +276,18 @@ impl Agent {
 }
 
 /// A balance as a scraper sees it.
-fn budget_facts(balance: &Balance) -> BudgetFacts {
+fn budget_facts(balance: &Balance, window: Option<&Standing>) -> BudgetFacts {
     let figure = |epsilon: Option<Epsilon>| epsilon.map_or(0.0, Epsilon::get);
     let charged = balance.spent.as_f64() + balance.reserved.as_f64();
-    let granted = balance.granted.as_f64();
+    // Of a grant of nothing, all is gone.
+    let share = |part: f64, all: f64| if all > 0.0 { part / all } else { 1.0 };
     BudgetFacts {
         product: balance.product.clone(),
         epsilon_granted: balance.grant.epsilon.get(),
         epsilon_spent: figure(balance.epsilon_spent),
         epsilon_charged: figure(balance.epsilon_charged),
-        // Of a grant of nothing, all is gone.
-        charged_ratio: if granted > 0.0 { charged / granted } else { 1.0 },
+        charged_ratio: share(charged, balance.granted.as_f64()),
+        window_ratio: window.map(|window| share(window.charged().as_f64(), window.limit.rho.as_f64())),
     }
 }
 

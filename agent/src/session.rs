@@ -146,9 +146,9 @@ impl<D: Dial + Clone> Link<D> {
             if books.charged().is_none_or(|charged| !alerts.is_news(charged)) {
                 return Ok(Vec::new());
             }
-            let balance = books.balance();
+            let (balance, window) = (books.balance(), books.standing(now_ms));
             drop(books);
-            balance.map_or_else(|| Ok(Vec::new()), |balance| alerts.notice(&balance, now_ms))
+            balance.map_or_else(|| Ok(Vec::new()), |balance| alerts.notice(&balance, window.as_ref(), now_ms))
         });
         let said = match noticed.await {
             Ok(Ok(said)) => said,

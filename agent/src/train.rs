@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use rand::Rng;
 use tabmesh_contract::batch::{TypedBatch, TypedColumn};
 use tabmesh_contract::schema::FeatureSchema;
 use tabmesh_federation::descriptor::RoundDescriptor;
@@ -27,6 +28,7 @@ pub struct Trainer {
     adapter: Adapter,
     rows: PreparedRows,
     units: Vec<UnitGroup>,
+    sampling_rate: f64,
 }
 
 impl Trainer {
@@ -63,6 +65,7 @@ impl Trainer {
             context,
             adapter,
             rows,
+            sampling_rate: plan.rounds.sampling_rate,
         })
     }
 
@@ -72,11 +75,16 @@ impl Trainer {
         self.artefacts == [descriptor.base, descriptor.context, descriptor.preprocessing]
     }
 
-    /// The sum over units of clipped, integer gradients at the descriptor's adapter.
+    /// The sum over units of clipped, integer gradients at the descriptor's adapter, and the weighted count of units within the
+    /// clip norm where the descriptor has one. Under a plan that samples, over the units that `draws` picks for this round.
     ///
     /// # Errors
     /// [`WorkError::Model`] if the descriptor's adapter isn't of the plan's kind on this model.
-    pub fn clipped_sum(&self, descriptor: &RoundDescriptor) -> Result<Vec<i64>, WorkError> {
+    pub fn clipped_sum(
+        &self,
+        descriptor: &RoundDescriptor,
+        draws: &mut impl Rng,
+    ) -> Result<Vec<i64>, WorkError> {
         let layout = self.adapter.layout();
         if layout.keys != descriptor.adapter_keys || layout.width != descriptor.width as usize {
             let shown = |keys: &[String], width: usize| format!("{} of width {width}", keys.join(","));
@@ -86,8 +94,26 @@ impl Trainer {
         }
         let adapter = self.adapter.with_values(descriptor.adapter_values.clone())?;
         let clip = Clip::new(descriptor.clip_norm, descriptor.scale as f64)?;
-        Ok(self.context.clipped_sum(&self.rows, &adapter, &self.units, clip)?)
+        let sum = if self.sampling_rate < 1.0 {
+            // Nobody drawn is a sum like any other: zeros, which get the same noise.
+            let (rows, units) = self.rows.only(&poisson(&self.units, self.sampling_rate, draws));
+            self.context.clipped_sum(&rows, &adapter, &units, clip)?
+        } else {
+            self.context.clipped_sum(&self.rows, &adapter, &self.units, clip)?
+        };
+        let mut vector = sum.values;
+        if descriptor.count_weight > 0 {
+            // Saturates far beyond what any number of units comes to.
+            let count = sum.within.saturating_mul(descriptor.count_weight);
+            vector.push(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        Ok(vector)
     }
+}
+
+/// Each unit with the same probability, independently of the others.
+fn poisson(units: &[UnitGroup], rate: f64, draws: &mut impl Rng) -> Vec<UnitGroup> {
+    units.iter().filter(|_| draws.random::<f64>() < rate).cloned().collect()
 }
 
 /// The model's name for what a plan trains.
@@ -118,7 +144,7 @@ pub fn onto(rows: &TypedBatch, own: &FeatureSchema, shared: &FeatureSchema) -> T
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-    use rand::{Rng, SeedableRng};
+    use rand::SeedableRng;
     use rand_chacha::ChaCha20Rng;
     use tabmesh_contract::contract::Contract;
     use tabmesh_tfm::model::Model;
@@ -195,5 +221,23 @@ source: {{type: csv, path: sales.csv}}
         let expected = predicted(&first, &rows);
         assert_eq!(predicted(&second, &turned), expected);
         assert_ne!(expected[0], expected[1]);
+    }
+
+    /// 20,000 units in each of 100 draws: the number of a draw has mean 6000 and sd 64.8, its mean over the draws sd 6.5.
+    #[test]
+    fn units_are_drawn_independently_and_anew_each_time() {
+        let units: Vec<UnitGroup> = (0..20_000).map(|row| UnitGroup { rows: vec![row] }).collect();
+        let mut draws = ChaCha20Rng::seed_from_u64(8);
+        let drawn: Vec<Vec<UnitGroup>> = (0..100).map(|_| poisson(&units, 0.3, &mut draws)).collect();
+        let counts: Vec<f64> = drawn.iter().map(|units| units.len() as f64).collect();
+        let mean = counts.iter().sum::<f64>() / 100.0;
+        assert!((mean - 6_000.0).abs() < 33.0, "five sds: {mean}");
+        // Poisson sampling, not batches of one size: the variance is 4200, its estimate's sd a seventh of that.
+        let variance = counts.iter().map(|count| (count - mean) * (count - mean)).sum::<f64>() / 99.0;
+        assert!((2_000.0..7_500.0).contains(&variance), "{variance}");
+        // Two draws share a unit with probability 0.09: mean 1800, sd 40.
+        let shared = drawn[0].iter().filter(|unit| drawn[1].contains(unit)).count();
+        assert!((1_600..2_000).contains(&shared), "{shared}");
+        assert!(poisson(&[], 0.3, &mut draws).is_empty());
     }
 }

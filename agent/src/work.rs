@@ -152,7 +152,8 @@ impl Work {
         mut books: Books,
         now_ms: i64,
     ) -> Result<Self, WorkError> {
-        books.grant(domain.grant(), domain.pace(), now_ms)?;
+        let derived_from = domain.policy.grant.derived_from.as_deref();
+        books.grant(domain.grant(), domain.pace(), derived_from, now_ms)?;
         let gate = Gate::new(&domain.secret("gate"));
         let data_dir = &domain.config.data_dir;
         let guard = domain.config.sum_guard.clone().unwrap_or_else(|| data_dir.join("sum.guard"));
@@ -321,7 +322,7 @@ impl Work {
         plan: &Plan,
         announcement: &PlanAnnouncement,
     ) -> Result<Vec<i64>, WorkError> {
-        let coding = self.coding(&announcement.digest);
+        let (coding, mut draws) = (self.coding(&announcement.digest), self.books().draws()?);
         let mut held = self.trainer.lock().unwrap_or_else(PoisonError::into_inner);
         let trainer = match held.take().filter(|trainer| trainer.fits(descriptor)) {
             Some(trainer) => trainer,
@@ -331,7 +332,7 @@ impl Work {
                 Trainer::new(&self.artefacts, descriptor, plan, &announcement.schema, &training, coding)?
             }
         };
-        let sum = trainer.clipped_sum(descriptor)?;
+        let sum = trainer.clipped_sum(descriptor, &mut draws)?;
         *held = Some(trainer);
         Ok(sum)
     }

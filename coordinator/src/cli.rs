@@ -155,6 +155,8 @@ pub(crate) enum ReportAction {
         #[arg(long)]
         product: Option<String>,
     },
+    /// Prints the JSON Schema of the text that a report signs (also docs/report.schema.json).
+    Schema,
     /// Verifies a report file (JSON or HTML) offline: signature, hash chains, recomputed totals.
     Verify {
         /// The file.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use garde::Validate;
 use miette::{Diagnostic, NamedSource};
 use serde::{Deserialize, Serialize};
+use tabmesh_privacy::report::{MAX_STATED_BYTES, Stated};
 use thiserror::Error;
 
 /// Why a configuration is refused.
@@ -73,6 +74,13 @@ pub struct Config {
     #[serde(default = "default_heartbeat_interval_ms")]
     #[garde(range(min = 50, max = 600_000))]
     pub heartbeat_interval_ms: u64,
+    /// What reports say of the deployment beside their figures: who answers for it, what for, on which legal ground.
+    #[serde(default)]
+    #[garde(custom(stated_texts))]
+    pub stated: Stated,
+    /// Results of `tabmesh-sim audit --record`, shown in reports; none when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub attacks: Option<PathBuf>,
     /// Loopback address at which `GET /metrics` answers a Prometheus scraper; none when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics_listen: Option<String>,
@@ -134,7 +142,7 @@ impl Config {
         if let Some(path) = &mut self.address_file {
             fix(path);
         }
-        if let Some(path) = &mut self.policy_bundle {
+        for path in [&mut self.policy_bundle, &mut self.attacks].into_iter().flatten() {
             fix(path);
         }
     }
@@ -143,6 +151,15 @@ impl Config {
     #[must_use]
     pub fn example() -> &'static str {
         EXAMPLE
+    }
+}
+
+fn stated_texts(stated: &Stated, (): &()) -> garde::Result {
+    match stated.fault() {
+        None => Ok(()),
+        Some(heading) => {
+            Err(garde::Error::new(format!("{heading}: expected 1 to {MAX_STATED_BYTES} bytes of text")))
+        }
     }
 }
 
@@ -166,6 +183,16 @@ signing_key: keys/coordinator.pk8
 base_model: models/base.safetensors
 threads: 2
 heartbeat_interval_ms: 5000
+stated:                          # in every report; each line optional
+  curator: Acme Ltd, data office
+  contact: dpo@acme.example
+  intended_use: fraud scores inside each domain
+  description: one tabular model with an adapter, and a synthetic corpus of 12,000 rows
+  data_domain: card payments of the last two years, one row a payment
+  legal_basis: legitimate interest, assessment 2026-14
+  recipients: [domains of the mesh]
+  security: mTLS between all processes, agents are outbound only
+# attacks: audits.json           # results of tabmesh-sim audit --record, shown in reports
 # metrics_listen: 127.0.0.1:9464 # GET /metrics for Prometheus; rules in deploy/alerts.yaml
 ";
 
@@ -184,7 +211,20 @@ mod tests {
     fn an_unknown_key_is_named_with_its_line() {
         let text = format!("{}\ncolour: blue\n", Config::example());
         let error = Config::parse(Path::new("c.yaml"), &text).unwrap_err().to_string();
-        assert!(error.contains("colour") && error.contains("13"), "{error}");
+        assert!(error.contains("colour") && error.contains("23"), "{error}");
+    }
+
+    #[test]
+    fn what_is_stated_has_a_length() {
+        let with = |text: &str| {
+            let text = Config::example().replace("Acme Ltd, data office", text);
+            Config::parse(Path::new("c.yaml"), &text)
+        };
+        assert!(with(&"x".repeat(MAX_STATED_BYTES)).is_ok());
+        for bad in ["' '".to_owned(), "x".repeat(MAX_STATED_BYTES + 1)] {
+            let error = with(&bad).unwrap_err().to_string();
+            assert!(error.contains("curator"), "{error}");
+        }
     }
 
     #[test]

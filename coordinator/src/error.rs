@@ -29,6 +29,14 @@ pub enum CoordinatorError {
         /// The parser's words.
         reason: String,
     },
+    /// The configured file of measured attacks isn't one.
+    #[error("attacks {path}: {reason}; tabmesh-sim audit --record writes such a file")]
+    Attacks {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// The plan is refused.
     #[error(transparent)]
     Plan(#[from] PlanError),

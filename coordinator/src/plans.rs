@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
-use tabmesh_federation::id::PlanDigest;
+use tabmesh_federation::id::{Digest as NamedDigest, PlanDigest};
 use tabmesh_federation::job::{Job, JobEvent, JobPhase, JobRecord};
 use tabmesh_federation::plan::Plan;
 use tabmesh_proto::message::{Id, PlanEvent, PlanSummary};
@@ -100,6 +100,15 @@ impl Plans {
     /// The plan and its job.
     pub(crate) fn get(&self, digest: PlanDigest) -> Option<(Arc<Submitted>, Job)> {
         locked(&self.entries).get(&digest).map(|entry| (Arc::clone(&entry.submitted), entry.job.clone()))
+    }
+
+    /// Plans that ended with a publication, and their manifests.
+    pub(crate) fn published(&self) -> Vec<(PlanDigest, NamedDigest)> {
+        let manifest = |(digest, entry): (&PlanDigest, &Entry)| match entry.job.phase() {
+            JobPhase::Done { manifest } => Some((*digest, *manifest)),
+            _ => None,
+        };
+        locked(&self.entries).iter().filter_map(manifest).collect()
     }
 
     /// Digests of plans that haven't ended.

@@ -1,13 +1,19 @@
 //! The privacy-budget report over all domains, from the ledgers that agents stated.
 
 use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::OnceLock;
 
+use tabmesh_federation::manifest::Manifest;
 use tabmesh_privacy::ledger::Entry;
-use tabmesh_privacy::report::{Period, ProductLedger, ReportInput, SignedHead, UnprotectedFact, build};
+use tabmesh_privacy::report::{
+    MAX_ATTACKS, MeasuredAttack, Period, ProductLedger, Published, ReportInput, SignedHead, UnprotectedFact,
+    build,
+};
 use tabmesh_privacy::signature::{Signature, VerifyingKey};
 
 use crate::error::CoordinatorError;
-use crate::mesh::Mesh;
+use crate::mesh::{Mesh, stored};
 use crate::witness;
 
 /// The signed report as JSON, of one product or of all.
@@ -45,6 +51,10 @@ pub(crate) fn signed(mesh: &Mesh, product: Option<&str>) -> Result<Vec<u8>, Coor
         period: Period { from_ms, until_ms: now_ms.saturating_add(1) },
         generated_at_ms: now_ms,
         generator: format!("tabmesh-coordinator {}", env!("CARGO_PKG_VERSION")),
+        generator_digest: own_digest(),
+        stated: mesh.config.stated.clone(),
+        published: published(mesh)?,
+        attacks: mesh.config.attacks.as_deref().map(attacks).transpose()?.unwrap_or_default(),
         trust_model: trust_model(&products),
         products,
         refused: Vec::new(),
@@ -53,6 +63,46 @@ pub(crate) fn signed(mesh: &Mesh, product: Option<&str>) -> Result<Vec<u8>, Coor
     })
     .map_err(|error| CoordinatorError::Step(format!("the report can't be built: {error}")))?;
     Ok(report.sign(&mesh.signing_key).to_json().into_bytes())
+}
+
+/// What plans published, oldest first.
+fn published(mesh: &Mesh) -> Result<Vec<Published>, CoordinatorError> {
+    let mut all = Vec::new();
+    for (digest, manifest) in mesh.plans.published() {
+        let bytes = mesh.blobs.get(&stored(manifest))?;
+        let read: Manifest = serde_json::from_slice(&bytes).map_err(CoordinatorError::stored("manifest"))?;
+        let (manifest, plan_digest) = (manifest.to_string(), digest.to_string());
+        all.push(Published { manifest, plan_digest, created_at_ms: read.created_ms });
+    }
+    all.sort_by(|a, b| (a.created_at_ms, &a.manifest).cmp(&(b.created_at_ms, &b.manifest)));
+    Ok(all)
+}
+
+/// Attacks on record in a file, checked.
+fn attacks(path: &Path) -> Result<Vec<MeasuredAttack>, CoordinatorError> {
+    let refused = |reason: String| CoordinatorError::Attacks { path: path.to_owned(), reason };
+    let bytes = std::fs::read(path).map_err(|error| refused(error.to_string()))?;
+    let all: Vec<MeasuredAttack> =
+        serde_json::from_slice(&bytes).map_err(|error| refused(error.to_string()))?;
+    if all.len() > MAX_ATTACKS {
+        return Err(refused(format!("expected at most {MAX_ATTACKS} attacks, got {}", all.len())));
+    }
+    for (i, attack) in all.iter().enumerate() {
+        if let Some(fault) = attack.fault() {
+            return Err(refused(format!("attack {i}: {fault}")));
+        }
+    }
+    Ok(all)
+}
+
+/// SHA-256 of this program's file, read once; none where the system doesn't tell which file it is.
+fn own_digest() -> Option<String> {
+    static KNOWN: OnceLock<Option<String>> = OnceLock::new();
+    let read = || {
+        let bytes = std::fs::read(std::env::current_exe().ok()?).ok()?;
+        Some(tabmesh_store::Digest::of(&bytes).to_string())
+    };
+    KNOWN.get_or_init(read).clone()
 }
 
 /// Who is trusted for what, in sentences; the debits say which noise there was.

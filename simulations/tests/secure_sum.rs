@@ -184,11 +184,12 @@ fn contribution(layout: &Layout, domain: &Domain, agent: &Agent, sum: &Recorded)
             let descriptor = RoundDescriptor::from_bytes(text.as_bytes()).unwrap();
             let (plan, _) = Plan::parse(&std::fs::read(layout.plan()).unwrap(), "plan.yaml").unwrap();
             let artefacts = &agent.work.artefacts;
+            let mut draws = agent.work.books().draws().unwrap();
             let coding = agent.work.coding(&descriptor.plan);
             assert_eq!(coding, Coding::OwnRow, "the plan's release counted its rows");
             let trainer =
                 Trainer::new(artefacts, &descriptor, &plan, &facts.schema, &training, coding).unwrap();
-            (NoisePurpose::Round, trainer.clipped_sum(&descriptor).unwrap())
+            (NoisePurpose::Round, trainer.clipped_sum(&descriptor, &mut draws).unwrap())
         }
     };
     let bytes = sum.opening.descriptor.as_bytes();

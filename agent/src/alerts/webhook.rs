@@ -200,6 +200,7 @@ mod tests {
             time_ms: 1,
             product: "a.orders".to_owned(),
             percent: 80,
+            window_days: None,
             epsilon_granted: Epsilon::new(3.0).unwrap(),
             epsilon_charged: None,
             delta: 1e-5,

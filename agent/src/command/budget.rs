@@ -8,7 +8,8 @@ use comfy_table::Table;
 use miette::{IntoDiagnostic, WrapErr, miette};
 use tabmesh_privacy::ledger::Entry;
 use tabmesh_privacy::report::{
-    Period, ProductLedger, ProductSection, ReportInput, SignedHead, UnprotectedFact, build, render_html,
+    Period, ProductLedger, ProductSection, ReportInput, SignedHead, Stated, UnprotectedFact, build,
+    render_html,
 };
 use tabmesh_privacy::signature::SigningKey;
 
@@ -44,6 +45,11 @@ pub(crate) fn run(
         period: Period { from_ms: first_ms, until_ms: now_ms.saturating_add(1) },
         generated_at_ms: now_ms,
         generator: format!("tabmesh-agent {}", env!("CARGO_PKG_VERSION")),
+        generator_digest: None,
+        // What the deployment states, published and was attacked with is the coordinator's to say.
+        stated: Stated::default(),
+        published: Vec::new(),
+        attacks: Vec::new(),
         trust_model: vec!["This report is the agent's own reading of its own ledger.".to_owned()],
         products: vec![ProductLedger { agent, product: contract.name, entries, head }],
         refused: Vec::new(),

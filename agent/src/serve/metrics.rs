@@ -25,6 +25,8 @@ pub struct BudgetFacts {
     pub epsilon_charged: f64,
     /// Share of ρ spent or reserved, 0 to 1.
     pub charged_ratio: f64,
+    /// Share of the window's ρ spent within it or reserved, 0 to 1, where the grant sets a window.
+    pub window_ratio: Option<f64>,
 }
 
 type Labels = Vec<(&'static str, String)>;
@@ -41,6 +43,7 @@ pub(super) struct Metrics {
     contact_age: Level,
     epsilon: Family<Labels, Level>,
     charged: Family<Labels, Level>,
+    window: Family<Labels, Level>,
 }
 
 /// A model at the time of a scrape.
@@ -73,7 +76,10 @@ impl Metrics {
         let charged = Family::default();
         let help = "Share of the product's budget (rho) that is spent or reserved";
         registry.register("epsilon_spent_ratio", help, charged.clone());
-        Self { registry, requests, rows, seconds, ready, model_age, contact_age, epsilon, charged }
+        let window = Family::default();
+        let help = "Share of the budget of the grant's window (rho) that is spent within it or reserved";
+        registry.register("epsilon_window_ratio", help, window.clone());
+        Self { registry, requests, rows, seconds, ready, model_age, contact_age, epsilon, charged, window }
     }
 
     /// Counts a request that was answered with a status after a time; `rows` if it was predicted.
@@ -110,7 +116,11 @@ impl Metrics {
                 let labels = vec![("product", budget.product.clone()), ("state", state.to_owned())];
                 self.epsilon.get_or_create(&labels).set(value);
             }
-            self.charged.get_or_create(&vec![("product", budget.product.clone())]).set(budget.charged_ratio);
+            let product = vec![("product", budget.product.clone())];
+            self.charged.get_or_create(&product).set(budget.charged_ratio);
+            if let Some(ratio) = budget.window_ratio {
+                self.window.get_or_create(&product).set(ratio);
+            }
         }
         let mut text = String::new();
         // Writing to a string doesn't fail.
@@ -143,6 +153,7 @@ mod tests {
             epsilon_spent: 1.0,
             epsilon_charged: 2.0,
             charged_ratio: 0.5,
+            window_ratio: Some(0.75),
         };
         let models = [
             ModelFacts { name: "income", age_s: Some(60) },
@@ -160,6 +171,7 @@ mod tests {
             "tabmesh_coordinator_contact_age_seconds 7.0",
             "tabmesh_epsilon{product=\"a.orders\",state=\"spent_or_reserved\"} 2.0",
             "tabmesh_epsilon_spent_ratio{product=\"a.orders\"} 0.5",
+            "tabmesh_epsilon_window_ratio{product=\"a.orders\"} 0.75",
             "# EOF",
         ] {
             assert!(text.lines().any(|found| found == line), "no line {line:?} in\n{text}");

@@ -31,6 +31,10 @@ pub(crate) async fn run(action: ReportAction) -> miette::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+        ReportAction::Schema => {
+            println!("{}", serde_json::to_string_pretty(&Report::json_schema()).into_diagnostic()?);
+            Ok(ExitCode::SUCCESS)
+        }
         ReportAction::Verify { file, key, output } => check(&file, key.as_deref(), output),
     }
 }

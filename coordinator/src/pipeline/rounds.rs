@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
+use tabmesh_federation::adaptive_clip::{AdaptiveClip, SMALLEST_NORM};
 use tabmesh_federation::aggregate::optimiser::ServerOptimiser;
 use tabmesh_federation::aggregate::{Aggregate, Contributions, Rule, Updates};
 use tabmesh_federation::descriptor::{MAX_ADAPTER_VALUES, RoundDescriptor, RoundInputs};
@@ -299,12 +300,19 @@ fn step(
 ) -> Result<NamedDigest, CoordinatorError> {
     let failed = |error: String| CoordinatorError::Step(error);
     let rule = Rule::new(plan.rounds.aggregation, plan.rounds.trim);
-    let gradient = rule.mean(updates).map_err(|error| failed(error.to_string()))?;
+    let mut gradient = rule.mean(updates).map_err(|error| failed(error.to_string()))?;
+    let mut clip_norm = before.clip_norm;
+    if let (ClipNorm::Adaptive(clip), true) = (plan.rounds.clip_norm, descriptor.count_weight > 0) {
+        // The last value is no gradient: the noisy share of units within the norm.
+        let steps = gradient.pop().unwrap_or(f64::NAN) * descriptor.scale as f64;
+        clip_norm = clip.next(before.clip_norm, steps / descriptor.count_weight as f64);
+        tracing::info!(round = descriptor.index + 1, clip_norm, "the clip norm follows its quantile");
+    }
     let (values, optimiser) = before
         .optimiser
         .step(&before.values, &gradient, descriptor.clip_norm)
         .map_err(|error| failed(error.to_string()))?;
-    let after = AdapterState { values, optimiser, ..before.clone() };
+    let after = AdapterState { values, optimiser, clip_norm, ..before.clone() };
     let digest = mesh.put_json(&after)?;
     mesh.adapters.keep(digest, after);
     Ok(named(digest))
@@ -359,22 +367,27 @@ async fn state(
     Ok(state)
 }
 
-/// The plan's adapter as it starts, with the clip norm of the plan or the 95th percentile of gradient norms on corpus rows.
+/// The plan's adapter as it starts, with the clip norm of the plan or a quantile of gradient norms on corpus rows.
 fn initial(mesh: &Mesh, submitted: &Submitted, job: &Job) -> Result<AdapterState, CoordinatorError> {
     let rounds = &submitted.plan.rounds;
     let tuned = job.products().tuned.ok_or_else(|| CoordinatorError::Step("no tuned model".to_owned()))?;
     let (model, _) = Model::from_safetensors(&mesh.blobs.get(&stored(tuned))?)?;
     let encoded = corpus::encoded(mesh, submitted, job)?;
     let adapter = Adapter::initial(kind_of(rounds.adapter), &model, &encoded.column_keys)?;
-    let clip_norm = match rounds.clip_norm {
-        ClipNorm::Fixed(norm) => norm,
-        ClipNorm::Auto(_) => {
+    let on_corpus = match rounds.clip_norm {
+        ClipNorm::Fixed(norm) | ClipNorm::Adaptive(AdaptiveClip { initial: Some(norm), .. }) => Err(norm),
+        ClipNorm::Adaptive(clip) => Ok(clip.quantile),
+        ClipNorm::Auto(_) => Ok(CLIP_PERCENTILE),
+    };
+    let clip_norm = match on_corpus {
+        Err(norm) => norm,
+        Ok(quantile) => {
             let context_rows = (rounds.context_rows as usize).min(encoded.rows / 2);
             let context = Context::build(&model, &encoded.take(&(0..context_rows).collect::<Vec<_>>()))?;
             let queries: Vec<usize> = (context_rows..encoded.rows).take(CLIP_ROWS).collect();
             let prepared = context.prepare(&encoded.take(&queries), &adapter)?;
             let units: Vec<UnitGroup> = (0..queries.len()).map(|row| UnitGroup { rows: vec![row] }).collect();
-            context.norm_quantile(&prepared, &adapter, &units, CLIP_PERCENTILE)?.max(SMALLEST_CLIP)
+            context.norm_quantile(&prepared, &adapter, &units, quantile)?.max(SMALLEST_NORM)
         }
     };
     Ok(AdapterState::initial(adapter.layout().clone(), adapter.values(), clip_norm, &submitted.plan))
@@ -411,7 +424,7 @@ fn fits(adapter: AdapterSpec, config: &ModelConfig) -> Result<(), String> {
     }
 }
 
-/// Noisy number of units of each agent, from the label counts of stage 1.
+/// Noisy number of units of each agent that take part in a round, from the label counts of stage 1 and the plan's sampling rate.
 fn released_totals(
     mesh: &Mesh,
     submitted: &Submitted,
@@ -420,7 +433,7 @@ fn released_totals(
     let released = Released::load(mesh, submitted, job)?;
     let name = |(agent, total): (&String, &f64)| {
         let agent = AgentId::new(agent.clone()).map_err(|error| CoordinatorError::Step(error.to_string()))?;
-        Ok((agent, total.max(1.0)))
+        Ok((agent, (total * submitted.plan.rounds.sampling_rate).max(1.0)))
     };
     released.stage(1)?.totals.iter().map(name).collect()
 }
@@ -433,13 +446,12 @@ fn descriptor_key(id: RoundId) -> Vec<u8> {
 const CLIP_ROWS: usize = 512;
 /// Percentile of their norms.
 const CLIP_PERCENTILE: f64 = 0.95;
-/// Smallest clip norm that a plan may have.
-const SMALLEST_CLIP: f64 = 1e-4;
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
+    use crate::test_mesh::TestMesh;
 
     #[test]
     fn adapters_without_room_are_refused_by_name() {
@@ -473,5 +485,60 @@ mod tests {
         stored.as_object_mut().unwrap().remove("kind");
         let read: AdapterState = serde_json::from_value(stored).unwrap();
         assert_eq!(read.kind, Kind::FeatureTokens);
+    }
+
+    /// The count at the vector's end moves the norm and never reaches the adapter.
+    #[test]
+    fn the_count_of_units_within_the_norm_moves_the_norm_and_no_value() {
+        let test = TestMesh::new(0);
+        let parsed = |clip: &str| {
+            let text = format!(
+                "kind: TabmeshPlan\nname: p\ntarget: a.y\nrounds: {{clip_norm: {clip}}}\nprivacy: {{epsilon: 8}}\n"
+            );
+            Plan::parse(text.as_bytes(), "p").unwrap()
+        };
+        let agents: BTreeSet<AgentId> = ["a", "b", "c"].map(|name| AgentId::new(name).unwrap()).into();
+        let stepped = |clip: &str, share: f64| {
+            let (plan, digest) = parsed(clip);
+            let layout = Layout { kind: Kind::FeatureTokens, keys: vec!["x".to_owned()], width: 2 };
+            let before = AdapterState::initial(layout, &[0.0, 0.0], 2.0, &plan);
+            let inputs = RoundInputs {
+                id: collection_id(&test.mesh, None),
+                index: 0,
+                attempt: 1,
+                base: NamedDigest::of(b"base"),
+                context: NamedDigest::of(b"context"),
+                preprocessing: NamedDigest::of(b"bins"),
+                adapter_keys: before.keys.clone(),
+                width: 2,
+                adapter_values: vec![0.0; 2],
+                clip_norm: before.clip_norm,
+                roster: agents.clone(),
+                opened_ms: 1,
+                noisy_total: 1_000.0,
+                noisy_total_sd: 0.0,
+            };
+            let descriptor = RoundDescriptor::new(inputs, &plan, digest).unwrap();
+            // A mean gradient of (-0.5, 0.25) over 1000 units, of which a share was within the norm.
+            let unit = |mean: f64| (1_000.0 * mean * descriptor.scale as f64) as i64;
+            let mut sum = vec![unit(-0.5), unit(0.25)];
+            if descriptor.count_weight > 0 {
+                sum.push((1_000.0 * share * descriptor.count_weight as f64) as i64);
+            }
+            assert_eq!(sum.len(), descriptor.len());
+            let none = BTreeMap::new();
+            let contributions = Contributions::SumOnly(&sum);
+            let scale = descriptor.scale as f64;
+            let updates = Updates { contributions, scale, divisor: 1_000.0, totals: &none };
+            let digest = step(&test.mesh, &plan, &updates, &descriptor, &before).unwrap();
+            read(&test.mesh, stored(digest)).unwrap()
+        };
+        let fixed = stepped("2", 0.0);
+        assert!(fixed.values[0] > 0.0 && fixed.values[1] < 0.0 && fixed.clip_norm == 2.0);
+        for (share, expected) in [(0.5, 2.0), (1.0, 2.0 * (-0.1_f64).exp()), (0.0, 2.0 * 0.1_f64.exp())] {
+            let after = stepped("{quantile: 0.5, initial: 2}", share);
+            assert_eq!(after.values, fixed.values, "share {share}");
+            assert!((after.clip_norm - expected).abs() < 1e-3, "share {share}: {}", after.clip_norm);
+        }
     }
 }

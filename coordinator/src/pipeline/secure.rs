@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use serde_json::json;
-use tabmesh_federation::id::{AgentId, PlanDigest};
+use tabmesh_federation::id::{AgentId, Digest as NamedDigest, PlanDigest};
 use tabmesh_federation::phase::abandon::AbandonReason;
 use tabmesh_federation::plan::SecureSumSpec;
 use tabmesh_federation::secagg::document::{Opening, Summed};
@@ -112,14 +112,16 @@ fn attempt(
     let members = members(mesh, agents)?;
     let roster = Roster::new(members.clone()).map_err(|error| CoordinatorError::Sum(error.to_string()))?;
     let collection = subject.expected.collection;
+    // A sum that can't be isn't one that was opened: described once before the audit log hears of it.
+    let described = |log_head| subject.describe(spec, &roster, Attempt { number, opened_ms, log_head });
+    described(NamedDigest::of(b"not yet"))?;
     let mut facts = json!({ "collection": collection.to_string(), "roster": roster.digest().to_string() });
     if number > 1 {
         facts["attempt"] = number.into();
     }
     let log_head = named(mesh.audit("coordinator", "secure_sum_opened", facts)?);
-    let descriptor = subject.describe(spec, &roster, Attempt { number, opened_ms, log_head })?;
-    let descriptor =
-        String::from_utf8(descriptor.to_bytes()).map_err(|error| CoordinatorError::Sum(error.to_string()))?;
+    let descriptor = String::from_utf8(described(log_head)?.to_bytes())
+        .map_err(|error| CoordinatorError::Sum(error.to_string()))?;
     let opening = Opening { descriptor, summed, roster: agents.clone() };
     mesh.sums.open(collection, &Opened { opening, members }, with)
 }

@@ -137,7 +137,7 @@ mod tests {
     use ring::signature::{Ed25519KeyPair, KeyPair};
     use tabmesh_federation::id::{AgentId, Digest as NamedDigest};
     use tabmesh_federation::witness::LEDGER_HEAD_ACTION;
-    use tabmesh_privacy::report::{Period, RecordedEntry, ReportInput, SignedHead, build};
+    use tabmesh_privacy::report::{Period, RecordedEntry, ReportInput, SignedHead, Stated, build};
     use tabmesh_privacy::signature::Signature;
     use tabmesh_store::checkpoint::Signer;
     use tabmesh_store::merkle::MerkleTree;
@@ -185,6 +185,10 @@ mod tests {
             period: Period { from_ms: 0, until_ms: 1 },
             generated_at_ms: 0,
             generator: "test".to_owned(),
+            generator_digest: None,
+            stated: Stated::default(),
+            published: Vec::new(),
+            attacks: Vec::new(),
             trust_model: Vec::new(),
             products: Vec::new(),
             refused: Vec::new(),

@@ -13,6 +13,7 @@ use tabmesh_privacy::mechanism::{DiscreteGaussian, MechanismError, SigmaSquared}
 use tabmesh_privacy::release::ReleaseQuery;
 use thiserror::Error;
 
+use crate::adaptive_clip;
 use crate::id::{AgentId, CollectionId, Digest, PlanDigest, RoundId};
 use crate::packed;
 use crate::phase::collect::{Announcement, Quorum};
@@ -102,7 +103,11 @@ pub struct RoundDescriptor {
     pub scale: u64,
     /// What the round costs each unit.
     pub rho: Rho,
-    /// L2 sensitivity of the integer sum: ⌊clip_norm · scale⌋.
+    /// Integer steps that a unit within the clip norm adds to the vector's last value, from which the next norm follows; 0 where
+    /// the norm doesn't follow a quantile and the vector has no such value.
+    #[serde(default, skip_serializing_if = "nothing")]
+    pub count_weight: u64,
+    /// L2 sensitivity of the integer sum: ⌊clip_norm · scale⌋, with the count beside it √(⌊clip_norm · scale⌋² + count_weight²).
     pub sensitivity: u64,
     /// Variance of each agent's noise on each value, in squared integer steps: all of it, or its share in a secure sum.
     pub sigma_squared: SigmaSquared,
@@ -114,7 +119,8 @@ pub struct RoundDescriptor {
     pub deadline_ms: i64,
     /// Milliseconds after the deadline in which the round is published or abandoned.
     pub grace_ms: i64,
-    /// Noisy number of units over the roster, from the release; the divisor of the mean gradient.
+    /// Noisy number of units over the roster, from the release, times the plan's sampling rate: what the mean gradient is divided
+    /// by. Never the number of those that were drawn, which is private.
     pub divisor: u64,
     /// Most units one agent can plausibly hold, from the same total and its noise.
     pub max_units: u64,
@@ -161,7 +167,9 @@ impl RoundDescriptor {
     pub fn new(inputs: RoundInputs, plan: &Plan, digest: PlanDigest) -> Result<Self, DescriptorError> {
         let window = Window::new(inputs.opened_ms, plan.rounds.deadline_s, plan.rounds.grace_s)?;
         let scale = scale_for(inputs.clip_norm);
-        let sensitivity = integer_norm(inputs.clip_norm, scale)?;
+        let norm = integer_norm(inputs.clip_norm, scale)?;
+        let count_weight = plan.rounds.clip_norm.count_weight(norm);
+        let sensitivity = adaptive_clip::sensitivity(norm, count_weight);
         let rho = plan.budget()?.per_round;
         let sigma_squared = own_noise(plan, sensitivity, rho, inputs.roster.len())?;
         let descriptor = Self {
@@ -178,13 +186,14 @@ impl RoundDescriptor {
             clip_norm: inputs.clip_norm,
             scale,
             rho,
+            count_weight,
             sensitivity,
             sigma_squared,
             roster: inputs.roster,
             opened_ms: window.opened_ms(),
             deadline_ms: window.deadline_ms(),
             grace_ms: window.grace_ms(),
-            divisor: plausible_units(inputs.noisy_total, 0.0).max(1),
+            divisor: plausible_units(inputs.noisy_total * plan.rounds.sampling_rate, 0.0).max(1),
             max_units: plausible_units(inputs.noisy_total, inputs.noisy_total_sd).max(1),
         };
         descriptor.check(plan, &digest)?;
@@ -225,7 +234,10 @@ impl RoundDescriptor {
         if let ClipNorm::Fixed(norm) = rounds.clip_norm {
             same("clip norm", &norm, &self.clip_norm)?;
         }
-        let sensitivity = integer_norm(self.clip_norm, self.scale)?;
+        let norm = integer_norm(self.clip_norm, self.scale)?;
+        let count_weight = rounds.clip_norm.count_weight(norm);
+        same("weight of the count", &count_weight, &self.count_weight)?;
+        let sensitivity = adaptive_clip::sensitivity(norm, count_weight);
         same("sensitivity", &sensitivity, &self.sensitivity)?;
         same("rho", &plan.budget()?.per_round, &self.rho)?;
         let (least, most) = (plan.cohort.min_agents as usize, plan.cohort.max_agents as usize);
@@ -242,10 +254,10 @@ impl RoundDescriptor {
         same("divisor above zero", &true, &(self.divisor > 0))
     }
 
-    /// Length of an update: one integer per adapter value.
+    /// Length of an update: one integer per adapter value, and the count where there is one.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.adapter_values.len()
+        self.adapter_values.len() + usize::from(self.count_weight > 0)
     }
 
     /// Whether there is nothing to train.
@@ -355,6 +367,12 @@ fn own_noise(
         None => Ok(DiscreteGaussian::from_rho(l2_squared, rho)?.sigma_squared()),
         Some(spec) => Ok(NoisePlan::for_cost(l2_squared, rho, agents, spec.dropouts, spec.colluders)?.share),
     }
+}
+
+// Descriptors without a count look as they did before there was one.
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn nothing(weight: &u64) -> bool {
+    *weight == 0
 }
 
 /// σ rounded up.

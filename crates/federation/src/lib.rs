@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod adaptive_clip;
 pub mod aggregate;
 mod checks;
 pub mod descriptor;

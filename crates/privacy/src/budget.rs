@@ -4,7 +4,9 @@
 //! decimal strings (a reader never meets a rounded float) and ρ is an integer number of 2⁻⁴⁰ units: sums of ρ
 //! commute, associate and never round, which a budget filter needs.
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::borrow::Cow;
 use std::fmt;
 
 /// Number of [`Rho`] units in ρ = 1.
@@ -114,6 +116,23 @@ impl std::str::FromStr for Delta {
     }
 }
 
+macro_rules! decimal_schema {
+    ($type:ident, $text:literal) => {
+        impl JsonSchema for $type {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($type).into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                json_schema!({ "type": "string", "description": $text, "maxLength": MAX_DECIMAL_CHARS })
+            }
+        }
+    };
+}
+
+decimal_schema!(Epsilon, "epsilon: a decimal number above 0");
+decimal_schema!(Delta, "delta: a decimal number above 0 and below 1");
+
 impl Serialize for Epsilon {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
@@ -143,7 +162,9 @@ impl<'de> Deserialize<'de> for Delta {
 /// A zero-concentrated DP loss ρ in integer units of 2⁻⁴⁰.
 ///
 /// A discrete Gaussian of variance σ² over a query of L2 sensitivity Δ costs ρ = Δ²/(2σ²), and costs add up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(transparent)]
 pub struct Rho(u64);
 

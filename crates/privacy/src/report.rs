@@ -8,12 +8,14 @@
 //! What it can't show: entries cut off the end of a ledger whose head nobody signed, and ledgers left out.
 
 mod build;
+mod facts;
 mod html;
 mod picture;
 mod section;
 mod verify;
 
 pub use build::build;
+pub use facts::{MAX_ATTACKS, MAX_STATED_BYTES, MeasuredAttack, Published, Stated, Transparency};
 pub use html::render_html;
 pub use section::{
     ByStep, EventKind, EventLine, Granted, Headline, Odds, ProductSection, RefusalLine, Spending,
@@ -24,10 +26,11 @@ pub use verify::{MAX_REPORT_BYTES, Verified, VerifyError, verify};
 use crate::ledger::{ChainedEntry, LedgerError, RefusalRule};
 use crate::private::{Digest, hex_digest};
 use crate::signature::{Context, Signature, SigningKey, VerifyingKey};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Format of a report's JSON.
-pub const FORMAT: &str = "tabmesh-report/1";
+pub const FORMAT: &str = "tabmesh-report/2";
 
 /// Where the noise is added.
 pub const DEPLOYMENT_MODEL: &str =
@@ -75,7 +78,7 @@ pub const STATEMENTS: [&str; 5] = [
 ];
 
 /// The months, weeks or days a report is about; the lifetime figures ignore it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Period {
     /// First millisecond since 1970, UTC.
@@ -93,7 +96,7 @@ impl Period {
 }
 
 /// A fact that leaves a domain without noise: the whole list there is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum UnprotectedFact {
     /// What the owner declares in the contract, and that a validation passed or failed at admission.
@@ -127,7 +130,7 @@ impl UnprotectedFact {
 }
 
 /// A refusal that no agent's ledger holds, such as one of the coordinator.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RefusedRequest {
     /// Time in milliseconds since 1970, UTC.
@@ -139,7 +142,7 @@ pub struct RefusedRequest {
 }
 
 /// A signature over a ledger's last entry.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SignedHead {
     /// The agent's signature.
@@ -179,8 +182,16 @@ pub struct ReportInput {
     pub period: Period,
     /// Time in milliseconds since 1970, UTC.
     pub generated_at_ms: i64,
-    /// Program, version and build that made the report.
+    /// Program and version that made the report.
     pub generator: String,
+    /// SHA-256 of that program's file, in hexadecimal.
+    pub generator_digest: Option<String>,
+    /// What whoever runs the deployment states about it.
+    pub stated: Stated,
+    /// What was published, oldest first.
+    pub published: Vec<Published>,
+    /// What attacks on the shipped code found.
+    pub attacks: Vec<MeasuredAttack>,
     /// Who is trusted for what, in sentences.
     pub trust_model: Vec<String>,
     /// Products with their ledgers.
@@ -196,7 +207,7 @@ pub struct ReportInput {
 /// What the coordinator's audit log proves of the ledgers: its latest checkpoint, and where in the log their heads are.
 ///
 /// This crate carries and shows it; who has the log's hashes and signatures checks it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AuditProof {
     /// The checkpoint as a signed note with the agents' cosignatures.
@@ -206,7 +217,7 @@ pub struct AuditProof {
 }
 
 /// A ledger's head as the audit log has it; it covers all entries before it by their chain.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProvenHead {
     /// SPIFFE id of the agent.
@@ -220,23 +231,25 @@ pub struct ProvenHead {
 }
 
 /// A ledger entry inside a report; the payload is the stored text, byte for byte.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RecordedEntry {
     /// Position in the chain.
     pub seq: u64,
     /// Hash of the entry before.
     #[serde(with = "hex_digest")]
+    #[schemars(with = "String", regex(pattern = "^[0-9a-f]{64}$"))]
     pub prev: Digest,
     /// Hash of the entry.
     #[serde(with = "hex_digest")]
+    #[schemars(with = "String", regex(pattern = "^[0-9a-f]{64}$"))]
     pub hash: Digest,
     /// The stored JSON text.
     pub payload: String,
 }
 
 /// One agent's ledger inside a report.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct LedgerRecord {
     /// SPIFFE id of the agent.
@@ -262,7 +275,7 @@ impl LedgerRecord {
 }
 
 /// A budget report.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Report {
     /// [`FORMAT`].
@@ -273,8 +286,24 @@ pub struct Report {
     pub period: Period,
     /// Time in milliseconds since 1970, UTC.
     pub generated_at_ms: i64,
-    /// Program, version and build that made the report.
+    /// Name of this report: a digest of the ledgers' ends and of the time it was made, in hexadecimal.
+    pub id: String,
+    /// Program and version that made the report.
     pub generator: String,
+    /// SHA-256 of that program's file, in hexadecimal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generator_digest: Option<String>,
+    /// What whoever runs the deployment states about it.
+    #[serde(default)]
+    pub stated: Stated,
+    /// Which tier of public transparency the report fills.
+    pub transparency: Transparency,
+    /// What was published, oldest first.
+    #[serde(default)]
+    pub published: Vec<Published>,
+    /// What attacks on the shipped code found.
+    #[serde(default)]
+    pub attacks: Vec<MeasuredAttack>,
     /// [`DEPLOYMENT_MODEL`], [`DEPLOYMENT_MODEL_SUMS`] or [`DEPLOYMENT_MODEL_BOTH`], as the debits say.
     pub deployment_model: String,
     /// Who is trusted for what.
@@ -299,6 +328,12 @@ pub struct Report {
 }
 
 impl Report {
+    /// JSON Schema of the text that is signed.
+    #[must_use]
+    pub fn json_schema() -> serde_json::Value {
+        schemars::schema_for!(Self).to_value()
+    }
+
     /// The report as JSON text.
     #[must_use]
     pub fn to_json(&self) -> String {
@@ -325,6 +360,10 @@ impl Report {
             period: self.period,
             generated_at_ms: self.generated_at_ms,
             generator: self.generator.clone(),
+            generator_digest: self.generator_digest.clone(),
+            stated: self.stated.clone(),
+            published: self.published.clone(),
+            attacks: self.attacks.clone(),
             trust_model: self.trust_model.clone(),
             products,
             refused: self.refused.clone(),

@@ -5,7 +5,9 @@
 
 use ring::rand::SecureRandom;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::borrow::Cow;
 use std::fmt;
 
 /// What a signature is about.
@@ -190,6 +192,17 @@ macro_rules! hex_text {
                 let mut bytes = [0; $bytes];
                 hex::decode_to_slice(text, &mut bytes)?;
                 Ok(Self(bytes))
+            }
+        }
+
+        impl JsonSchema for $type {
+            fn schema_name() -> Cow<'static, str> {
+                stringify!($type).into()
+            }
+
+            fn json_schema(_: &mut SchemaGenerator) -> Schema {
+                let pattern = format!("^[0-9a-f]{{{}}}$", 2 * $bytes);
+                json_schema!({ "type": "string", "pattern": pattern })
             }
         }
 

@@ -149,7 +149,7 @@ fn measure(context: &Context, rows: &PreparedRows, adapter: &Adapter, args: &Arg
     };
     let clipped = || -> Result<()> {
         let sum = context.clipped_sum(rows, adapter, &units, clip)?;
-        ensure!(sum.iter().any(|g| *g != 0), "the clipped gradient is zero");
+        ensure!(sum.values.iter().any(|g| *g != 0), "the clipped gradient is zero");
         Ok(())
     };
     let mut turns: Vec<[f64; 3]> = Vec::new();

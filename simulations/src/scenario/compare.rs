@@ -119,7 +119,7 @@ impl Loaded {
                             && known.sets == manifest.sets
                             && known.program == manifest.program
                             && known.base_model == manifest.base_model
-                            && known.commit == manifest.commit
+                            && known.program_digest == manifest.program_digest
                             && known.real == manifest.real
                             && known.shard.of == manifest.shard.of,
                         "{} is no part of the same run as the first folder",

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tabmesh_federation::aggregate::Aggregation;
 use tabmesh_federation::aggregate::optimiser::OptimiserSpec;
-use tabmesh_federation::plan::{AdapterSpec, NoisePlacement, Plan};
+use tabmesh_federation::plan::{AdapterSpec, ClipNorm, NoisePlacement, Plan};
 
 use super::document::{Attack, Byzantine, Faulty};
 
@@ -37,6 +37,13 @@ pub struct Flow {
     /// Federated rounds, 0 to 200; 0 leaves them out and gives the release all of the budget. Default: the plan's.
     #[serde(default)]
     pub rounds: Option<u32>,
+    /// Share of units in a round, in [0.0001, 1], as in a plan. Default: the plan's.
+    #[serde(default)]
+    pub sampling_rate: Option<f64>,
+    /// Norm that a unit's gradient is clipped to, as in a plan: `auto`, a number, or a map with the `quantile` that it follows.
+    /// Default: the plan's.
+    #[serde(default)]
+    pub clip_norm: Option<ClipNorm>,
     /// What rounds train, as in a plan: a map with `kind` and its figures. Default: the plan's.
     #[serde(default)]
     pub adapter: Option<AdapterSpec>,
@@ -167,6 +174,8 @@ impl Flow {
             corpus_rows,
             pretrain_steps,
             rounds,
+            sampling_rate,
+            clip_norm,
             adapter,
             aggregation,
             trim,
@@ -178,6 +187,8 @@ impl Flow {
         set(&mut plan.corpus.rows, *corpus_rows);
         set(&mut plan.pretrain.steps, *pretrain_steps);
         set(&mut plan.rounds.count, *rounds);
+        set(&mut plan.rounds.sampling_rate, *sampling_rate);
+        set(&mut plan.rounds.clip_norm, *clip_norm);
         set(&mut plan.rounds.adapter, *adapter);
         set(&mut plan.rounds.aggregation, *aggregation);
         set(&mut plan.rounds.trim, *trim);

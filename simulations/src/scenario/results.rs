@@ -80,6 +80,8 @@ pub struct Manifest {
     pub scenario_digest: Digest,
     /// Version of the program.
     pub program: String,
+    /// SHA-256 of its file: another build may give other figures.
+    pub program_digest: Digest,
     /// SHA-256 of the shipped base model.
     pub base_model: Digest,
     /// Seeds run.
@@ -90,7 +92,8 @@ pub struct Manifest {
     pub tasks: usize,
     /// Which part of the tasks is done here: number, from 1, and number of parts.
     pub shard: Shard,
-    /// Commit of the work tree that the scenario lies in, with `+changes` where files differ from it; none outside of one.
+    /// Commit of the work tree that the scenario lay in when the run began, with `+changes` where files differed from it; none
+    /// outside of one. It tells where to look; what made the figures is the program by its digest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,
     /// Whether flows ran as processes of the operating system.
@@ -167,12 +170,13 @@ impl RunFolder {
             };
             ensure!(found.scenario_digest == manifest.scenario_digest, differs("scenario"));
             ensure!(found.program == manifest.program, differs("program version"));
+            ensure!(found.program_digest == manifest.program_digest, differs("build of the program"));
             ensure!(found.base_model == manifest.base_model, differs("base model"));
             ensure!(found.sets == manifest.sets, differs("set of tables"));
             ensure!(found.shard == manifest.shard, differs("shard"));
-            ensure!(found.commit == manifest.commit, differs("commit of the work tree"));
             ensure!(found.real == manifest.real, differs("--real"));
-            ensure!(found == *manifest, differs("manifest"));
+            let same_place = Manifest { commit: manifest.commit.clone(), ..found };
+            ensure!(same_place == *manifest, differs("manifest"));
             return Ok(folder);
         }
         if root.exists() {
@@ -399,7 +403,7 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// Version of the folder's format.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 /// Most parts of a run.
 pub const MAX_SHARDS: u32 = 1024;
 
@@ -419,6 +423,7 @@ mod tests {
             sets: vec![SetDigest { name: "a".into(), digest: Digest::of(b"a") }],
             tasks: 2,
             shard: Shard::WHOLE,
+            program_digest: Digest::of(b"program"),
             commit: None,
             real: false,
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -144,6 +144,7 @@ pub(crate) fn prepare(
         scenario: scenario.name.clone(),
         scenario_digest: Digest::of(text.as_bytes()),
         program: env!("CARGO_PKG_VERSION").to_owned(),
+        program_digest: program_digest()?,
         base_model: Digest::of(BASE_MODEL),
         seeds: scenario.seeds,
         sets,
@@ -168,6 +169,17 @@ pub(crate) fn prepare(
     let tasks = mine.into_iter().filter(asked).collect();
     let digest = PlanDigest::of(text.as_bytes());
     Ok(Prepared { folder, digest, data, tasks, shard: names, scenario, real: how.real })
+}
+
+/// SHA-256 of this program's own file, read once.
+fn program_digest() -> Result<Digest> {
+    static KNOWN: OnceLock<Digest> = OnceLock::new();
+    if let Some(known) = KNOWN.get() {
+        return Ok(*known);
+    }
+    let path = std::env::current_exe().context("finding this program's own file")?;
+    let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    Ok(*KNOWN.get_or_init(|| Digest::of(&bytes)))
 }
 
 /// The commit of the work tree that a folder lies in; none outside of one, or without git.
@@ -409,7 +421,9 @@ impl Prepared {
         if let (Some(newcomer), Some(spec)) = (&world.newcomer, &self.scenario.newcomers) {
             let sizes: Vec<usize> = spec.rows.iter().map(|rows| *rows as usize).collect();
             for line in measure::newcomer(&scoring, newcomer, &sizes, usize::from(spec.draws))? {
-                let counts = line.counted_draws > 0;
+                let labels: Vec<u8> =
+                    line.test.labels.iter().map(|label| u8::from(*label == Some(1))).collect();
+                let counts = line.counted_draws > 0 && measure::counted(&labels);
                 let size = u32::try_from(line.rows).ok();
                 for (name, weight) in &line.served {
                     let metric = format!("weight of {name}");
@@ -417,7 +431,6 @@ impl Prepared {
                     rows.extend(row.map(|row| Row { rows: size, ..row }));
                 }
                 if self.scenario.keep_answers {
-                    let labels = line.test.labels.iter().map(|label| u8::from(*label == Some(1))).collect();
                     let test = (Arc::new(entities(&line.test)), Arc::new(labels));
                     for (draw, said) in (0_u32..).zip(&line.answers) {
                         answers.extend(said.iter().map(|(method, said)| Answered {

@@ -235,6 +235,28 @@ fn a_liar_keeps_to_the_protocol_and_changes_nothing_but_values() {
     assert_ne!(adapter("byzantine: {share: 0.25, attack: {kind: sign_flip}}"), honest);
 }
 
+/// Under a seed, so that equal settings give equal bytes: what is drawn and counted changes what is published.
+#[test]
+fn sampled_rounds_and_norms_that_follow_a_quantile_come_to_their_end() {
+    let adapter = |settings: &str| {
+        let text = format!(
+            "metrics: [auc]\nflows:\n  - {{name: f, epsilon: 8, corpus_rows: 300, pretrain_steps: 0, rounds: 2, {settings}}}\n"
+        );
+        let (root, _folder) = ran_on(&["a", "b", "c", "d"], &text);
+        std::fs::read(root.path().join("out/adapters/made_up.0000.f.safetensors")).unwrap()
+    };
+    let (plain, again) = (adapter("clip_norm: 1"), adapter("clip_norm: 1, sampling_rate: 1"));
+    assert_eq!(plain, again);
+    let sampled = adapter("clip_norm: 1, sampling_rate: 0.5");
+    let followed = adapter("clip_norm: {quantile: 0.5, initial: 1}");
+    let summed =
+        adapter("clip_norm: {quantile: 0.5, initial: 1}, sampling_rate: 0.5, noise_placement: secure_sum");
+    let all = [plain, sampled, followed, summed];
+    for (i, one) in all.iter().enumerate() {
+        assert!(all.iter().skip(i + 1).all(|other| other != one && other.len() == one.len()), "{i}");
+    }
+}
+
 /// Tables of one's own, by contracts whose sources are relative to them, go through rivals, rounds and a flow.
 #[test]
 fn own_tables_by_contract_are_run() {

@@ -212,8 +212,8 @@ impl Liar {
             }
         };
         let honest = {
-            let descriptor = descriptor.clone();
-            tokio::task::spawn_blocking(move || trainer.clipped_sum(&descriptor)).await??
+            let (descriptor, mut draws) = (descriptor.clone(), self.work.books().draws()?);
+            tokio::task::spawn_blocking(move || trainer.clipped_sum(&descriptor, &mut draws)).await??
         };
         let lie = match self.collusion.attack {
             Attack::SignFlip => honest.iter().map(|v| v.saturating_neg()).collect(),

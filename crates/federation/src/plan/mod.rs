@@ -15,6 +15,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tabmesh_contract::schema::FeatureId;
 
+use crate::adaptive_clip::{self, AdaptiveClip, LARGEST_NORM, SMALLEST_NORM};
 use crate::aggregate::Aggregation;
 use crate::aggregate::optimiser::OptimiserSpec;
 use crate::checks;
@@ -245,12 +246,16 @@ pub struct RoundsSpec {
     /// Seconds the coordinator has after a deadline. Default 10.
     #[garde(custom(checks::grace))]
     pub grace_s: u32,
-    /// Norm one unit's gradient is clipped to: `auto` (95th percentile on the corpus) or a number in
-    /// [0.0001, 10000]. Default `auto`.
+    /// Share of units in a round, in (0, 1]: each agent draws each of its units with this probability and tells nobody which.
+    /// It saves computing where tables are large; privacy is charged as if all took part. Default 1, which has the least noise.
+    #[garde(custom(checks::between(SMALLEST_RATE, 1.0)))]
+    pub sampling_rate: f64,
+    /// Norm one unit's gradient is clipped to: `auto` (95th percentile on the corpus), a number in [0.0001, 10000], or a map with
+    /// the `quantile` of the units' norms that it follows from round to round, by noisy counts. Default `auto`.
     #[garde(custom(clip_norm_in_range))]
     pub clip_norm: ClipNorm,
-    /// Noise standard deviation over the clip norm, in [0.1, 10000]; none = what the budget allows. A value the
-    /// budget doesn't cover is refused. Default none.
+    /// Noise standard deviation over the L2 sensitivity (the clip norm, and half a percent more where it follows a quantile), in
+    /// [0.1, 10000]; none = what the budget allows. A value the budget doesn't cover is refused. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[garde(inner(custom(checks::between(0.1, 1e4))))]
     pub noise_multiplier: Option<f64>,
@@ -280,6 +285,7 @@ impl Default for RoundsSpec {
             count: 12,
             deadline_s: 60,
             grace_s: 10,
+            sampling_rate: 1.0,
             clip_norm: ClipNorm::default(),
             noise_multiplier: None,
             optimiser: OptimiserSpec::default(),
@@ -299,6 +305,19 @@ pub enum ClipNorm {
     Fixed(f64),
     /// Found on the corpus.
     Auto(Auto),
+    /// Follows a quantile of the units' own norms.
+    Adaptive(AdaptiveClip),
+}
+
+impl ClipNorm {
+    /// Integer steps that a unit within the norm adds to a count in the round's vector; 0 where there is no such count.
+    #[must_use]
+    pub fn count_weight(&self, integer_norm: u64) -> u64 {
+        match self {
+            Self::Fixed(_) | Self::Auto(_) => 0,
+            Self::Adaptive(_) => adaptive_clip::weight(integer_norm),
+        }
+    }
 }
 
 /// The word `auto`.
@@ -396,10 +415,15 @@ fn delta_in_range(value: &f64, (): &()) -> garde::Result {
 fn clip_norm_in_range(value: &ClipNorm, (): &()) -> garde::Result {
     match value {
         ClipNorm::Auto(_) => Ok(()),
-        ClipNorm::Fixed(norm) => checks::between(1e-4, 1e4)(norm, &()),
+        ClipNorm::Fixed(norm) => checks::between(SMALLEST_NORM, LARGEST_NORM)(norm, &()),
+        ClipNorm::Adaptive(clip) => {
+            clip.validate().map_err(|report| garde::Error::new(report.to_string().trim_end().to_owned()))
+        }
     }
 }
 
+/// Smallest share of units in a round.
+pub const SMALLEST_RATE: f64 = 1e-4;
 /// Longest plan name or tag, in bytes.
 pub const MAX_NAME_BYTES: usize = 64;
 /// Largest plan document, in bytes.

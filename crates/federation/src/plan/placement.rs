@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::aggregate::{Aggregate, Rule};
 use crate::plan::Plan;
 use crate::secagg::descriptor::least_threshold;
+use crate::secagg::graph::Topology;
 use crate::secagg::message::Step;
 use crate::secagg::roster::MIN_MEMBERS;
 
@@ -102,6 +103,14 @@ impl Plan {
             let message =
                 format!("a cohort of {least} agents can go on without at most {bearable}, got {dropouts}");
             found.push(("privacy.secure_sum.dropouts", message));
+        }
+        if found.is_empty() {
+            // Above the complete graph's size a ring has to bear dropouts and colluders at once.
+            let agents = least as usize;
+            let graph = Topology::for_cohort(agents, least_threshold(agents, colluders), dropouts, colluders);
+            if let Err(error) = graph {
+                found.push(("privacy.secure_sum", error.to_string()));
+            }
         }
         for (path, deadline_s) in
             [("release.deadline_s", self.release.deadline_s), ("rounds.deadline_s", self.rounds.deadline_s)]

@@ -142,6 +142,13 @@ fn what_a_secure_sum_cannot_be_is_refused_by_name() {
             "privacy.secure_sum.dropouts",
             "at most 1",
         ),
+        (
+            "min_agents: 200, max_agents: 1024",
+            "noise_placement: secure_sum, secure_sum: {colluders: 60, dropouts: 60}",
+            "",
+            "privacy.secure_sum",
+            "no ring over 200 agents",
+        ),
         ("min_agents: 5", "secure_sum: {dropouts: 0}", "", "privacy.secure_sum", "noise_placement"),
     ] {
         let text = format!("{MINIMAL}cohort: {{{cohort}}}\nprivacy: {{{privacy}}}\n{rest}\n");
@@ -242,6 +249,13 @@ fn limits_hold_at_one_too_many() {
         ("rounds: {clip_norm: ", "10000}", "10001}"),
         ("rounds: {clip_norm: ", "0.0001}", "0.00009}"),
         ("rounds: {clip_norm: ", "1}", ".inf}"),
+        ("rounds: {clip_norm: {quantile: ", "0.99}}", "1}}"),
+        ("rounds: {clip_norm: {quantile: ", "0.01}}", "0}}"),
+        ("rounds: {clip_norm: {quantile: 0.5, learning_rate: ", "2}}", "2.01}}"),
+        ("rounds: {clip_norm: {quantile: 0.5, learning_rate: ", "0.01}}", "0.009}}"),
+        ("rounds: {clip_norm: {quantile: 0.5, initial: ", "10000}}", "10001}}"),
+        ("rounds: {sampling_rate: ", "1}", "1.01}"),
+        ("rounds: {sampling_rate: ", "0.0001}", "0.00009}"),
         ("rounds: {noise_multiplier: ", "10000}", "10001}"),
         ("rounds: {trim: ", "0.49}", "0.5}"),
         ("rounds: {adapter: {kind: lora, rank: ", "64}}", "65}}"),

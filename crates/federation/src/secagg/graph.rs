@@ -13,6 +13,7 @@
 //!   one of whose sides has no honest survivor left: of degree/2 agents at least degree/2 − max_dropped collude.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::LazyLock;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -304,8 +305,20 @@ fn ln_choose(n: u64, k: u64) -> f64 {
     if k > n {
         return f64::NEG_INFINITY;
     }
-    (0..k.min(n - k)).map(|i| ((n - i) as f64 / (i + 1) as f64).ln()).sum()
+    match [n, k, n - k].map(|of| LN_FACTORIALS.get(of as usize)) {
+        [Some(n), Some(k), Some(rest)] => n - k - rest,
+        _ => (0..k.min(n - k)).map(|i| ((n - i) as f64 / (i + 1) as f64).ln()).sum(),
+    }
 }
+
+/// ln n! by n, for every cohort that a plan may have: a search for a ring asks for millions of them.
+static LN_FACTORIALS: LazyLock<Vec<f64>> = LazyLock::new(|| {
+    let logs = (1..=crate::plan::MAX_AGENTS).scan(0.0, |sum, n| {
+        *sum += f64::from(n).ln();
+        Some(*sum)
+    });
+    std::iter::once(0.0).chain(logs).collect()
+});
 
 /// Most agents that are all joined with each other; above, an agent's work would grow with the cohort.
 pub const MAX_COMPLETE: usize = 128;

@@ -7,6 +7,7 @@ use super::LedgerError;
 use crate::budget::{Delta, Epsilon, Rho};
 use crate::mechanism::MechanismEvent;
 use crate::private::{Digest, hex_digest};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The one adjacency this house uses.
@@ -20,7 +21,7 @@ pub const MAX_APPROVALS: usize = 16;
 pub const MAX_ENTRY_BYTES: usize = 64 << 10;
 
 /// What a debit is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Purpose {
     /// Noisy marginal counts.
@@ -41,7 +42,7 @@ impl Purpose {
 }
 
 /// Why a plan was refused; a closed list without values, so that it may cross the wire.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RefusalRule {
     /// The plan asks for more than is left.

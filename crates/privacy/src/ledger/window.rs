@@ -2,7 +2,8 @@
 //!
 //! A budget is for a source's lifetime; windows show how fast it goes and print the lifetime figure beside their own. The
 //! unit and adjacency are those of the grants (add or remove one unit), the loss is ρ, and whoever keeps the ledger is
-//! trusted to have recorded every release, with a clock that doesn't run ahead.
+//! trusted to have recorded every release, with a clock that doesn't run ahead. If it did, what was recorded then stays within
+//! the window until the clock has come past that date by the window's length: too little is admitted, never too much.
 //!
 //! A grant may limit its pace ([`super::WindowLimit`]). That is enforced when a plan reserves: what was spent in the window
 //! that ends then, what is reserved and what is asked must stay within the limit. So it holds for every window of that
@@ -11,8 +12,7 @@
 
 use super::entry::WindowLimit;
 use super::state::{AccountKey, State};
-use crate::accountant::zcdp;
-use crate::budget::{Delta, Epsilon, Rho};
+use crate::budget::Rho;
 use std::collections::BTreeSet;
 
 /// A span of time: from `from_ms` on, before `until_ms`. Milliseconds since 1970, UTC.
@@ -39,42 +39,6 @@ impl Window {
     }
 }
 
-/// What was spent in a window, and ever.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Spending {
-    /// Committed within the window.
-    pub window: Rho,
-    /// Committed ever.
-    pub lifetime: Rho,
-    /// ε of the window; nothing where nothing was spent.
-    pub epsilon_window: Option<Epsilon>,
-    /// ε ever. Not the sum of the windows' figures: only ρ adds up.
-    pub epsilon_lifetime: Option<Epsilon>,
-}
-
-/// What one account spent in a window and ever, as ε at `delta`.
-///
-/// A commit counts where its own time says; a clock that went back moves it between windows, never out of the lifetime.
-#[must_use]
-pub fn spending(state: &State, account: &AccountKey, window: Window, delta: Delta) -> Spending {
-    let account = state.origin_of(account);
-    let mut within = Rho::ZERO;
-    for committed in state.commits.values() {
-        let charged = state.charged_to(committed).is_some_and(|key| *key == account);
-        if charged && window.contains(committed.entry.time_ms) {
-            within = plus(within, committed.entry.event.rho);
-        }
-    }
-    let lifetime = state.accounts.get(&account).map_or(Rho::ZERO, |account| account.spent);
-    let epsilon = |rho: Rho| (rho > Rho::ZERO).then(|| zcdp::epsilon(rho, delta));
-    Spending {
-        window: within,
-        lifetime,
-        epsilon_window: epsilon(within),
-        epsilon_lifetime: epsilon(lifetime),
-    }
-}
-
 /// Where a product's account stands in the window that its grant sets.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Standing {
@@ -84,10 +48,18 @@ pub struct Standing {
     pub window: Window,
     /// Committed within it.
     pub spent: Rho,
-    /// Neither spent within it nor reserved.
+    /// What a plan may ask for by every window that is set on the account: of other products of its source too.
     pub left: Rho,
     /// When the oldest of what was spent within it has left it, UTC milliseconds; nothing where nothing was spent.
     pub frees_ms: Option<i64>,
+}
+
+impl Standing {
+    /// Spent within the window or reserved: what a plan may not ask for any more.
+    #[must_use]
+    pub fn charged(&self) -> Rho {
+        self.limit.rho.saturating_sub(self.left)
+    }
 }
 
 /// Where a product's account stands in its grant's window; nothing without one.
@@ -99,11 +71,13 @@ pub fn standing(state: &State, product: &str, now_ms: i64) -> Option<Standing> {
     let own = |committed: &&super::Committed| state.charged_to(committed) == Some(key);
     let dates = state.commits.values().filter(own).map(|committed| committed.dated_ms);
     let oldest = dates.filter(|dated_ms| window.contains(*dated_ms)).min();
+    let limits = account.grants.values().filter_map(|grant| grant.window.as_ref());
+    let left = limits.map(|limit| state.left_within(key, limit, now_ms)).min()?;
     Some(Standing {
         limit,
         window,
         spent: state.spent_within(key, window),
-        left: state.left_within(key, &limit, now_ms),
+        left,
         frees_ms: oldest.map(|dated_ms| dated_ms.saturating_add_unsigned(limit.length_ms)),
     })
 }
@@ -179,6 +153,7 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use super::super::{Account, Entry, LedgerError, MemoryJournal, Pace, RefusalRule, replay};
     use super::*;
+    use crate::budget::Epsilon;
     use crate::ledger::Ledger;
     use crate::ledger::tests::{grant, payload, plan};
     use proptest::prelude::*;
@@ -285,6 +260,21 @@ mod tests {
         assert_eq!(replay(ledger.entries()).unwrap(), *ledger.state());
     }
 
+    /// Two products of one source, one with a tighter window: what stands as left is what a plan of either would get.
+    #[test]
+    fn the_tightest_window_of_a_source_is_what_is_left() {
+        let (mut ledger, limit) = paced();
+        let pace = Pace { length_ms: DAY_MS, epsilon: Epsilon::new(0.5).unwrap() };
+        ledger.grant_at_pace(grant("q", "db.table", 3.0), Some(pace), 0).unwrap();
+        let of = |product: &str| standing(ledger.state(), product, 1).unwrap();
+        let (loose, tight) = (of("p"), of("q"));
+        assert!(tight.limit.rho < limit && loose.limit.rho == limit);
+        assert_eq!((loose.left, tight.left), (tight.limit.rho, tight.limit.rho));
+        let more = Rho::from_units(loose.left.units() + 1);
+        assert!(matches!(ledger.reserve(plan("a", "p", more), 2), Err(LedgerError::OverWindow { .. })));
+        assert!(ledger.reserve(plan("b", "p", loose.left), 3).is_ok());
+    }
+
     #[test]
     fn windows_that_cannot_be_are_refused() {
         let mut ledger = Ledger::open(MemoryJournal::default()).unwrap();
@@ -349,37 +339,6 @@ mod tests {
 
     fn key(lineage: &str) -> AccountKey {
         AccountKey { entity_namespace: "customers".to_owned(), lineage: lineage.to_owned() }
-    }
-
-    #[test]
-    fn windows_count_commits_by_their_time_and_print_the_lifetime_beside() {
-        let mut ledger = Ledger::open(MemoryJournal::default()).unwrap();
-        ledger.grant(grant("p", "db.table", 3.0), 1).unwrap();
-        ledger.grant(grant("q", "db.other", 3.0), 1).unwrap();
-        let mut costs = Vec::new();
-        for (product, query, time) in [("p", 1, 1_000), ("p", 2, 5_000), ("q", 3, 5_000), ("p", 4, 9_999)] {
-            let reservation =
-                ledger.reserve(plan(&format!("{query}"), product, Rho::from_units(1 << 36)), time).unwrap();
-            let (bytes, request) = payload(Rho::from_units(1 << (30 + query)), query);
-            costs.push(request.event.rho);
-            ledger.commit(&reservation, request, &bytes, time).unwrap();
-            // A closed plan's commits still count.
-            ledger.close(&reservation, time).unwrap();
-        }
-        let delta = Delta::new(1e-5).unwrap();
-        let at = |window| spending(ledger.state(), &key("db.table"), window, delta);
-        let last = at(Window::ending(9_999, 5_000));
-        assert_eq!(last.window, plus(costs[1], costs[3]), "from 5000 to 9999, both included");
-        assert_eq!(last.lifetime, plus(plus(costs[0], costs[1]), costs[3]));
-        assert!(last.epsilon_window.unwrap() < last.epsilon_lifetime.unwrap());
-        assert_eq!(at(Window::ending(9_999, 4_999)).window, costs[3]);
-        let none = at(Window { from_ms: 20_000, until_ms: 30_000 });
-        assert_eq!((none.window, none.epsilon_window), (Rho::ZERO, None));
-        assert_eq!(at(Window::ending(i64::MAX, u64::MAX)).window, last.lifetime);
-        assert_eq!(
-            spending(ledger.state(), &key("elsewhere"), Window::ending(9_999, 99), delta).lifetime,
-            Rho::ZERO
-        );
     }
 
     #[test]

@@ -6,10 +6,12 @@
 use super::MechanismError;
 use super::shares::NoiseShares;
 use crate::budget::Rho;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::borrow::Cow;
 
 /// Which mechanism drew the noise.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum MechanismKind {
     /// Exact discrete Gaussian, unsampled.
@@ -19,7 +21,7 @@ pub enum MechanismKind {
 }
 
 /// One use of a mechanism.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct MechanismEvent {
     /// Which mechanism.
@@ -149,11 +151,21 @@ impl SigmaSquared {
 }
 
 /// How a fraction looks in JSON: decimal strings, because 64-bit numbers lose digits in many readers.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Written {
     num: String,
     den: String,
+}
+
+impl JsonSchema for SigmaSquared {
+    fn schema_name() -> Cow<'static, str> {
+        "SigmaSquared".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        Written::json_schema(generator)
+    }
 }
 
 impl Serialize for SigmaSquared {

@@ -6,6 +6,7 @@
 //! ρ = ½·(Δ/(√h·σ_l) + √d·τ)², τ = 10·Σ_{k=1}^{h−1} exp(−2π²σ_l²·k/(k+1)). At σ_l ≥ 5, the least allowed,
 //! τ < 10⁻¹⁰⁰, and the cost is the Gaussian's and one unit.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::event::{MechanismEvent, MechanismKind};
@@ -13,7 +14,7 @@ use super::{DiscreteGaussian, EventShape, MechanismError, SigmaSquared};
 use crate::budget::{RHO_UNITS, Rho};
 
 /// How the noise of a secure sum is divided, and under which assumptions it is enough.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NoiseShares {
     /// Variance of each agent's share: σ_l².

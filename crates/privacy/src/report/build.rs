@@ -9,7 +9,7 @@ use super::section::{
 use super::{
     DEPLOYMENT_MODEL, DEPLOYMENT_MODEL_BOTH, DEPLOYMENT_MODEL_SUMS, FORMAT, LOCAL_STATEMENT, LedgerRecord,
     Period, ProductLedger, RecordedEntry, Report, ReportError, ReportInput, STATEMENTS, SUM_STATEMENTS,
-    SignedHead, WINDOW_STATEMENT,
+    SignedHead, Transparency, WINDOW_STATEMENT,
 };
 use crate::budget::{Delta, Rho};
 use crate::ledger::window::{Standing, standing};
@@ -42,7 +42,13 @@ pub fn build(input: ReportInput) -> Result<Report, ReportError> {
         deployment: input.deployment,
         period: input.period,
         generated_at_ms: input.generated_at_ms,
+        id: id(&histories, input.generated_at_ms),
         generator: input.generator,
+        generator_digest: input.generator_digest,
+        transparency: Transparency::of(&input.stated),
+        stated: input.stated,
+        published: input.published,
+        attacks: input.attacks,
         deployment_model,
         trust_model: input.trust_model,
         statements,
@@ -54,6 +60,19 @@ pub fn build(input: ReportInput) -> Result<Report, ReportError> {
         audit: input.audit,
         ledgers: histories.into_values().map(|history| history.record).collect(),
     })
+}
+
+/// A name that the same ledgers have at the same time, and no others.
+fn id(histories: &BTreeMap<String, History>, generated_at_ms: i64) -> String {
+    let mut text = generated_at_ms.to_le_bytes().to_vec();
+    for history in histories.values() {
+        text.extend_from_slice(history.record.agent.as_bytes());
+        text.push(0);
+        if let Some(last) = history.record.entries.last() {
+            text.extend_from_slice(&last.hash);
+        }
+    }
+    hex::encode(ring::digest::digest(&ring::digest::SHA256, &text).as_ref().get(..16).unwrap_or_default())
 }
 
 /// Where the noise was added, by the debits; before the first one it is said to be local.

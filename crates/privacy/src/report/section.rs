@@ -5,10 +5,11 @@ use crate::budget::{Delta, Epsilon, Rho};
 use crate::ledger::window::DAY_MS;
 use crate::ledger::{Purpose, RefusalRule};
 use crate::mechanism::MechanismEvent;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A loss as ρ and as ε.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Spending {
     /// Sum of ρ, exact.
@@ -33,7 +34,7 @@ impl Spending {
 }
 
 /// A grant's figures.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Granted {
     /// Granted ε.
@@ -50,7 +51,7 @@ pub struct Granted {
 }
 
 /// A grant's rolling window at the end of the report's period, or at the ledger's last entry if that is later.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct WindowFigures {
     /// Its length in milliseconds.
@@ -76,7 +77,7 @@ impl WindowFigures {
 }
 
 /// Each kind of step alone; the figures don't add up to the total.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ByStep {
     /// Noisy marginal counts.
@@ -86,7 +87,7 @@ pub struct ByStep {
 }
 
 /// What an (ε, δ) means for somebody who tries to tell whether one unit is in the data.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Odds {
     /// e^ε: the attacker's odds change by at most this factor.
@@ -118,7 +119,7 @@ impl Odds {
 }
 
 /// What an event line is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EventKind {
     /// Budget given.
@@ -145,7 +146,7 @@ impl EventKind {
 }
 
 /// One entry of an account.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EventLine {
     /// Position in the agent's chain.
@@ -178,7 +179,7 @@ pub struct EventLine {
 }
 
 /// A plan the agent refused.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RefusalLine {
     /// Position in the agent's chain.
@@ -194,7 +195,7 @@ pub struct RefusalLine {
 }
 
 /// One product of one agent.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProductSection {
     /// SPIFFE id of the agent.
@@ -234,7 +235,7 @@ pub struct ProductSection {
 }
 
 /// The total of one entity namespace over all products and agents: who is in several of them loses this much.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Headline {
     /// Who the units are.

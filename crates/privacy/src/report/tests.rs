@@ -76,6 +76,10 @@ fn input(ledger: &Ledger<MemoryJournal>, head: Option<SignedHead>) -> ReportInpu
         period: Period { from_ms: 0, until_ms: 10_000 },
         generated_at_ms: 60_000,
         generator: "tabmesh 0.1.0".to_owned(),
+        generator_digest: None,
+        stated: Stated::default(),
+        published: Vec::new(),
+        attacks: Vec::new(),
         trust_model: vec!["the coordinator is trusted with noised totals".to_owned()],
         products: vec![product("visits"), product("orders")],
         refused: vec![RefusedRequest {
@@ -362,4 +366,88 @@ fn what_cannot_be_reported_is_refused() {
     broken.products.truncate(1);
     broken.products[0].entries.remove(0);
     assert!(matches!(build(broken), Err(ReportError::Ledger { source: LedgerError::Chain { seq: 0 }, .. })));
+}
+
+/// What is stated goes through signature and verification; who it is for stands on the page, and nothing of it can be changed.
+#[test]
+fn what_is_stated_and_measured_is_signed_and_shown() {
+    let ledger = filled(Ledger::open(MemoryJournal::default()).unwrap());
+    let some = |text: &str| Some(text.to_owned());
+    let stated = Stated {
+        curator: some("Acme <Ltd>"),
+        intended_use: some("scores"),
+        description: some("a model"),
+        ..Stated::default()
+    };
+    let attack = MeasuredAttack {
+        audit: "mechanism".to_owned(),
+        what: "with and without one unit".to_owned(),
+        program: "ab".repeat(32),
+        measured_at_ms: 1,
+        claimed: Epsilon::new(4.7).unwrap(),
+        delta: Delta::new(1e-5).unwrap(),
+        found: 4.25,
+        confidence: 0.95,
+        controls: 3,
+        controls_caught: 3,
+    };
+    let published =
+        Published { manifest: "cd".repeat(32), plan_digest: "ef".repeat(32), created_at_ms: 70_000 };
+    let bare = input(&ledger, None);
+    let told = ReportInput {
+        stated,
+        published: vec![published],
+        attacks: vec![attack],
+        generator_digest: some(&"12".repeat(32)),
+        ..bare.clone()
+    };
+    let key = SigningKey::generate(&ring::rand::SystemRandom::new()).unwrap().1;
+    let (bare, told) = (build(bare).unwrap(), build(told).unwrap());
+    assert_eq!((bare.transparency.tier, told.transparency.tier), (0, 2));
+    assert_eq!(bare.id, told.id, "the same ledgers at the same time");
+    let signed = told.sign(&key);
+    let page = render_html(&told, &signed).unwrap();
+    for shown in [
+        "Acme &#60;Ltd&#62;",
+        "4.250",
+        "3 of 3",
+        "the claim holds",
+        &"cd".repeat(32),
+        "tier 2",
+        "data, security",
+    ] {
+        assert!(page.contains(shown), "{shown}");
+    }
+    verify(page.as_bytes(), Some(&key.verifying_key())).unwrap();
+    // Whoever signs can state what they like, and can't claim a tier, or a name, that doesn't follow from it.
+    for change in [
+        (|report: &mut Report| report.transparency.tier = 3) as fn(&mut Report),
+        |report| report.transparency.missing.clear(),
+        |report| report.id = "0".repeat(32),
+    ] {
+        let mut other = told.clone();
+        change(&mut other);
+        let refused = verify(other.sign(&key).to_json().as_bytes(), None);
+        assert!(matches!(refused, Err(VerifyError::Figure { .. })), "{refused:?}");
+    }
+    let shown = render_html(&bare, &bare.sign(&key)).unwrap();
+    assert!(shown.contains("None is on record") && !shown.contains("<h2>Published"));
+}
+
+#[test]
+fn the_published_schema_is_the_reports() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/report.schema.json");
+    let published: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    assert_eq!(
+        published,
+        Report::json_schema(),
+        "write `tabmesh-coordinator report schema` to docs/report.schema.json"
+    );
+    // Every field that a report has is one that the schema knows, and that it asks for where it is always there.
+    let report = serde_json::to_value(report()).unwrap();
+    let fields: Vec<&String> = report.as_object().unwrap().keys().collect();
+    let known = published["properties"].as_object().unwrap();
+    assert!(fields.iter().all(|field| known.contains_key(*field)), "{fields:?}");
+    let required = published["required"].as_array().unwrap();
+    assert!(required.iter().all(|field| fields.iter().any(|known| field == known.as_str())), "{required:?}");
 }

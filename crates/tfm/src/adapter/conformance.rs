@@ -280,7 +280,7 @@ fn batched_gradients_equal_one_row_at_a_time() {
         // Clipped sums have the length of the adapter, with a bound that no unit exceeds.
         let units: Vec<UnitGroup> = (0..200).map(|row| UnitGroup { rows: vec![row] }).collect();
         let sum = context.clipped_sum(&prepared, &at, &units[..1], Clip::new(0.01, 1048576.0).unwrap());
-        let square: i64 = sum.unwrap().iter().map(|v| v * v).sum();
+        let square: i64 = sum.unwrap().values.iter().map(|v| v * v).sum();
         assert!((1..=10_485 * 10_485).contains(&square), "{kind:?}: {square}");
     }
 }

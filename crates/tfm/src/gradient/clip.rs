@@ -50,12 +50,13 @@ impl Clip {
         integers
     }
 
-    /// As [`Self::integers`], into a slice of the gradient's length that is used again for the next unit.
-    pub(super) fn integers_into(&self, gradient: &[f64], integers: &mut [i64]) {
+    /// As [`Self::integers`], into a slice of the gradient's length that is used again for the next unit. Says whether the
+    /// gradient was within the norm.
+    pub(super) fn integers_into(&self, gradient: &[f64], integers: &mut [i64]) -> bool {
         let norm = square(gradient).sqrt();
         if !norm.is_finite() {
             integers.fill(0);
-            return;
+            return false;
         }
         let bound = self.integer_norm();
         let limit = u128::from(bound) * u128::from(bound);
@@ -65,7 +66,7 @@ impl Clip {
         loop {
             let rounded = truncate(gradient, factor, integers);
             if rounded <= certain || exact_square(integers) <= limit {
-                return;
+                return norm <= self.norm;
             }
             // Rounding of the factor left the norm a hair too large.
             factor *= 1.0 - 1e-12;
