@@ -11,10 +11,14 @@ use tabmesh_contract::contract::{Contract, SourceKind, SourceSpec};
 use tabmesh_contract::profile::TableProfile;
 use thiserror::Error;
 
+#[cfg(not(feature = "postgres"))]
+mod absent;
 pub mod check;
 mod csv;
 pub mod marginals;
 mod parquet;
+#[cfg(feature = "postgres")]
+mod postgres;
 pub mod raw;
 pub mod units;
 pub mod view;
@@ -69,6 +73,14 @@ pub enum SourceError {
         rows: u64,
         /// What the reader said.
         message: String,
+    },
+    /// The kind of source isn't part of this build.
+    #[error("{file}: this build has no {kind} source; build the agent with `--features {kind}`")]
+    Absent {
+        /// The file.
+        file: PathBuf,
+        /// The kind, and the feature that has it.
+        kind: &'static str,
     },
     /// The table has no row.
     #[error("{file} has no rows: a contract is checked against at least one")]
@@ -187,6 +199,10 @@ pub fn open(spec: &SourceSpec, folder: &Path) -> Box<dyn Source> {
     match spec.kind {
         SourceKind::Parquet => Box::new(parquet::ParquetSource::new(path)),
         SourceKind::Csv => Box::new(csv::CsvSource::new(path, spec.delimiter.unwrap_or(b','))),
+        #[cfg(feature = "postgres")]
+        SourceKind::Postgres => Box::new(postgres::PostgresSource::new(path)),
+        #[cfg(not(feature = "postgres"))]
+        SourceKind::Postgres => Box::new(absent::AbsentSource::new(path, "postgres")),
     }
 }
 

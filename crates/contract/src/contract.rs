@@ -217,7 +217,7 @@ pub struct SourceSpec {
     pub delimiter: Option<u8>,
 }
 
-/// A table's file format.
+/// A table's file format, or the kind of server that a file names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SourceKind {
@@ -225,6 +225,8 @@ pub enum SourceKind {
     Parquet,
     /// Delimited text with a header line.
     Csv,
+    /// A table of a PostgreSQL server, which a file on the agent's machine names.
+    Postgres,
 }
 
 impl Contract {
@@ -426,7 +428,7 @@ names!(Purpose {
     LocalOnly = "local_only",
 });
 names!(DomainAggregates { Open = "open", Confidential = "confidential" });
-names!(SourceKind { Parquet = "parquet", Csv = "csv" });
+names!(SourceKind { Parquet = "parquet", Csv = "csv", Postgres = "postgres" });
 names!(LogicalType {
     String = "string",
     Integer = "integer",
