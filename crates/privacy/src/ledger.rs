@@ -640,4 +640,6 @@ fn rule_of(error: &LedgerError) -> Option<RefusalRule> {
 }
 
 #[cfg(test)]
+mod interleavings;
+#[cfg(test)]
 mod tests;
