@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use postgres::{Client, NoTls};
@@ -227,54 +228,45 @@ fn query() -> ReleaseQuery {
     }
 }
 
+/// A source that is watched: whether the server counted, or was not asked to.
+struct Watched {
+    inner: PostgresSource,
+    asked: bool,
+    counted: AtomicBool,
+}
+
+impl Source for Watched {
+    fn location(&self) -> &Path {
+        self.inner.location()
+    }
+
+    fn schema_check(&self, contract: &Contract) -> Result<(), SourceError> {
+        self.inner.schema_check(contract)
+    }
+
+    fn batches<'a>(&'a self, contract: &'a Contract) -> Result<Batches<'a>, SourceError> {
+        self.inner.batches(contract)
+    }
+
+    fn marginals(&self, request: &MarginalRequest<'_>) -> Result<Vec<i64>, MarginalError> {
+        let counts = if self.asked { count::in_server(&self.inner, request)? } else { None };
+        self.counted.store(counts.is_some(), Ordering::Relaxed);
+        counts.map_or_else(|| request.stream(), Ok)
+    }
+}
+
 /// Counts by the source's own way, and whether the server made them; then by streaming.
 fn both(contract: &Contract, folder: &Path) -> (Vec<i64>, bool, Vec<i64>) {
-    struct Streamed(PostgresSource);
-    impl Source for Streamed {
-        fn location(&self) -> &Path {
-            self.0.location()
-        }
-        fn schema_check(&self, contract: &Contract) -> Result<(), SourceError> {
-            self.0.schema_check(contract)
-        }
-        fn batches<'a>(&'a self, contract: &'a Contract) -> Result<Batches<'a>, SourceError> {
-            self.0.batches(contract)
-        }
-    }
-    struct Watched(PostgresSource, Mutex<bool>);
-    impl Source for Watched {
-        fn location(&self) -> &Path {
-            self.0.location()
-        }
-        fn schema_check(&self, contract: &Contract) -> Result<(), SourceError> {
-            self.0.schema_check(contract)
-        }
-        fn batches<'a>(&'a self, contract: &'a Contract) -> Result<Batches<'a>, SourceError> {
-            *self.1.lock().unwrap() = contract.columns.len() == 1;
-            self.0.batches(contract)
-        }
-        fn marginals(&self, request: &MarginalRequest<'_>) -> Result<Vec<i64>, MarginalError> {
-            *self.1.lock().unwrap() = true;
-            match count::in_server(&self.0, request)? {
-                Some(counts) => Ok(counts),
-                None => {
-                    *self.1.lock().unwrap() = false;
-                    request.stream()
-                }
-            }
-        }
-    }
-    let path = folder.join("sales.pg.yaml");
     let schema = contract.approved_schema().unwrap();
-    let (key, gate) = (|| DomainKey::new(&[3; 32]), Gate::new(b"gate"));
-    let counted = |source: &dyn Source| {
-        let view = View::new(source, contract, &schema, key()).unwrap();
-        view.marginals(&query(), &gate, Resources::default()).unwrap()
+    let counted = |asked| {
+        let inner = PostgresSource::new(folder.join("sales.pg.yaml"));
+        let source = Watched { inner, asked, counted: AtomicBool::new(false) };
+        let view = View::new(&source, contract, &schema, DomainKey::new(&[3; 32])).unwrap();
+        let counts = view.marginals(&query(), &Gate::new(b"gate"), Resources::default()).unwrap();
+        (counts, source.counted.load(Ordering::Relaxed))
     };
-    let watched = Watched(PostgresSource::new(path.clone()), Mutex::new(false));
-    let own = counted(&watched);
-    let in_server = *watched.1.lock().unwrap();
-    (own, in_server, counted(&Streamed(PostgresSource::new(path))))
+    let ((own, in_server), (streamed, _)) = (counted(true), counted(false));
+    (own, in_server, streamed)
 }
 
 #[test]
