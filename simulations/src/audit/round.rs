@@ -1,0 +1,178 @@
+//! A round of federated training as one agent takes part in it, and as one who knows everything published computes it.
+//!
+//! The agent's side is the shipped trainer on stored artefacts: base, corpus, coding. The attacker has the same artefacts, since
+//! they are published, and so the clipped gradient of any row that they think of.
+
+use std::collections::BTreeSet;
+
+use anyhow::Result;
+use rand::{CryptoRng, RngCore};
+use tabmesh_agent::publication::Artefacts;
+use tabmesh_agent::train::Trainer;
+use tabmesh_contract::batch::{TypedBatch, TypedColumn};
+use tabmesh_contract::schema::FeatureSchema;
+use tabmesh_federation::descriptor::{RoundDescriptor, RoundInputs};
+use tabmesh_federation::documents::{CorpusColumn, CorpusDocument};
+use tabmesh_federation::id::{AgentId, CollectionId, Digest};
+use tabmesh_federation::manifest::Trust;
+use tabmesh_federation::plan::Plan;
+use tabmesh_privacy::budget::{Delta, Rho};
+use tabmesh_privacy::mechanism::DiscreteGaussian;
+use tabmesh_store::BlobStore;
+use tabmesh_tfm::adapter::{Adapter, Kind};
+use tabmesh_tfm::context::Context;
+use tabmesh_tfm::gradient::{Clip, UnitGroup};
+use tabmesh_tfm::model::Model;
+use tabmesh_tfm::table::{Coding, Preprocessing};
+use tempfile::TempDir;
+
+use super::guess::{Claim, Subject};
+use super::release::DELTA;
+use super::setting::{Person, TARGET, one_row_each, schema};
+use crate::quickstart::deployed::BASE_MODEL;
+
+/// What a round is to be.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted {
+    /// ε of the plan.
+    pub(super) epsilon: f64,
+    /// Rounds of the plan.
+    pub(super) rounds: u32,
+    /// Adapter as plans write it.
+    pub(super) adapter: &'static str,
+    /// The same as the model has it.
+    pub(super) kind: Kind,
+    /// Clip norm over the 95th percentile of gradient norms on the corpus; plans that say `auto` have 1.
+    pub(super) clip: f64,
+}
+
+/// A round that has been announced.
+pub(super) struct Round {
+    folder: TempDir,
+    plan: Plan,
+    descriptor: RoundDescriptor,
+    schema: FeatureSchema,
+    coding: Preprocessing,
+    context: Context,
+    adapter: Adapter,
+}
+
+impl Round {
+    /// Publishes the shipped base with a corpus of random people, and opens the first round.
+    pub(super) fn new<R: RngCore + CryptoRng>(wanted: Wanted, rng: &mut R) -> Result<Self> {
+        let Wanted { epsilon, rounds, adapter, kind, clip } = wanted;
+        let text = format!(
+            "kind: TabmeshPlan\nname: audit\ntarget: {TARGET}\ncohort: {{min_agents: 1}}\n\
+             privacy: {{epsilon: {epsilon}, delta: {DELTA}}}\n\
+             rounds: {{count: {rounds}, adapter: {adapter}, context_rows: {CONTEXT_ROWS}}}\n"
+        );
+        let (plan, digest) = Plan::parse(text.as_bytes(), "plan.yaml")?;
+        let schema = schema()?;
+        let people: Vec<Person> = (0..2 * CONTEXT_ROWS).map(|_| Person::random(rng)).collect();
+        let drawn = one_row_each(&people)?;
+        let document = CorpusDocument {
+            plan: digest,
+            columns: drawn.columns.iter().map(corpus_column).collect(),
+            labels: drawn.labels.iter().map(|label| label.unwrap_or_default()).collect(),
+        };
+        let corpus = document.batch(&schema)?;
+        let coding = Preprocessing::fit(&schema, &corpus)?;
+        let folder = tempfile::tempdir()?;
+        let store = BlobStore::open(&folder.path().join("artefacts"))?;
+        let stored = |bytes: &[u8]| Ok::<_, anyhow::Error>(Digest::from_bytes(*store.put(bytes)?.as_bytes()));
+        let base = stored(BASE_MODEL)?;
+        let published = stored(&serde_json::to_vec(&document)?)?;
+        let preprocessing = stored(&serde_json::to_vec(&coding)?)?;
+
+        let model = Model::from_safetensors(BASE_MODEL)?.0;
+        let encoded = coding.encode(&corpus, Coding::Foreign)?;
+        let (shown, held_out): (Vec<usize>, Vec<usize>) =
+            (0..encoded.rows).partition(|row| *row < CONTEXT_ROWS as usize);
+        let context = Context::build(&model, &encoded.take(&shown))?;
+        let adapter = Adapter::initial(kind, &model, context.column_keys())?;
+        let rows = context.prepare(&encoded.take(&held_out), &adapter)?;
+        let units: Vec<UnitGroup> = (0..held_out.len()).map(|row| UnitGroup { rows: vec![row] }).collect();
+        let norm = context.norm_quantile(&rows, &adapter, &units, CLIP_QUANTILE)?;
+        let layout = adapter.layout();
+        let inputs = RoundInputs {
+            id: CollectionId::new(OPENED_MS, rng, None),
+            index: 0,
+            attempt: 1,
+            base,
+            context: published,
+            preprocessing,
+            adapter_keys: layout.keys.clone(),
+            width: u32::try_from(layout.width)?,
+            adapter_values: adapter.values().to_vec(),
+            clip_norm: clip * norm,
+            roster: BTreeSet::from([AgentId::new("spiffe://audit/agent")?]),
+            opened_ms: OPENED_MS,
+            noisy_total: 1_000.0,
+            noisy_total_sd: 10.0,
+        };
+        let descriptor = RoundDescriptor::new(inputs, &plan, digest)?;
+        Ok(Self { folder, plan, descriptor, schema, coding, context, adapter })
+    }
+
+    /// What the round costs a unit.
+    pub(super) fn claim(&self) -> Result<Claim> {
+        Ok(Claim { rho: self.descriptor.rho, delta: Delta::new(DELTA)? })
+    }
+
+    /// The noise that the round's agents add, or what a control has instead. Nothing without noise.
+    pub(super) fn noise(&self, subject: Subject) -> Result<Option<DiscreteGaussian>> {
+        let squared = self.descriptor.sensitivity * self.descriptor.sensitivity;
+        let noise = |rho: Rho| DiscreteGaussian::from_rho(squared, rho);
+        Ok(subject.spent(self.descriptor.rho).map(noise).transpose()?)
+    }
+
+    /// The round with a clip norm that no gradient comes near, and with the noise of this one.
+    pub(super) fn without_clip(mut self) -> Self {
+        let grid = self.descriptor.scale;
+        self.descriptor.clip_norm *= NO_CLIP;
+        self.descriptor.scale = grid;
+        self
+    }
+
+    /// The sum that an agent with this table computes, by its own code and from its own files.
+    pub(super) fn agents_sum(&self, people: &[Person]) -> Result<Vec<i64>> {
+        let key = "00".repeat(32).parse()?;
+        let artefacts = Artefacts::open(self.folder.path(), key, Trust::Production)?;
+        let (descriptor, rows) = (&self.descriptor, one_row_each(people)?);
+        let trainer = Trainer::new(&artefacts, descriptor, &self.plan, &self.schema, &rows, Coding::OwnRow)?;
+        Ok(trainer.clipped_sum(descriptor)?)
+    }
+
+    /// The clipped gradient of each row, as anybody computes it who has the published artefacts.
+    pub(super) fn gradients(&self, people: &[Person]) -> Result<Vec<Vec<i64>>> {
+        let rows: TypedBatch = one_row_each(people)?;
+        let rows = self.context.prepare(&self.coding.encode(&rows, Coding::OwnRow)?, &self.adapter)?;
+        let clip = Clip::new(self.descriptor.clip_norm, self.descriptor.scale as f64)?;
+        let mut all = Vec::with_capacity(people.len());
+        for chunk in self.context.row_gradients(&rows, &self.adapter)? {
+            for gradient in chunk?.gradients.chunks_exact(self.adapter.dimension()) {
+                let gradient: Vec<f64> = gradient.iter().map(|value| f64::from(*value)).collect();
+                all.push(clip.integers(&gradient));
+            }
+        }
+        Ok(all)
+    }
+}
+
+fn corpus_column(column: &TypedColumn) -> CorpusColumn {
+    match column {
+        TypedColumn::Numeric(values) => {
+            CorpusColumn::Numeric(values.iter().map(|v| (!v.is_nan()).then_some(*v as f32)).collect())
+        }
+        TypedColumn::Categorical(codes) => CorpusColumn::Codes(codes.clone()),
+    }
+}
+
+/// Rows of the context; the corpus has as many again, on which the clip norm is found.
+const CONTEXT_ROWS: u32 = 96;
+/// Share of the corpus' gradients that are shorter than the clip norm, as a coordinator has it.
+const CLIP_QUANTILE: f64 = 0.95;
+/// How much longer gradients may be in the control.
+const NO_CLIP: f64 = 4096.0;
+/// When the round opens.
+const OPENED_MS: i64 = 1_000;
