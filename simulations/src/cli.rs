@@ -93,6 +93,10 @@ enum Command {
     Audit {
         #[command(subcommand)]
         what: Audit,
+        /// Put what was found on record in this file, as a coordinator's `attacks:` takes it for its reports; older
+        /// results of the same attack are replaced.
+        #[arg(long, global = true)]
+        record: Option<PathBuf>,
         /// Form of the result.
         #[arg(long, value_enum, default_value_t = Output::Text, global = true)]
         output: Output,
@@ -221,7 +225,7 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
             Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Bench { what, output } => bench::run(what, output),
-        Command::Audit { what, output } => audit::run(what, output),
+        Command::Audit { what, record, output } => audit::run(what, output, record.as_deref()),
         Command::Certs { action: CertsAction::Dev { out, domains } } => {
             let mut roles = vec![quickstart::pki::Role::Coordinator];
             roles.push(quickstart::deployment::operator());

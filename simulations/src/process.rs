@@ -7,9 +7,11 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use tabmesh_federation::id::Digest;
 
 use crate::bench;
 
@@ -159,6 +161,27 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// SHA-256 of this program's own file, read once.
+pub(crate) fn program_digest() -> Result<Digest> {
+    static KNOWN: OnceLock<Digest> = OnceLock::new();
+    if let Some(known) = KNOWN.get() {
+        return Ok(*known);
+    }
+    let path = std::env::current_exe().context("finding this program's own file")?;
+    let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    Ok(*KNOWN.get_or_init(|| Digest::of(&bytes)))
+}
+
+/// Milliseconds since 1970, UTC.
+#[allow(
+    clippy::disallowed_methods,
+    reason = "the harness stands where the command line would: it gives the clock"
+)]
+pub(crate) fn unix_ms() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// The stopwatch of the harness.

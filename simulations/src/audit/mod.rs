@@ -7,10 +7,12 @@ mod mechanism;
 mod membership;
 mod one_run;
 mod reconstruction;
+mod record;
 mod release;
 mod round;
 mod setting;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anstream::println;
@@ -27,7 +29,9 @@ use tabmesh_privacy::budget::{Delta, Epsilon};
 use self::guess::Guesses;
 use self::mechanism::{Finding, Subject};
 use self::one_run::Run;
+use self::record::Outcome;
 use crate::cli::Output;
+use crate::process::unix_ms;
 
 /// What is attacked.
 #[derive(Debug, Subcommand)]
@@ -109,13 +113,13 @@ fn within(text: &str, least: f64, most: f64) -> Result<f64, String> {
     }
 }
 
-/// Attacks and prints.
+/// Attacks and prints; what was found goes on record in a file, if one is named.
 ///
 /// # Errors
 /// Whatever keeps the attack from being made.
-pub fn run(audit: Audit, output: Output) -> anyhow::Result<ExitCode> {
+pub fn run(audit: Audit, output: Output, record: Option<&Path>) -> anyhow::Result<ExitCode> {
     let mut rng = ChaCha20Rng::try_from_rng(&mut OsRng).context("randomness of the operating system")?;
-    let passed = match audit {
+    let (passed, outcomes) = match audit {
         Audit::Mechanism { epsilon, trials } => {
             let delta = Delta::new(DELTA)?;
             let rho = zcdp::rho_for(Epsilon::new(epsilon)?, delta);
@@ -124,33 +128,36 @@ pub fn run(audit: Audit, output: Output) -> anyhow::Result<ExitCode> {
             let passed =
                 findings.iter().all(|finding| finding.broken == (finding.subject != Subject::Shipped));
             show(output, passed, &findings, print)?;
-            passed
+            (passed, Outcome::of_mechanism(&findings))
         }
         Audit::Reconstruction { epsilon, trials } => {
-            guessed(output, &reconstruction::audit(epsilon, trials as usize, &mut rng)?)?
+            guessed(output, "reconstruction", &reconstruction::audit(epsilon, trials as usize, &mut rng)?)?
         }
         Audit::Membership { epsilon, trials } => {
-            guessed(output, &membership::audit(epsilon, trials as usize, &mut rng)?)?
+            guessed(output, "membership", &membership::audit(epsilon, trials as usize, &mut rng)?)?
         }
         Audit::Inversion { epsilon, trials } => {
-            guessed(output, &inversion::audit(epsilon, trials as usize, &mut rng)?)?
+            guessed(output, "inversion", &inversion::audit(epsilon, trials as usize, &mut rng)?)?
         }
         Audit::OneRun { epsilon } => {
             let mut runs = one_run::counts(epsilon, &mut rng)?;
             runs.extend(one_run::gradients(epsilon, &mut rng)?);
             let passed = runs.iter().all(|run| run.subject.as_it_must(run.broken));
             show(output, passed, &runs, print_runs)?;
-            passed
+            (passed, Outcome::of_runs(&runs))
         }
     };
+    if let Some(path) = record {
+        record::add(path, &outcomes, unix_ms())?;
+    }
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Prints how guesses went; says whether all went as they must.
-fn guessed(output: Output, guesses: &[Guesses]) -> anyhow::Result<bool> {
+/// Prints how guesses went; says whether all went as they must, and what goes on record.
+fn guessed(output: Output, audit: &'static str, guesses: &[Guesses]) -> anyhow::Result<(bool, Vec<Outcome>)> {
     let passed = guesses.iter().all(Guesses::as_it_must);
     show(output, passed, guesses, print_guesses)?;
-    Ok(passed)
+    Ok((passed, Outcome::of_guesses(audit, guesses)))
 }
 
 fn show<T: Serialize>(output: Output, passed: bool, findings: &[T], print: fn(&[T])) -> anyhow::Result<()> {

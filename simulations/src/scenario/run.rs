@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -24,7 +24,7 @@ use super::report;
 use super::results::{FORMAT, Manifest, Noise, Row, RunFolder, SetDigest, Shard};
 use super::rounds::{self, RoundEnd};
 use super::targets::{self, Judgement};
-use crate::process::now;
+use crate::process::{now, program_digest};
 use crate::quickstart::deployed::BASE_MODEL;
 use crate::utility::federation::{self, Setting};
 use crate::utility::measure::{self, Answers, Ours, Scoring};
@@ -169,17 +169,6 @@ pub(crate) fn prepare(
     let tasks = mine.into_iter().filter(asked).collect();
     let digest = PlanDigest::of(text.as_bytes());
     Ok(Prepared { folder, digest, data, tasks, shard: names, scenario, real: how.real })
-}
-
-/// SHA-256 of this program's own file, read once.
-fn program_digest() -> Result<Digest> {
-    static KNOWN: OnceLock<Digest> = OnceLock::new();
-    if let Some(known) = KNOWN.get() {
-        return Ok(*known);
-    }
-    let path = std::env::current_exe().context("finding this program's own file")?;
-    let bytes = std::fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
-    Ok(*KNOWN.get_or_init(|| Digest::of(&bytes)))
 }
 
 /// The commit of the work tree that a folder lies in; none outside of one, or without git.

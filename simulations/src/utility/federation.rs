@@ -29,7 +29,7 @@ use tokio::task::JoinHandle;
 use super::liar::{Collusion, Liar};
 use super::member::Member;
 use super::wire::{self, Pipes};
-use crate::process::{Process, now};
+use crate::process::{Process, now, unix_ms};
 use crate::quickstart::deployed::{BASE_MODEL, args, client_tls};
 use crate::quickstart::deployment::{self, Layout};
 use crate::quickstart::pki::{self, PkiFolder, Role};
@@ -357,15 +357,6 @@ fn adapter(layout: &Layout, pki: &PkiFolder, members: &[&Member]) -> Result<Opti
     let Some(digest) = manifest.adapter else { return Ok(None) };
     let blobs = BlobStore::open(&layout.coordinator().join("data").join("blobs"))?;
     Ok(Some(blobs.get(&Digest::from_bytes(*digest.as_bytes()))?))
-}
-
-#[allow(
-    clippy::disallowed_methods,
-    reason = "the harness stands where the command line would: it gives the clock"
-)]
-fn unix_ms() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// How long admissions or a choice may take.
