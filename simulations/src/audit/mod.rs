@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anstream::println;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::Subcommand;
 use comfy_table::{Table, presets};
 use rand::SeedableRng;
@@ -45,7 +45,7 @@ pub enum Audit {
         #[arg(long, default_value_t = 4.7, value_parser = epsilon)]
         epsilon: f64,
         /// Vectors with and vectors without the unit.
-        #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1_000..=1_000_000))]
+        #[arg(long, default_value_t = DEFAULT_TRIALS, value_parser = clap::value_parser!(u32).range(1_000..=1_000_000))]
         trials: u32,
     },
     /// All four stages of a release: can somebody's label be solved for from the noisy counts?
@@ -121,12 +121,8 @@ pub fn run(audit: Audit, output: Output, record: Option<&Path>) -> anyhow::Resul
     let mut rng = ChaCha20Rng::try_from_rng(&mut OsRng).context("randomness of the operating system")?;
     let (passed, outcomes) = match audit {
         Audit::Mechanism { epsilon, trials } => {
-            let delta = Delta::new(DELTA)?;
-            let rho = zcdp::rho_for(Epsilon::new(epsilon)?, delta);
-            let attack = |subject| mechanism::audit(subject, rho, delta, trials as usize, &mut rng);
-            let findings = Subject::ALL.into_iter().map(attack).collect::<Result<Vec<_>, _>>()?;
-            let passed =
-                findings.iter().all(|finding| finding.broken == (finding.subject != Subject::Shipped));
+            let findings = mechanism_findings(epsilon, trials, &mut rng)?;
+            let passed = mechanism_passed(&findings);
             show(output, passed, &findings, print)?;
             (passed, Outcome::of_mechanism(&findings))
         }
@@ -151,6 +147,30 @@ pub fn run(audit: Audit, output: Output, record: Option<&Path>) -> anyhow::Resul
         record::add(path, &outcomes, unix_ms())?;
     }
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Attacks the mechanism at an ε and puts what was found on record, without a word.
+///
+/// # Errors
+/// The claim is broken or a control isn't caught; the record can't be written.
+pub(crate) fn mechanism_on_record(epsilon: f64, path: &Path) -> anyhow::Result<()> {
+    let mut rng = ChaCha20Rng::try_from_rng(&mut OsRng).context("randomness of the operating system")?;
+    let findings = mechanism_findings(epsilon, DEFAULT_TRIALS, &mut rng)?;
+    ensure!(mechanism_passed(&findings), "the audit of the mechanism failed: {findings:?}");
+    record::add(path, &Outcome::of_mechanism(&findings), unix_ms())
+}
+
+fn mechanism_findings(epsilon: f64, trials: u32, rng: &mut ChaCha20Rng) -> anyhow::Result<Vec<Finding>> {
+    let delta = Delta::new(DELTA)?;
+    let rho = zcdp::rho_for(Epsilon::new(epsilon)?, delta);
+    Subject::ALL
+        .into_iter()
+        .map(|subject| mechanism::audit(subject, rho, delta, trials as usize, rng))
+        .collect()
+}
+
+fn mechanism_passed(findings: &[Finding]) -> bool {
+    findings.iter().all(|finding| finding.broken == (finding.subject != Subject::Shipped))
 }
 
 /// Prints how guesses went; says whether all went as they must, and what goes on record.
@@ -268,5 +288,7 @@ fn caught(broken: bool) -> &'static str {
     if broken { "caught" } else { "NOT CAUGHT" }
 }
 
+/// Vectors with and without the unit, if nobody says how many.
+const DEFAULT_TRIALS: u32 = 20_000;
 /// δ of the claim.
 const DELTA: f64 = 1e-5;

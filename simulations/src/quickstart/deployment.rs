@@ -54,6 +54,12 @@ impl Layout {
         self.coordinator().join("coordinator.yaml")
     }
 
+    /// Attacks on record, for the coordinator's reports.
+    #[must_use]
+    pub fn attacks(&self) -> PathBuf {
+        self.coordinator().join(ATTACKS_FILE)
+    }
+
     /// File to which the coordinator writes the address it listens on.
     #[must_use]
     pub fn coordinator_address(&self) -> PathBuf {
@@ -208,6 +214,8 @@ pub fn write_policy(layout: &Layout, domain: &str, product: &str, epsilon: f64) 
 /// # Errors
 /// The file can't be written.
 pub fn write_coordinator(layout: &Layout, base_model: &Path, threads: usize, listen: &str) -> Result<()> {
+    // Nothing is on record yet.
+    put(&layout.attacks(), "[]\n")?;
     put(&layout.coordinator_config(), &coordinator_yaml(base_model, threads, listen))
 }
 
@@ -436,6 +444,7 @@ stated:
   description: a tabular model tuned on a synthetic corpus, with an adapter from federated rounds
   data_domain: employed people in the 1994 and 1995 supplements of the US Current Population Survey, one row a person, by industry
   security: mutual TLS with certificates of a development authority made for this run
+attacks: {ATTACKS_FILE}
 ",
         listen = quoted(listen),
         ca = path(&pki.authority()),
@@ -537,6 +546,8 @@ fn path(path: &Path) -> String {
 const TRAIN_FILE: &str = "train.parquet";
 /// Name of the file with other agents' keys, in a domain's folder.
 const PEERS_FILE: &str = "peers.yaml";
+/// Attacks on record, beside the coordinator's configuration.
+const ATTACKS_FILE: &str = "attacks.json";
 /// Name of the file that holds a bound address.
 const ADDRESS_FILE: &str = "address";
 /// Units each domain declares as its largest number; δ = 1e-5 is a tenth of its inverse.

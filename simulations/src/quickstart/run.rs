@@ -9,6 +9,7 @@ use comfy_table::Table;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tabmesh_agent::Switches;
+use tabmesh_federation::plan::Plan;
 use tabmesh_privacy::budget::Epsilon;
 use tabmesh_privacy::report::{Report, SignedReport, render_html, verify};
 use tabmesh_privacy::signature::VerifyingKey;
@@ -20,6 +21,7 @@ use super::deployed::{Deployment, Setup};
 use super::deployment::PlanChoices;
 use super::pki::Role;
 use super::{measure, predict};
+use crate::audit;
 use crate::cli::Output;
 use crate::process::now;
 use crate::score::{DomainScores, MacroScores, ScoreTable};
@@ -169,6 +171,7 @@ async fn whole(options: &Options, root: &Path) -> Result<()> {
     steps.end("1 contracts: six agents admitted");
 
     let plan = std::fs::read(deployment.layout.plan())?;
+    let plan_epsilon = Plan::parse(&plan, "plan.yaml")?.0.privacy.epsilon;
     let summary = operator.submit_plan(plan).await.context("the plan was not admitted")?;
     follow(&operator, &summary.plan_id, &mut deployment, &mut steps).await?;
     deployment.promoted().await?;
@@ -191,6 +194,9 @@ async fn whole(options: &Options, root: &Path) -> Result<()> {
     let prediction = one_prediction(&deployment).await?;
     steps.end("measured on every domain's test rows");
 
+    let (attacks, epsilon) = (deployment.layout.attacks(), plan_epsilon);
+    tokio::task::spawn_blocking(move || audit::mechanism_on_record(epsilon, &attacks)).await??;
+    steps.end("the mechanism attacked, for the report");
     let (report, files) = report(&deployment, root).await?;
     steps.end("8 report written and verified");
 
