@@ -434,7 +434,8 @@ mod tests {
         assert_eq!(Candidate::all(false).len(), 4);
     }
 
-    /// A level's code has the labels of the training rows in it and none of the gate's.
+    /// A level's code has the labels of the training rows in it and none of the gate's. Levels of eight rows are rare enough for
+    /// it to matter.
     #[test]
     fn rows_that_the_release_counted_are_coded_without_their_label_and_no_others() {
         let text = "name: shop.sales
@@ -442,14 +443,14 @@ version: '1.0.0'
 owner: shop@example.com
 schema:
   - {name: label, type: integer, role: target, feature: sale.fraud, categories: ['0', '1']}
-  - {name: category, type: categorical, categories: [grocery, travel], feature: sale.category}
+  - {name: category, type: categorical, categories: [grocery, travel, casino, fuel, books], feature: sale.category}
 privacy: {sensitivity: low, allow_training: true, unit: row, max_units: 100}
 source: {type: csv, path: sales.csv}
 ";
         let schema = Contract::parse("contract.yaml", text).unwrap().0.approved_schema().unwrap();
         let unit = |row: u8| [row; 16];
         let rows = TypedBatch {
-            columns: vec![TypedColumn::Categorical((0..40).map(|row| row % 2).collect())],
+            columns: vec![TypedColumn::Categorical((0..40).map(|row| row % 5).collect())],
             labels: (0..40).map(|row| Some(u16::from(row % 3 == 0))).collect(),
             units: (0..40).map(unit).collect(),
         };

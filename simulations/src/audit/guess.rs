@@ -121,7 +121,7 @@ pub(super) struct Guesses {
     pub(super) rate: f64,
     /// Clopper-Pearson bounds of the rate, 97.5 % each.
     pub(super) interval: [f64; 2],
-    /// Rate of the best guess without the release or vector.
+    /// Rate of the best guess without the release or vector; of a test, the upper bound of its false alarms.
     pub(super) prior: f64,
     /// Largest rate that the claim allows.
     pub(super) allowed: f64,

@@ -142,13 +142,14 @@ fn server() -> Option<&'static Server> {
 }
 
 fn contract(unit: &str) -> Contract {
+    let role = if unit.contains("customer") { ", role: entity" } else { "" };
     let text = format!(
         "name: shop.sales
 version: '1.0.0'
 owner: shop@example.com
 schema:
   - {{name: tid, type: integer, role: id, unique: true}}
-  - {{name: customer, type: string, pii: true, role: entity}}
+  - {{name: customer, type: string, pii: true{role}}}
   - {{name: label, type: integer, role: target, feature: sale.fraud, categories: ['0', '1']}}
   - {{name: amount, type: decimal, range: [0, 100], feature: sale.amount}}
   - {{name: rate, type: decimal, range: [0, 1], feature: sale.rate}}
@@ -208,7 +209,7 @@ fn query() -> ReleaseQuery {
     let mut category = feature("sale.category", Binning::Levels { levels: 2 });
     category.merge = Some(vec![0, 1, 1, 2]);
     let attributes = vec![
-        feature("sale.amount", edges(&[0.0, 20.0, 55.5], 100.0)),
+        feature("sale.amount", edges(&[3.0, 20.0, 55.5], 100.0)),
         // The double nearest to a tenth, which the single nearest to it isn't.
         feature("sale.rate", edges(&[0.1, 0.2], 1.0)),
         feature("sale.pieces", edges(&[1.0, 3.0], 9.0)),
