@@ -324,7 +324,8 @@ mod tests {
             assert_eq!(said(&ledger, now_ms), expected, "quarter {quarter}");
             assert_eq!(said(&ledger, now_ms + day), []);
             // Spent, so that it leaves the window by time alone.
-            let mechanism = DiscreteGaussian::from_rho(1 << 20, Rho::from_units(limit.units() * 84 / 100)).unwrap();
+            let mechanism =
+                DiscreteGaussian::from_rho(1 << 20, Rho::from_units(limit.units() * 84 / 100)).unwrap();
             let shape = EventShape { rows_per_unit: 1, marginals: 1, dimension: 1 };
             let event = mechanism.event(shape);
             let request = CommitRequest { event, step: 1, query_digest: [query; 32] };

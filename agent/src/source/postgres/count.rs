@@ -36,7 +36,11 @@ pub(super) fn in_server(
         "CREATE TEMP TABLE tabmesh_admitted (name text); CREATE TEMP TABLE tabmesh_coded ({})",
         columns.join(", ")
     );
-    session.client.batch_execute(&tables).and_then(|()| session.client.batch_execute(BEGIN)).map_err(refused)?;
+    session
+        .client
+        .batch_execute(&tables)
+        .and_then(|()| session.client.batch_execute(BEGIN))
+        .map_err(refused)?;
     let Some(null) = admit(&mut session, &name, &units, source)? else { return Ok(None) };
     coding.store(&mut session, &name, null).map_err(refused)?;
     Ok(Some(group(&mut session, request.query()).map_err(refused)?))
