@@ -47,14 +47,22 @@ impl ParquetSource {
         }
     }
 
-    fn columns(&self, metadata: &ArrowReaderMetadata, contract: &Contract) -> Result<Vec<usize>, SourceError> {
+    fn columns(
+        &self,
+        metadata: &ArrowReaderMetadata,
+        contract: &Contract,
+    ) -> Result<Vec<usize>, SourceError> {
         let names: Vec<String> = metadata.schema().fields().iter().map(|f| f.name().clone()).collect();
         locate(&self.path, &names, contract)
     }
 }
 
 /// The same file with text of categorical columns as places in a dictionary; as it was where the reader can't.
-fn with_levels(metadata: ArrowReaderMetadata, contract: &Contract, positions: &[usize]) -> ArrowReaderMetadata {
+fn with_levels(
+    metadata: ArrowReaderMetadata,
+    contract: &Contract,
+    positions: &[usize],
+) -> ArrowReaderMetadata {
     let mut fields: Vec<_> = metadata.schema().fields().iter().map(Arc::clone).collect();
     for (column, position) in contract.columns.iter().zip(positions) {
         if let Some(field) = fields.get_mut(*position)

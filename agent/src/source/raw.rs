@@ -6,7 +6,8 @@
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Float64Type, Int32Type, Int64Type, TimestampMillisecondType};
 use arrow_array::{
-    Array, ArrayRef, BooleanArray, Float64Array, Int32Array, Int64Array, StringArray, TimestampMillisecondArray,
+    Array, ArrayRef, BooleanArray, Float64Array, Int32Array, Int64Array, StringArray,
+    TimestampMillisecondArray,
 };
 use arrow_cast::cast;
 use arrow_schema::{DataType, TimeUnit};
@@ -53,7 +54,10 @@ enum Values {
     Bool(BooleanArray),
     Text(StringArray),
     /// Text as places in a list of its values.
-    Levels { places: Int32Array, values: StringArray },
+    Levels {
+        places: Int32Array,
+        values: StringArray,
+    },
     Time(TimestampMillisecondArray),
     /// Values of a type that is only counted.
     Opaque(ArrayRef),
@@ -87,7 +91,8 @@ impl RawColumn {
         match &self.values {
             Values::Levels { places, values } if values.len() <= rows && places.len() == rows => {
                 let null = of(Cell::Null);
-                let listed: Vec<T> = (0i32..).take(values.len()).map(|at| of(place_cell(values, at))).collect();
+                let listed: Vec<T> =
+                    (0i32..).take(values.len()).map(|at| of(place_cell(values, at))).collect();
                 let value = |place: i32| usize::try_from(place).ok().and_then(|at| listed.get(at)).copied();
                 places.iter().map(|place| place.and_then(value).unwrap_or(null)).collect()
             }
@@ -101,11 +106,11 @@ impl RawColumn {
         let finite = |value: f64| if value.is_finite() { value } else { f64::NAN };
         let whole = self.unreadable.is_empty();
         match &self.values {
-            Values::Number(a) if whole && a.null_count() == 0 && a.len() == rows => {
-                a.values().iter().map(|value| finite(*value)).collect()
+            Values::Number(a) if whole && a.len() == rows => {
+                a.iter().map(|value| value.map_or(f64::NAN, finite)).collect()
             }
-            Values::Integer(a) if whole && a.null_count() == 0 && a.len() == rows => {
-                a.values().iter().map(|value| *value as f64).collect()
+            Values::Integer(a) if whole && a.len() == rows => {
+                a.iter().map(|value| value.map_or(f64::NAN, |value| value as f64)).collect()
             }
             _ => self.map(rows, |cell| match cell {
                 Cell::Number(value) => finite(value),

@@ -239,13 +239,15 @@ fn text_of_categorical_columns_is_the_same_in_every_form() {
     large[4].1 = Arc::new(arrow_array::LargeStringArray::from(column(&rows, 3)));
     for arrays in [dictionary, text, large] {
         let arm = Arm::new("parquet", |path| {
-            let batch = RecordBatch::try_from_iter_with_nullable(arrays.into_iter().map(|(n, a)| (n, a, true)));
+            let batch =
+                RecordBatch::try_from_iter_with_nullable(arrays.into_iter().map(|(n, a)| (n, a, true)));
             let batch = batch.unwrap();
             let small = ::parquet::file::properties::WriterProperties::builder()
                 .set_max_row_group_row_count(Some(3000))
                 .set_dictionary_page_size_limit(64)
                 .build();
-            let mut writer = ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), Some(small)).unwrap();
+            let mut writer =
+                ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), Some(small)).unwrap();
             writer.write(&batch).unwrap();
             writer.close().unwrap();
         });

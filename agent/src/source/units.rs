@@ -387,12 +387,14 @@ mod tests {
 
     #[test]
     fn exact_counting_ends_one_unit_above_its_limit() {
-        let units: Vec<UnitKey> = (0..=MAX_EXACT_UNITS as u32).map(|n| {
-            let mut unit = UnitKey::default();
-            unit[..4].copy_from_slice(&n.to_le_bytes());
-            unit[8..12].copy_from_slice(&n.to_le_bytes());
-            unit
-        }).collect();
+        let units: Vec<UnitKey> = (0..=MAX_EXACT_UNITS as u32)
+            .map(|n| {
+                let mut unit = UnitKey::default();
+                unit[..4].copy_from_slice(&n.to_le_bytes());
+                unit[8..12].copy_from_slice(&n.to_le_bytes());
+                unit
+            })
+            .collect();
         let mut cap = UnitCap::new(key(), 1);
         cap.observe(&units[..MAX_EXACT_UNITS]);
         assert!(cap.sketch.is_none());

@@ -13,8 +13,8 @@ use tabmesh_contract::contract::{Column, Contract, FeatureType, Role};
 use tabmesh_contract::profile::{Cell, level_text};
 use tabmesh_contract::schema::{FeatureKind, FeatureSchema, PrivacyUnit};
 
-use super::units::{DomainKey, UnitCap, UnitFilter};
 use super::raw::RawColumn;
+use super::units::{DomainKey, UnitCap, UnitFilter};
 use super::{Batches, RawBatch, Source, SourceError};
 
 /// A source seen through a schema.

@@ -398,7 +398,11 @@ fn push(codes: &mut Codes, cells: impl Iterator<Item = u16>) {
 fn empty_chunk(coders: &[Coder], rows: usize) -> Chunk {
     let column = |coder: &Coder| {
         let rows = if coder.used { rows } else { 0 };
-        if coder.narrow { Codes::Narrow(Vec::with_capacity(rows)) } else { Codes::Wide(Vec::with_capacity(rows)) }
+        if coder.narrow {
+            Codes::Narrow(Vec::with_capacity(rows))
+        } else {
+            Codes::Wide(Vec::with_capacity(rows))
+        }
     };
     Chunk { codes: coders.iter().map(column).collect(), rows: 0 }
 }
@@ -531,8 +535,12 @@ mod tests {
                     let column = query.attributes[..*at].iter().filter(|before| !before.is_label()).count();
                     let own = match columns.get(column) {
                         _ if attribute.is_label() => class.unwrap(),
-                        Some(ColumnRef::Numeric(values)) => attribute.merged(attribute.fine_cell_of(values[row])),
-                        Some(ColumnRef::Codes(codes)) => attribute.merged(attribute.fine_cell_of_code(codes[row])),
+                        Some(ColumnRef::Numeric(values)) => {
+                            attribute.merged(attribute.fine_cell_of(values[row]))
+                        }
+                        Some(ColumnRef::Codes(codes)) => {
+                            attribute.merged(attribute.fine_cell_of_code(codes[row]))
+                        }
                         None => panic!("a column for each attribute"),
                     };
                     cell = cell * dim + own;

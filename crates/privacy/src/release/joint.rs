@@ -162,7 +162,11 @@ impl JointTable {
             self.fold();
         }
         self.rows += chunk.rows as u64;
-        if self.totals.len() <= MAX_JOINT_CELLS { self.add_narrow(chunk, scratch) } else { self.add_wide(chunk, scratch) }
+        if self.totals.len() <= MAX_JOINT_CELLS {
+            self.add_narrow(chunk, scratch)
+        } else {
+            self.add_wide(chunk, scratch)
+        }
     }
 
     fn add_narrow(&mut self, chunk: &Chunk, scratch: &mut Scratch) {
@@ -232,7 +236,8 @@ impl JointTable {
             let count = i64::from(std::mem::take(total));
             if count != 0 {
                 for marginal in &mut self.marginals {
-                    let cell: usize = place.iter().zip(&marginal.strides).map(|(at, stride)| at * stride).sum();
+                    let cell: usize =
+                        place.iter().zip(&marginal.strides).map(|(at, stride)| at * stride).sum();
                     marginal.counts[cell] += count;
                 }
             }
@@ -291,7 +296,9 @@ mod tests {
     use super::*;
 
     fn of_cells(cells: &[usize]) -> Vec<Attribute> {
-        let one = |(at, cells): (usize, &usize)| levels(&format!("f{at}"), u32::try_from(*cells - 2).unwrap(), None);
+        let one = |(at, cells): (usize, &usize)| {
+            levels(&format!("f{at}"), u32::try_from(*cells - 2).unwrap(), None)
+        };
         cells.iter().enumerate().map(one).collect()
     }
 
@@ -301,13 +308,17 @@ mod tests {
     }
 
     fn covers(query: &ReleaseQuery, groups: &[Group]) {
-        let mut served: Vec<usize> = groups.iter().flat_map(|group| group.marginals.iter().copied()).collect();
+        let mut served: Vec<usize> =
+            groups.iter().flat_map(|group| group.marginals.iter().copied()).collect();
         served.sort_unstable();
         assert_eq!(served, (0..query.marginals.len()).collect::<Vec<_>>(), "every marginal once");
         for group in groups {
             let cells: usize = group.attributes.iter().map(|at| query.attributes[*at].cells()).product();
             assert_eq!(cells, group.cells);
-            let alone = group.marginals.iter().any(|m| query.marginals[*m].attributes.len() == group.attributes.len());
+            let alone = group
+                .marginals
+                .iter()
+                .any(|m| query.marginals[*m].attributes.len() == group.attributes.len());
             assert!(alone || cells <= MAX_JOINT_CELLS, "{group:?}");
             for marginal in &group.marginals {
                 assert!(query.marginals[*marginal].attributes.iter().all(|at| group.attributes.contains(at)));
@@ -334,7 +345,8 @@ mod tests {
 
     #[test]
     fn wide_marginals_stand_alone_and_single_ones_share() {
-        let query = query(of_cells(&[200, 200, 5, 6, 7]), &[&[0, 1], &[0], &[2], &[3], &[4], &[2, 3, 4], &[1, 0]]);
+        let query =
+            query(of_cells(&[200, 200, 5, 6, 7]), &[&[0, 1], &[0], &[2], &[3], &[4], &[2, 3, 4], &[1, 0]]);
         let groups = plan(&query);
         covers(&query, &groups);
         assert_eq!(groups.len(), 2, "{groups:?}");
