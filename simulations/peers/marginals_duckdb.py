@@ -57,7 +57,7 @@ def counted(args, folder):
     columns = ", ".join(f"({code})::UTINYINT AS a{at}" for at, (code, _) in enumerate(attributes))
     database.execute(
         f"CREATE TEMP TABLE codes AS SELECT {columns} FROM read_parquet('{args.data}') "
-        f"SEMI JOIN read_parquet('{folder}/training.parquet') USING (id) WHERE {label} IN ('0', '1')"
+        f"WHERE id IN (SELECT id FROM read_parquet('{folder}/training.parquet')) AND {label} IN ('0', '1')"
     )
     read = time.perf_counter(), time.process_time()
     counts = array.array("q")
