@@ -106,11 +106,11 @@ impl RawColumn {
         let finite = |value: f64| if value.is_finite() { value } else { f64::NAN };
         let whole = self.unreadable.is_empty();
         match &self.values {
-            Values::Number(a) if whole && a.null_count() == 0 && a.len() == rows => {
-                a.values().iter().map(|value| finite(*value)).collect()
+            Values::Number(a) if whole && a.len() == rows => {
+                a.iter().map(|value| value.map_or(f64::NAN, finite)).collect()
             }
-            Values::Integer(a) if whole && a.null_count() == 0 && a.len() == rows => {
-                a.values().iter().map(|value| *value as f64).collect()
+            Values::Integer(a) if whole && a.len() == rows => {
+                a.iter().map(|value| value.map_or(f64::NAN, |value| value as f64)).collect()
             }
             _ => self.map(rows, |cell| match cell {
                 Cell::Number(value) => finite(value),
