@@ -128,7 +128,7 @@ impl<'q> Counter<'q> {
     /// [`CountError::Query`] when the query is refused, [`CountError::Memory`] when it needs more than allowed.
     pub fn with(query: &'q ReleaseQuery, resources: Resources) -> Result<Self, CountError> {
         query.check()?;
-        let row_bytes: usize = query.attributes.iter().map(|attribute| Coder::width(attribute)).sum();
+        let row_bytes: usize = query.attributes.iter().map(Coder::width).sum();
         let chunk_rows = (CHUNK_BYTES / row_bytes).clamp(1, MAX_CHUNK_ROWS);
         Self::built(query, resources, Pace { chunk_rows, fold_after: u32::MAX })
     }
@@ -136,7 +136,7 @@ impl<'q> Counter<'q> {
     fn built(query: &'q ReleaseQuery, resources: Resources, pace: Pace) -> Result<Self, CountError> {
         let groups = plan(query);
         let threads = resources.threads.clamp(1, MAX_THREADS).min(groups.len().max(1));
-        let row_bytes: usize = query.attributes.iter().map(|attribute| Coder::width(attribute)).sum();
+        let row_bytes: usize = query.attributes.iter().map(Coder::width).sum();
         // Counts twice: in their tables, and as the one vector at the end.
         let needed = query.cells_total() * 2 * size_of::<i64>()
             + groups.iter().map(|group| group.cells).sum::<usize>() * size_of::<u32>()
