@@ -75,8 +75,8 @@ impl Trainer {
         self.artefacts == [descriptor.base, descriptor.context, descriptor.preprocessing]
     }
 
-    /// The sum over units of clipped, integer gradients at the descriptor's adapter, and the weighted count of units within the
-    /// clip norm where the descriptor has one. Under a plan that samples, over the units that `draws` picks for this round.
+    /// The sum over units of clipped, integer gradients at the descriptor's adapter, and the weighted counts of units within
+    /// the clip norm and beyond where the descriptor has any. Under a plan that samples, over the units that `draws` picks for this round.
     ///
     /// # Errors
     /// [`WorkError::Model`] if the descriptor's adapter isn't of the plan's kind on this model.
@@ -103,9 +103,11 @@ impl Trainer {
         };
         let mut vector = sum.values;
         if descriptor.count_weight > 0 {
-            // Saturates far beyond what any number of units comes to.
-            let count = sum.within.saturating_mul(descriptor.count_weight);
-            vector.push(i64::try_from(count).unwrap_or(i64::MAX));
+            for units in [sum.within, sum.beyond] {
+                // Saturates far beyond what any number of units comes to.
+                let count = units.saturating_mul(descriptor.count_weight);
+                vector.push(i64::try_from(count).unwrap_or(i64::MAX));
+            }
         }
         Ok(vector)
     }

@@ -303,9 +303,9 @@ fn step(
     let mut gradient = rule.mean(updates).map_err(|error| failed(error.to_string()))?;
     let mut clip_norm = before.clip_norm;
     if let (ClipNorm::Adaptive(clip), true) = (plan.rounds.clip_norm, descriptor.count_weight > 0) {
-        // The last value is no gradient: the noisy share of units within the norm.
-        let steps = gradient.pop().unwrap_or(f64::NAN) * descriptor.scale as f64;
-        clip_norm = clip.next(before.clip_norm, steps / descriptor.count_weight as f64);
+        // The last values are no gradient: noisy numbers of units, over one divisor.
+        let (beyond, within) = (gradient.pop().unwrap_or(f64::NAN), gradient.pop().unwrap_or(f64::NAN));
+        clip_norm = clip.next(before.clip_norm, within, beyond);
         tracing::info!(round = descriptor.index + 1, clip_norm, "the clip norm follows its quantile");
     }
     let (values, optimiser) = before
@@ -487,9 +487,10 @@ mod tests {
         assert_eq!(read.kind, Kind::FeatureTokens);
     }
 
-    /// The count at the vector's end moves the norm and never reaches the adapter.
+    /// The counts at the vector's end move the norm and never reach the adapter. They are of 400 units, each with several of the
+    /// 1000 rows that the divisor counts.
     #[test]
-    fn the_count_of_units_within_the_norm_moves_the_norm_and_no_value() {
+    fn the_counts_of_units_within_and_beyond_move_the_norm_and_no_value() {
         let test = TestMesh::new(0);
         let parsed = |clip: &str| {
             let text = format!(
@@ -523,7 +524,9 @@ mod tests {
             let unit = |mean: f64| (1_000.0 * mean * descriptor.scale as f64) as i64;
             let mut sum = vec![unit(-0.5), unit(0.25)];
             if descriptor.count_weight > 0 {
-                sum.push((1_000.0 * share * descriptor.count_weight as f64) as i64);
+                sum.extend(
+                    [share, 1.0 - share].map(|part| (400.0 * part * descriptor.count_weight as f64) as i64),
+                );
             }
             assert_eq!(sum.len(), descriptor.len());
             let none = BTreeMap::new();

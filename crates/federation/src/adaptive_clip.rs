@@ -4,10 +4,11 @@
 //! each round also counts the units whose gradient was within the norm, with noise, and the next norm is
 //! C·exp(−η·(b̃ − γ)) for the noisy share b̃, the target γ and a learning rate η.
 //!
-//! The count is one more value of the round's vector, weighted: a unit within the norm adds [`weight`] integer steps to it. So
-//! it is clipped, noised, summed, masked and debited with the gradient, as one Gaussian release of L2 sensitivity
-//! √(norm² + weight²) ([`sensitivity`]): what the quantile costs is in the noise of the round, which becomes larger by half a
-//! percent, and in no second entry of a ledger.
+//! The counts are two more values of the round's vector, weighted: a unit adds [`weight`] integer steps to the first if it is
+//! within the norm, and to the second if it is beyond. So they are noised, summed, masked and debited with the gradient, as
+//! one Gaussian release of L2 sensitivity √(norm² + weight²) ([`sensitivity`]): what the quantile costs is in the noise of the
+//! round, which becomes larger by half a percent, and in no second entry of a ledger. Counting both sides needs no number of
+//! units from elsewhere: it holds for units of many rows, sampled rounds and agents that are missing.
 
 use garde::Validate;
 use schemars::JsonSchema;
@@ -34,22 +35,24 @@ pub struct AdaptiveClip {
 }
 
 impl AdaptiveClip {
-    /// The next round's norm, after one in which this noisy share of units was within `norm`.
+    /// The next round's norm, after one in which these noisy numbers of units were within and beyond `norm`.
     #[must_use]
-    pub fn next(&self, norm: f64, noisy_share: f64) -> f64 {
-        // Noise takes a share out of its range; one that isn't a number leaves the norm as it is.
-        let share = if noisy_share.is_nan() { self.quantile } else { noisy_share.clamp(0.0, 1.0) };
+    pub fn next(&self, norm: f64, within: f64, beyond: f64) -> f64 {
+        let share = within / (within + beyond);
+        // Noise takes a share out of its range. Where it leaves no units at all there is nothing to follow.
+        let known = share.is_finite() && within + beyond > 0.0;
+        let share = if known { share.clamp(0.0, 1.0) } else { self.quantile };
         (norm * (-self.learning_rate * (share - self.quantile)).exp()).clamp(SMALLEST_NORM, LARGEST_NORM)
     }
 }
 
-/// Integer steps that a unit within the norm adds to the count, for gradients of at most `norm` integer steps.
+/// Integer steps that a unit adds to the count of its side, for gradients of at most `norm` integer steps.
 #[must_use]
 pub fn weight(norm: u64) -> u64 {
     (norm / NORMS_A_COUNT).max(1)
 }
 
-/// L2 sensitivity of the vector of gradient and weighted count, rounded up; `weight` 0 is a gradient alone.
+/// L2 sensitivity of the vector of gradient and weighted counts, rounded up; `weight` 0 is a gradient alone.
 #[must_use]
 pub fn sensitivity(norm: u64, weight: u64) -> u64 {
     if weight == 0 {
@@ -66,7 +69,7 @@ fn learning_rate() -> f64 {
     0.2
 }
 
-/// A tenth of the norm for the count: √(1 + 1/100), so half a percent more noise.
+/// A tenth of the norm for the counts: √(1 + 1/100), so half a percent more noise.
 const NORMS_A_COUNT: u64 = 10;
 /// Smallest clip norm of a plan.
 pub const SMALLEST_NORM: f64 = 1e-4;
@@ -98,16 +101,18 @@ mod tests {
         }
     }
 
-    /// Norms uniform in (0, 8): the norm comes to the quantile from both sides, through noise on the share of sd 0.05.
+    /// 1000 units with norms uniform in (0, 8): the norm comes to the quantile from both sides, through noise of sd 50 on each
+    /// count.
     #[test]
     fn the_norm_comes_to_the_quantile_from_both_sides() {
         let mut rng = ChaCha20Rng::seed_from_u64(3);
         for (quantile, first) in [(0.5, 0.05), (0.5, 100.0), (0.9, 1.0)] {
             let clip = clip(quantile);
-            let (mut norm, mut late) = (first, 0.0);
+            let (mut norm, mut late): (f64, f64) = (first, 0.0);
             for round in 0..400 {
-                let noise: f64 = (0..12).map(|_| rng.random_range(-0.5..0.5)).sum::<f64>() * 0.05;
-                norm = clip.next(norm, (norm / 8.0).min(1.0) + noise);
+                let mut noise = || (0..12).map(|_| rng.random_range(-0.5..0.5)).sum::<f64>() * 50.0;
+                let within = 1_000.0 * (norm / 8.0).min(1.0);
+                norm = clip.next(norm, within + noise(), 1_000.0 - within + noise());
                 late += if round >= 300 { norm / 100.0 } else { 0.0 };
             }
             // The slope at the fixed point is 0.2 times the quantile a round, so the noise moves the norm by about 4 %; a mean
@@ -119,17 +124,18 @@ mod tests {
     #[test]
     fn whatever_the_noise_says_the_norm_stays_a_norm() {
         let clip = clip(0.5);
-        let same = |share: f64, as_share: f64| {
-            let (got, expected) = (clip.next(2.0, share), clip.next(2.0, as_share));
-            assert!((got - expected).abs() < 1e-12, "{share}: {got}, {expected}");
+        let same = |(within, beyond): (f64, f64), as_share: f64| {
+            let (got, expected) = (clip.next(2.0, within, beyond), clip.next(2.0, as_share, 1.0 - as_share));
+            assert!((got - expected).abs() < 1e-12, "{within}, {beyond}: {got}, {expected}");
         };
-        same(f64::NAN, 0.5);
-        same(1e30, 1.0);
-        same(f64::NEG_INFINITY, 0.0);
-        assert_eq!(
-            (clip.next(LARGEST_NORM, 0.0), clip.next(SMALLEST_NORM, 1.0)),
-            (LARGEST_NORM, SMALLEST_NORM)
-        );
-        assert!(clip.next(2.0, 0.9) < 2.0 && clip.next(2.0, 0.1) > 2.0);
+        for nothing in [(f64::NAN, 1.0), (0.0, 0.0), (-3.0, 1.0), (5.0, -5.0), (f64::INFINITY, 1.0)] {
+            same(nothing, 0.5);
+        }
+        same((30.0, -5.0), 1.0);
+        same((-2.0, 9.0), 0.0);
+        same((3.0, 1.0), 0.75);
+        assert!(clip.next(LARGEST_NORM, 0.0, 9.0) <= LARGEST_NORM);
+        assert!(clip.next(SMALLEST_NORM, 9.0, 0.0) >= SMALLEST_NORM);
+        assert!(clip.next(2.0, 9.0, 1.0) < 2.0 && clip.next(2.0, 1.0, 9.0) > 2.0);
     }
 }

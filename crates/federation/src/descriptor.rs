@@ -103,11 +103,12 @@ pub struct RoundDescriptor {
     pub scale: u64,
     /// What the round costs each unit.
     pub rho: Rho,
-    /// Integer steps that a unit within the clip norm adds to the vector's last value, from which the next norm follows; 0 where
-    /// the norm doesn't follow a quantile and the vector has no such value.
+    /// Integer steps that a unit adds to one of the vector's last two values, the first of them for units within the clip norm and
+    /// the second for those beyond; the next norm follows from them. 0 where the norm doesn't follow a quantile and the vector has
+    /// no such values.
     #[serde(default, skip_serializing_if = "nothing")]
     pub count_weight: u64,
-    /// L2 sensitivity of the integer sum: ⌊clip_norm · scale⌋, with the count beside it √(⌊clip_norm · scale⌋² + count_weight²).
+    /// L2 sensitivity of the integer sum: ⌊clip_norm · scale⌋, with the counts beside it √(⌊clip_norm · scale⌋² + count_weight²).
     pub sensitivity: u64,
     /// Variance of each agent's noise on each value, in squared integer steps: all of it, or its share in a secure sum.
     pub sigma_squared: SigmaSquared,
@@ -236,7 +237,7 @@ impl RoundDescriptor {
         }
         let norm = integer_norm(self.clip_norm, self.scale)?;
         let count_weight = rounds.clip_norm.count_weight(norm);
-        same("weight of the count", &count_weight, &self.count_weight)?;
+        same("weight of the counts", &count_weight, &self.count_weight)?;
         let sensitivity = adaptive_clip::sensitivity(norm, count_weight);
         same("sensitivity", &sensitivity, &self.sensitivity)?;
         same("rho", &plan.budget()?.per_round, &self.rho)?;
@@ -254,10 +255,10 @@ impl RoundDescriptor {
         same("divisor above zero", &true, &(self.divisor > 0))
     }
 
-    /// Length of an update: one integer per adapter value, and the count where there is one.
+    /// Length of an update: one integer per adapter value, and both counts where there are any.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.adapter_values.len() + usize::from(self.count_weight > 0)
+        self.adapter_values.len() + 2 * usize::from(self.count_weight > 0)
     }
 
     /// Whether there is nothing to train.
@@ -369,7 +370,7 @@ fn own_noise(
     }
 }
 
-// Descriptors without a count look as they did before there was one.
+// Descriptors without counts look as they did before there was one.
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
 fn nothing(weight: &u64) -> bool {
     *weight == 0

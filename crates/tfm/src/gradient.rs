@@ -76,6 +76,8 @@ pub struct ClippedSum {
     pub values: Vec<i64>,
     /// Units whose gradient was within the clip norm. As private as the rows: it may leave with noise alone.
     pub within: u64,
+    /// Units whose gradient was beyond it, or had an entry that isn't finite. As private.
+    pub beyond: u64,
 }
 
 impl PreparedRows {
@@ -189,10 +191,12 @@ impl Context {
             let limit = (i64::MAX as u64 / clip.integer_norm()) as usize;
             return Err(TfmError::TooLarge { what: "units of a sum", got: units.len(), limit });
         }
-        let mut sum = ClippedSum { values: vec![0i64; adapter.dimension()], within: 0 };
+        let mut sum = ClippedSum { values: vec![0i64; adapter.dimension()], within: 0, beyond: 0 };
         let mut integers = vec![0i64; adapter.dimension()];
         self.for_each_unit(rows, adapter, units, &mut |gradient| {
-            sum.within += u64::from(clip.integers_into(gradient, &mut integers));
+            let side =
+                if clip.integers_into(gradient, &mut integers) { &mut sum.within } else { &mut sum.beyond };
+            *side += 1;
             add_integers(&mut sum.values, &integers);
             Ok(())
         })?;
@@ -460,7 +464,7 @@ mod tests {
             .filter(|u| unit_gradient(u).iter().map(|g| g * g).sum::<f64>().sqrt() > p50 * (1.0 + 1e-12))
             .count();
         assert!((70..=80).contains(&cut), "{cut}");
-        assert_eq!(sum.within, (units.len() - cut) as u64);
+        assert_eq!((sum.within, sum.beyond), ((units.len() - cut) as u64, cut as u64));
         // Some units alone: the same sum, of fewer rows, in whatever order they are named.
         let some: Vec<UnitGroup> = units.iter().step_by(7).rev().cloned().collect();
         let (fewer, renamed) = prepared.only(&some);
@@ -468,7 +472,7 @@ mod tests {
         let alone = context.clipped_sum(&fewer, &at, &renamed, clip).unwrap();
         assert_eq!(alone, context.clipped_sum(&prepared, &at, &some, clip).unwrap());
         assert_ne!(alone.values, sum.values);
-        let nobody = ClippedSum { values: vec![0; 24], within: 0 };
+        let nobody = ClippedSum { values: vec![0; 24], within: 0, beyond: 0 };
         let (empty, none) = prepared.only(&[]);
         assert_eq!(context.clipped_sum(&empty, &at, &none, clip).unwrap(), nobody);
         assert_eq!(context.clipped_sum(&prepared, &at, &[], clip).unwrap(), nobody);

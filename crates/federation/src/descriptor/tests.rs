@@ -89,7 +89,7 @@ fn descriptors_that_do_not_follow_from_the_plan_are_refused_by_name() {
         ("clip norm: expected 0.75", |d| d.clip_norm = 0.7),
         ("power of two", |d| d.scale = 3),
         ("sensitivity: expected 49152", |d| d.sensitivity -= 1),
-        ("weight of the count: expected 0", |d| d.count_weight = 1),
+        ("weight of the counts: expected 0", |d| d.count_weight = 1),
         ("rho: expected", |d| d.rho = Rho::from_units(d.rho.units() + 1)),
         ("sigma squared: expected", |d| d.sigma_squared = SigmaSquared::new(25, 1).unwrap()),
         ("roster: expected 3 to 64 agents, got 2", |d| drop(d.roster.pop_first())),
@@ -180,7 +180,7 @@ fn in_a_secure_sum_each_agents_noise_is_a_share() {
     ));
 }
 
-/// A round whose norm follows a quantile has one more value, and noise for both together.
+/// A round whose norm follows a quantile has two more values, of which a unit moves one, and noise for all together.
 #[test]
 fn a_count_is_paid_for_in_the_noise_of_the_round() {
     let (plain, digest) = plan("rounds: {clip_norm: 0.75}");
@@ -189,7 +189,7 @@ fn a_count_is_paid_for_in_the_noise_of_the_round() {
     let counted = RoundDescriptor::new(inputs(), &plan, digest).unwrap();
     assert_eq!((plain.len(), plain.count_weight), (6, 0));
     // 49152 and a tenth of it: the hypotenuse is 49397.2.
-    assert_eq!((counted.len(), counted.count_weight, counted.sensitivity), (7, 4_915, 49_398));
+    assert_eq!((counted.len(), counted.count_weight, counted.sensitivity), (8, 4_915, 49_398));
     assert_eq!(counted.rho, plain.rho, "the same cost");
     let louder = counted.sigma_squared.sigma() / plain.sigma_squared.sigma();
     assert!((louder - 49_398.0 / 49_152.0).abs() < 1e-4, "{louder}");
@@ -198,7 +198,7 @@ fn a_count_is_paid_for_in_the_noise_of_the_round() {
     read.check(&plan, &digest).unwrap();
     assert!(!String::from_utf8(plain.to_bytes()).unwrap().contains("count_weight"));
     let announced = counted.announcement(Digest::of(b"d"), Quorum::AtLeast { updates: 3 }, &plan).unwrap();
-    assert_eq!(announced.limits.len, 7);
+    assert_eq!(announced.limits.len, 8);
     // Whoever asks for the count at the price of a gradient alone, or for a heavier one, is refused.
     for change in [
         (|d| d.sensitivity = 49_152) as fn(&mut RoundDescriptor),

@@ -310,7 +310,7 @@ pub enum ClipNorm {
 }
 
 impl ClipNorm {
-    /// Integer steps that a unit within the norm adds to a count in the round's vector; 0 where there is no such count.
+    /// Integer steps that a unit adds to a count in the round's vector; 0 where there are no such counts.
     #[must_use]
     pub fn count_weight(&self, integer_norm: u64) -> u64 {
         match self {
