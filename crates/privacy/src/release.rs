@@ -10,10 +10,11 @@
 
 pub mod bins;
 pub mod count;
+mod joint;
 pub mod table;
 
 pub use bins::{equal_mass_edges, fine_edges, merge_adjacent, merge_rare};
-pub use count::{ColumnRef, CountError, Counter, count};
+pub use count::{ColumnRef, CountError, Counter, MAX_COUNTER_BYTES, MAX_THREADS, Resources, count};
 pub use table::MarginalTable;
 
 use crate::budget::Rho;

@@ -3,8 +3,23 @@
 //! The vector is the marginals one after another, each row-major with the last attribute fastest. It holds exact
 //! private counts: it has no wire form, and a mechanism is the only way onward. Callers hand in at most k rows of a
 //! unit, chosen without looking at values.
+//!
+//! Each value is turned into its cell number once, whatever the number of marginals; full chunks of these go to
+//! joint tables (`joint.rs`), on this thread or on several. The result doesn't depend on how rows are cut into chunks
+//! or on the number of threads, and memory depends on the query alone.
 
-use super::{Attribute, Binning, QueryError, ReleaseQuery};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+
+use super::joint::{Chunk, Codes, JointTable, MAX_CHUNK_ROWS, Scratch, plan};
+use super::{Attribute, Binning, MAX_ATTRIBUTES, MAX_CELLS, QueryError, ReleaseQuery};
+
+/// Bytes that counting one query may take at most, whatever the number of rows. The largest query that
+/// [`ReleaseQuery::check`] lets through needs less on [`MAX_THREADS`] threads.
+pub const MAX_COUNTER_BYTES: usize = 96 << 20;
+/// Threads that count at most.
+pub const MAX_THREADS: usize = 16;
 
 /// Values of one attribute for a chunk of rows.
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +69,31 @@ pub enum CountError {
         /// Rows of this column.
         got: usize,
     },
+    /// Counting the query would take more memory than is allowed; nothing was read for it.
+    #[error("counting takes {needed} bytes, allowed are {allowed}: ask for fewer marginals or cells")]
+    Memory {
+        /// Bytes needed.
+        needed: usize,
+        /// Bytes allowed.
+        allowed: usize,
+    },
+}
+
+/// What counting may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Resources {
+    /// Threads that count, from 1 to [`MAX_THREADS`]; other numbers are taken as the nearer end. With one, counting
+    /// happens on the caller's thread, otherwise beside it.
+    pub threads: usize,
+    /// Bytes at most.
+    pub bytes: usize,
+}
+
+impl Default for Resources {
+    /// The caller's thread and [`MAX_COUNTER_BYTES`].
+    fn default() -> Self {
+        Self { threads: 1, bytes: MAX_COUNTER_BYTES }
+    }
 }
 
 /// Accumulates a query's counts chunk by chunk.
@@ -63,19 +103,68 @@ pub struct Counter<'q> {
     label: Option<usize>,
     /// Attribute index of each column handed in.
     column_attributes: Vec<usize>,
-    counts: Vec<i64>,
+    coders: Vec<Coder>,
+    pending: Chunk,
+    pace: Pace,
+    /// One for each thread.
+    shares: Vec<Share>,
+    scratch: Scratch,
+    /// Rows of the columns at hand that are counted; kept for its memory.
+    kept: Vec<usize>,
 }
 
 impl<'q> Counter<'q> {
-    /// An accumulator of zeros.
+    /// An accumulator of zeros with the default [`Resources`].
     ///
     /// # Errors
     /// [`CountError::Query`] when the query is refused.
     pub fn new(query: &'q ReleaseQuery) -> Result<Self, CountError> {
+        Self::with(query, Resources::default())
+    }
+
+    /// An accumulator of zeros.
+    ///
+    /// # Errors
+    /// [`CountError::Query`] when the query is refused, [`CountError::Memory`] when it needs more than allowed.
+    pub fn with(query: &'q ReleaseQuery, resources: Resources) -> Result<Self, CountError> {
         query.check()?;
+        let row_bytes: usize = query.attributes.iter().map(Coder::width).sum();
+        let chunk_rows = (CHUNK_BYTES / row_bytes).clamp(1, MAX_CHUNK_ROWS);
+        Self::built(query, resources, Pace { chunk_rows, fold_after: u32::MAX })
+    }
+
+    fn built(query: &'q ReleaseQuery, resources: Resources, pace: Pace) -> Result<Self, CountError> {
+        let groups = plan(query);
+        let threads = resources.threads.clamp(1, MAX_THREADS).min(groups.len().max(1));
+        let row_bytes: usize = query.attributes.iter().map(Coder::width).sum();
+        // Counts twice: in their tables, and as the one vector at the end.
+        let needed = query.cells_total() * 2 * size_of::<i64>()
+            + groups.iter().map(|group| group.cells).sum::<usize>() * size_of::<u32>()
+            + (threads + 1) * Scratch::BYTES
+            + CHUNKS_ALIVE * pace.chunk_rows * row_bytes;
+        if needed > resources.bytes {
+            return Err(CountError::Memory { needed, allowed: resources.bytes });
+        }
+        let mut used = vec![false; query.attributes.len()];
+        query.marginals.iter().flat_map(|marginal| &marginal.attributes).for_each(|at| used[*at] = true);
+        let coders = query.attributes.iter().zip(used).map(|(attribute, used)| Coder::new(attribute, used));
+        let coders: Vec<Coder> = coders.collect();
+        let mut tables: Vec<Vec<JointTable>> = (0..threads).map(|_| Vec::new()).collect();
+        for (at, group) in groups.into_iter().enumerate() {
+            tables[at % threads].push(JointTable::new(query, group));
+        }
         let label = query.label_index();
-        let column_attributes = (0..query.attributes.len()).filter(|i| Some(*i) != label).collect();
-        Ok(Self { query, label, column_attributes, counts: vec![0; query.cells_total()] })
+        Ok(Self {
+            query,
+            label,
+            column_attributes: (0..query.attributes.len()).filter(|at| Some(*at) != label).collect(),
+            pending: empty_chunk(&coders, pace.chunk_rows),
+            coders,
+            pace,
+            shares: tables.into_iter().map(Share::Here).collect(),
+            scratch: Scratch::new(),
+            kept: Vec::new(),
+        })
     }
 
     /// Adds a chunk of rows.
@@ -87,33 +176,60 @@ impl<'q> Counter<'q> {
     /// # Errors
     /// [`CountError`] when shapes or kinds don't fit the query; nothing was added then.
     pub fn add(&mut self, columns: &[ColumnRef<'_>], labels: &[Option<u16>]) -> Result<(), CountError> {
+        self.add_chosen(columns, labels, 0..labels.len())
+    }
+
+    /// As [`Counter::add`], but counts the `rows` at these places alone; places beyond the end are left out.
+    ///
+    /// # Errors
+    /// As [`Counter::add`].
+    pub fn add_chosen(
+        &mut self,
+        columns: &[ColumnRef<'_>],
+        labels: &[Option<u16>],
+        rows: impl IntoIterator<Item = usize>,
+    ) -> Result<(), CountError> {
         self.check_shapes(columns, labels.len())?;
-        let classes = self.label.and_then(|i| self.query.attributes.get(i)).map(Attribute::cells);
-        let kept: Vec<(usize, usize)> = labels
-            .iter()
-            .enumerate()
-            .filter_map(|(row, label)| match classes {
-                None => Some((row, 0)),
-                Some(classes) => {
-                    label.map(usize::from).filter(|class| *class < classes).map(|class| (row, class))
-                }
-            })
-            .collect();
-        let mut cells: Vec<Vec<u32>> = vec![Vec::new(); self.query.attributes.len()];
-        for (column, index) in columns.iter().zip(&self.column_attributes) {
-            cells[*index] = cells_of(&self.query.attributes[*index], column, &kept);
+        let classes = self.label.and_then(|at| self.query.attributes.get(at)).map(Attribute::cells);
+        let counts = |row: &usize| match (labels.get(*row), classes) {
+            (None, _) => false,
+            (Some(_), None) => true,
+            (Some(label), Some(classes)) => label.is_some_and(|class| usize::from(class) < classes),
+        };
+        let mut kept = std::mem::take(&mut self.kept);
+        kept.clear();
+        kept.extend(rows.into_iter().filter(counts));
+        let mut rest = kept.as_slice();
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min(self.pace.chunk_rows - self.pending.rows));
+            self.code(columns, labels, now);
+            if self.pending.rows == self.pace.chunk_rows {
+                self.start_threads();
+                self.tally();
+            }
+            rest = later;
         }
-        if let Some(index) = self.label {
-            cells[index] = kept.iter().map(|(_, class)| *class as u32).collect();
-        }
-        self.tally(&cells);
+        self.kept = kept;
         Ok(())
     }
 
     /// The counts, one vector over all marginals.
     #[must_use]
-    pub fn finish(self) -> Vec<i64> {
-        self.counts
+    pub fn finish(mut self) -> Vec<i64> {
+        if self.pending.rows > 0 {
+            self.tally();
+        }
+        let mut starts = Vec::with_capacity(self.query.marginals.len());
+        let mut cells = 0;
+        for marginal in &self.query.marginals {
+            starts.push(cells);
+            cells += self.query.dims(marginal).iter().product::<usize>();
+        }
+        let mut all = vec![0; cells];
+        for (index, counts) in self.shares.into_iter().flat_map(Share::finish) {
+            all[starts[index]..starts[index] + counts.len()].copy_from_slice(&counts);
+        }
+        all
     }
 
     fn check_shapes(&self, columns: &[ColumnRef<'_>], rows: usize) -> Result<(), CountError> {
@@ -135,30 +251,160 @@ impl<'q> Counter<'q> {
         Ok(())
     }
 
-    // Indices come from a checked query (attributes below the list's length, cells below their dimension).
-    fn tally(&mut self, cells: &[Vec<u32>]) {
-        let mut offset = 0;
-        for marginal in &self.query.marginals {
-            let dims = self.query.dims(marginal);
-            let size: usize = dims.iter().product();
-            let counts = &mut self.counts[offset..offset + size];
-            match marginal.attributes.as_slice() {
-                [a] => cells[*a].iter().for_each(|cell| counts[*cell as usize] += 1),
-                [a, b] => {
-                    for (x, y) in cells[*a].iter().zip(&cells[*b]) {
-                        counts[*x as usize * dims[1] + *y as usize] += 1;
-                    }
-                }
-                [a, b, c] => {
-                    for ((x, y), z) in cells[*a].iter().zip(&cells[*b]).zip(&cells[*c]) {
-                        counts[(*x as usize * dims[1] + *y as usize) * dims[2] + *z as usize] += 1;
-                    }
-                }
-                _ => debug_assert!(false, "a checked marginal has one to three attributes"),
+    /// Appends rows to the chunk. Every column has as many rows as there are labels, and `rows` lie below.
+    fn code(&mut self, columns: &[ColumnRef<'_>], labels: &[Option<u16>], rows: &[usize]) {
+        for (column, index) in columns.iter().zip(&self.column_attributes) {
+            let coder = &self.coders[*index];
+            let codes = &mut self.pending.codes[*index];
+            match column {
+                _ if !coder.used => {}
+                ColumnRef::Numeric(values) => push(codes, rows.iter().map(|row| coder.number(values[*row]))),
+                ColumnRef::Codes(levels) => push(codes, rows.iter().map(|row| coder.level(levels[*row]))),
             }
-            offset += size;
+        }
+        if let Some(index) = self.label.filter(|at| self.coders[*at].used) {
+            push(&mut self.pending.codes[index], rows.iter().map(|row| labels[*row].unwrap_or_default()));
+        }
+        self.pending.rows += rows.len();
+    }
+
+    /// A table of less than a chunk isn't worth a thread, so none is started before the first is full.
+    fn start_threads(&mut self) {
+        if self.shares.len() > 1 {
+            let shares = std::mem::take(&mut self.shares);
+            self.shares = shares.into_iter().map(|share| share.apart(self.pace)).collect();
         }
     }
+
+    fn tally(&mut self) {
+        let chunk = std::mem::replace(&mut self.pending, empty_chunk(&self.coders, self.pace.chunk_rows));
+        let chunk = Arc::new(chunk);
+        self.shares.iter_mut().for_each(|share| share.add(&chunk, &mut self.scratch, self.pace));
+    }
+}
+
+/// How often what has piled up is worked off.
+#[derive(Debug, Clone, Copy)]
+struct Pace {
+    chunk_rows: usize,
+    fold_after: u32,
+}
+
+/// Some of a query's tables.
+#[derive(Debug)]
+enum Share {
+    /// Counted on the caller's thread.
+    Here(Vec<JointTable>),
+    /// Counted by another one.
+    There { chunks: SyncSender<Arc<Chunk>>, thread: JoinHandle<Vec<JointTable>> },
+}
+
+impl Share {
+    /// Gives the tables to a thread of their own; they stay here if the system has none.
+    fn apart(self, pace: Pace) -> Self {
+        let Self::Here(tables) = self else { return self };
+        let (sender, receiver): (_, Receiver<Arc<Chunk>>) = sync_channel(CHUNKS_WAITING);
+        // Tables travel by a channel, so that they aren't lost with a thread that can't start.
+        let (hand_over, handed_over) = sync_channel::<Vec<JointTable>>(1);
+        let work = move || {
+            let mut tables = handed_over.recv().unwrap_or_default();
+            let mut scratch = Scratch::new();
+            for chunk in receiver {
+                tables.iter_mut().for_each(|table| table.add(&chunk, &mut scratch, pace.fold_after));
+            }
+            tables
+        };
+        match std::thread::Builder::new().name("counting".to_owned()).spawn(work) {
+            Ok(thread) => match hand_over.send(tables) {
+                Ok(()) => Self::There { chunks: sender, thread },
+                Err(unsent) => Self::Here(unsent.0),
+            },
+            Err(_) => Self::Here(tables),
+        }
+    }
+
+    fn add(&mut self, chunk: &Arc<Chunk>, scratch: &mut Scratch, pace: Pace) {
+        match self {
+            Self::Here(tables) => {
+                tables.iter_mut().for_each(|table| table.add(chunk, scratch, pace.fold_after));
+            }
+            // A thread that has ended did so by a panic, which `finish` passes on.
+            Self::There { chunks, .. } => drop(chunks.send(Arc::clone(chunk))),
+        }
+    }
+
+    fn finish(self) -> Vec<(usize, Vec<i64>)> {
+        let tables = match self {
+            Self::Here(tables) => tables,
+            Self::There { chunks, thread } => {
+                drop(chunks);
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            }
+        };
+        tables.into_iter().flat_map(JointTable::finish).collect()
+    }
+}
+
+/// Turns values of one attribute into cell numbers.
+#[derive(Debug)]
+struct Coder {
+    /// Whether any marginal has the attribute.
+    used: bool,
+    narrow: bool,
+    edges: Vec<f64>,
+    /// Cell of each fine cell; a cell is below 4096.
+    merged: Vec<u16>,
+}
+
+impl Coder {
+    fn new(attribute: &Attribute, used: bool) -> Self {
+        let edges = match &attribute.binning {
+            Binning::Edges { edges, .. } => edges.clone(),
+            Binning::Levels { .. } => Vec::new(),
+        };
+        let merged = (0..attribute.fine_cells()).map(|fine| attribute.merged(fine) as u16).collect();
+        Self { used, narrow: Self::width(attribute) == 1, edges, merged }
+    }
+
+    /// Bytes of a cell number.
+    fn width(attribute: &Attribute) -> usize {
+        if attribute.cells() <= usize::from(u8::MAX) + 1 { 1 } else { 2 }
+    }
+
+    /// As [`Attribute::fine_cell_of`], merged.
+    fn number(&self, value: f64) -> u16 {
+        let fine = if value.is_nan() {
+            self.edges.len() + 1
+        } else {
+            self.edges.partition_point(|edge| *edge <= value)
+        };
+        self.merged[fine]
+    }
+
+    /// As [`Attribute::fine_cell_of_code`], merged.
+    fn level(&self, code: u32) -> u16 {
+        self.merged[(code as usize).min(self.merged.len() - 1)]
+    }
+}
+
+fn push(codes: &mut Codes, cells: impl Iterator<Item = u16>) {
+    match codes {
+        // Narrow columns are those of at most 256 cells.
+        Codes::Narrow(codes) => codes.extend(cells.map(|cell| cell as u8)),
+        Codes::Wide(codes) => codes.extend(cells),
+    }
+}
+
+fn empty_chunk(coders: &[Coder], rows: usize) -> Chunk {
+    let column = |coder: &Coder| {
+        let rows = if coder.used { rows } else { 0 };
+        if coder.narrow {
+            Codes::Narrow(Vec::with_capacity(rows))
+        } else {
+            Codes::Wide(Vec::with_capacity(rows))
+        }
+    };
+    Chunk { codes: coders.iter().map(column).collect(), rows: 0 }
 }
 
 /// Counts one table in one call.
@@ -175,18 +421,22 @@ pub fn count(
     Ok(counter.finish())
 }
 
-// A cell is below 4096, so the cast keeps it.
-fn cells_of(attribute: &Attribute, column: &ColumnRef<'_>, kept: &[(usize, usize)]) -> Vec<u32> {
-    let merged: Vec<u32> = (0..attribute.fine_cells()).map(|fine| attribute.merged(fine) as u32).collect();
-    match column {
-        ColumnRef::Numeric(values) => {
-            kept.iter().map(|(row, _)| merged[attribute.fine_cell_of(values[*row])]).collect()
-        }
-        ColumnRef::Codes(codes) => {
-            kept.iter().map(|(row, _)| merged[attribute.fine_cell_of_code(codes[*row])]).collect()
-        }
-    }
-}
+/// Bytes of a chunk at most.
+const CHUNK_BYTES: usize = 4 << 20;
+/// Chunks that may wait for a counting thread.
+const CHUNKS_WAITING: usize = 1;
+/// Chunks in memory at most: one that fills, one that is handed out, those that wait, one that is counted.
+const CHUNKS_ALIVE: usize = CHUNKS_WAITING + 3;
+
+const _: () = assert!(
+    2 * size_of::<i64>() * MAX_CELLS
+        + size_of::<u32>() * (MAX_CELLS + super::joint::MAX_EXTRA_CELLS)
+        + (MAX_THREADS + 1) * Scratch::BYTES
+        + CHUNKS_ALIVE * CHUNK_BYTES
+        <= MAX_COUNTER_BYTES,
+    "every checked query fits"
+);
+const _: () = assert!(CHUNK_BYTES >= 2 * MAX_ATTRIBUTES, "a chunk holds a row");
 
 #[cfg(test)]
 mod tests {
@@ -243,6 +493,88 @@ mod tests {
         assert!(counter.finish().iter().all(|count| *count == 0));
     }
 
+    #[test]
+    fn memory_is_checked_before_the_work() {
+        let query = example();
+        let refused = |bytes| Counter::with(&query, Resources { threads: 1, bytes }).unwrap_err();
+        let CountError::Memory { needed, allowed: 1 } = refused(1) else { panic!("{:?}", refused(1)) };
+        assert!(Counter::with(&query, Resources { threads: 1, bytes: needed }).is_ok());
+        assert_eq!(refused(needed - 1), CountError::Memory { needed, allowed: needed - 1 });
+    }
+
+    #[test]
+    fn totals_are_folded_before_they_overflow() {
+        let query = example();
+        let (a, c) = (vec![5.0; 100], vec![1; 100]);
+        let columns = [ColumnRef::Numeric(&a), ColumnRef::Codes(&c)];
+        let labels = vec![Some(1); 100];
+        let whole = count(&query, &columns, &labels).unwrap();
+        let pace = Pace { chunk_rows: 7, fold_after: 20 };
+        let mut counter = Counter::built(&query, Resources::default(), pace).unwrap();
+        counter.add(&columns, &labels).unwrap();
+        assert_eq!(counter.finish(), whole);
+        assert_eq!(whole[0], 100);
+    }
+
+    /// By the definition of a cell, attribute by attribute and row by row.
+    fn naive(query: &ReleaseQuery, columns: &[ColumnRef<'_>], labels: &[Option<u16>]) -> Vec<i64> {
+        let mut all = Vec::new();
+        for marginal in &query.marginals {
+            let dims = query.dims(marginal);
+            let mut counts = vec![0; dims.iter().product()];
+            for row in 0..labels.len() {
+                let class = labels[row].map(usize::from);
+                if let Some(at) = query.label_index()
+                    && class.is_none_or(|class| class >= query.attributes[at].cells())
+                {
+                    continue;
+                }
+                let mut cell = 0;
+                for (at, dim) in marginal.attributes.iter().zip(&dims) {
+                    let attribute = &query.attributes[*at];
+                    let column = query.attributes[..*at].iter().filter(|before| !before.is_label()).count();
+                    let own = match columns.get(column) {
+                        _ if attribute.is_label() => class.unwrap(),
+                        Some(ColumnRef::Numeric(values)) => {
+                            attribute.merged(attribute.fine_cell_of(values[row]))
+                        }
+                        Some(ColumnRef::Codes(codes)) => {
+                            attribute.merged(attribute.fine_cell_of_code(codes[row]))
+                        }
+                        None => panic!("a column for each attribute"),
+                    };
+                    cell = cell * dim + own;
+                }
+                counts[cell] += 1;
+            }
+            all.extend(counts);
+        }
+        all
+    }
+
+    /// Narrow and wide attributes, merges, one to three ways, a marginal too large to be joined, one listed twice.
+    fn mixed() -> ReleaseQuery {
+        let edges: Vec<f64> = (1..90).map(f64::from).collect();
+        query(
+            vec![
+                numeric("a", &edges),
+                levels("b", 300, None),
+                Attribute::label(3),
+                levels("c", 2, Some(vec![0, 1, 1, 2])),
+                numeric("d", &[10.0, 50.0]),
+                levels("unused", 4, None),
+            ],
+            &[&[0, 1], &[1], &[2], &[3, 0], &[0, 2, 3], &[4, 3], &[3, 4], &[3, 4], &[2, 4], &[4, 1]],
+        )
+    }
+
+    type Mixed = (f64, u32, Option<u16>, u32, f64);
+
+    fn mixed_rows() -> impl Strategy<Value = Vec<Mixed>> {
+        let value = || prop_oneof![1 => Just(f64::NAN), 9 => -10.0..120.0f64];
+        prop::collection::vec((value(), 0u32..310, prop::option::of(0u16..4), 0u32..6, value()), 0..200)
+    }
+
     type Row = (f64, u32, Option<u16>);
 
     fn rows() -> impl Strategy<Value = Vec<Row>> {
@@ -258,6 +590,25 @@ mod tests {
     }
 
     proptest! {
+        // Twice the same counts, whatever the threads, the chunks and the way rows are handed in.
+        #[test]
+        fn counts_equal_the_definition(rows in mixed_rows(), threads in 1usize..5, chunk_rows in 1usize..90, fold_after in 90u32..150, cut in 1usize..70) {
+            let query = mixed();
+            let (a, b): (Vec<f64>, Vec<u32>) = rows.iter().map(|r| (r.0, r.1)).unzip();
+            let (c, d): (Vec<u32>, Vec<f64>) = rows.iter().map(|r| (r.3, r.4)).unzip();
+            let labels: Vec<Option<u16>> = rows.iter().map(|r| r.2).collect();
+            let columns = [ColumnRef::Numeric(&a), ColumnRef::Codes(&b), ColumnRef::Codes(&c), ColumnRef::Numeric(&d), ColumnRef::Codes(&c)];
+            let expected = naive(&query, &columns, &labels);
+            prop_assert_eq!(&count(&query, &columns, &labels).unwrap(), &expected);
+            let resources = Resources { threads, ..Resources::default() };
+            let mut counter = Counter::built(&query, resources, Pace { chunk_rows, fold_after }).unwrap();
+            let all: Vec<usize> = (0..rows.len() + 3).collect();
+            for part in all.chunks(cut) {
+                counter.add_chosen(&columns, &labels, part.iter().copied()).unwrap();
+            }
+            prop_assert_eq!(counter.finish(), expected);
+        }
+
         // One row more changes the vector by at most √m in L2: what the noise is calibrated to.
         #[test]
         fn one_row_moves_the_vector_by_its_sensitivity_at_most(mut rows in rows(), extra in (0.0..99.0f64, 0u32..6, prop::option::of(0u16..3))) {
