@@ -25,6 +25,7 @@ use tabmesh_privacy::accountant::zcdp;
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::window::DAY_MS;
 use tabmesh_privacy::ledger::{Balance, GrantRequest, Pace, RefusalRule};
+use tabmesh_privacy::release::ReleaseQuery;
 use tabmesh_privacy::signature::{SigningKey, VerifyingKey};
 use tabmesh_proto::identity::SpiffeId;
 use thiserror::Error;
@@ -33,7 +34,7 @@ use crate::books::{self, BooksError};
 use crate::config::{Config, ConfigError, LocalPolicy};
 use crate::gate::Gate;
 use crate::peers::Peers;
-use crate::source::{self, DomainKey, SourceError, View};
+use crate::source::{self, DomainKey, MarginalError, Source, SourceError, View, marginals};
 
 /// Why an agent can't start.
 #[derive(Debug, Error, Diagnostic)]
@@ -197,13 +198,27 @@ impl Domain {
         schema: &FeatureSchema,
         mut visit: impl FnMut(TypedBatch) -> Result<(), E>,
     ) -> Result<(), E> {
-        let folder = self.config.contract.parent().unwrap_or_else(|| Path::new("."));
-        let source = source::open_contract(&self.contract, folder)?;
+        let source = self.source()?;
         let view = View::new(&*source, &self.contract, schema, DomainKey::new(&self.secret("units")))?;
         for rows in view.capped_rows()? {
             visit(rows?.batch)?;
         }
         Ok(())
+    }
+
+    /// Counts a query's cells over the table's training rows: at most k of each unit, none of the gate's.
+    ///
+    /// # Errors
+    /// [`MarginalError`] if the table can't be read, or the query counts what the schema doesn't have.
+    pub fn marginals(
+        &self,
+        schema: &FeatureSchema,
+        query: &ReleaseQuery,
+        gate: &Gate,
+    ) -> Result<Vec<i64>, MarginalError> {
+        let source = self.source()?;
+        let view = View::new(&*source, &self.contract, schema, DomainKey::new(&self.secret("units")))?;
+        view.marginals(query, gate, marginals::resources())
     }
 
     /// All rows of the table in this schema's columns, at most k of each unit. For contexts and gradients, which need
@@ -218,6 +233,11 @@ impl Domain {
             Ok::<(), SourceError>(())
         })?;
         Ok(all)
+    }
+
+    fn source(&self) -> Result<Box<dyn Source>, SourceError> {
+        let folder = self.config.contract.parent().unwrap_or_else(|| Path::new("."));
+        source::open_contract(&self.contract, folder)
     }
 
     /// The grant of the local policy, for the ledger.

@@ -9,7 +9,6 @@ mod sums;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tabmesh_contract::batch::TypedColumn;
 use tabmesh_contract::schema::FeatureSchema;
 use tabmesh_federation::descriptor::{DescriptorError, RoundDescriptor};
 use tabmesh_federation::documents::{self, DocumentError, MAX_DOCUMENT_BYTES, PlanAnnouncement, PlanClosing};
@@ -21,7 +20,7 @@ use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::{DebitReceipt, LedgerError, Purpose, RefusalRule};
 use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, MechanismError};
 use tabmesh_privacy::private::Private;
-use tabmesh_privacy::release::{ColumnRef, CountError, Counter, QueryError, ReleaseQuery};
+use tabmesh_privacy::release::{QueryError, ReleaseQuery};
 use tabmesh_proto::message::{Assignment, SubmissionTarget};
 use tabmesh_tfm::error::TfmError;
 use tabmesh_tfm::table::Coding;
@@ -31,7 +30,7 @@ use crate::books::{Books, BooksError, Question};
 use crate::domain::Domain;
 use crate::gate::Gate;
 use crate::publication::{ArtefactError, Artefacts};
-use crate::source::SourceError;
+use crate::source::{MarginalError, SourceError};
 use crate::sums::{SumError, SumStore};
 use crate::train::Trainer;
 use crate::trees::TreeError;
@@ -73,12 +72,6 @@ pub enum WorkError {
     /// This agent isn't in the roster, or the roster isn't one of the plan's.
     #[error("this agent is not in the roster, or the roster is not one that the plan allows")]
     NotInRoster,
-    /// A query counts a feature that the announced schema doesn't have.
-    #[error("the query counts {feature}, which the announced schema does not have")]
-    UnknownFeature {
-        /// Its canonical id.
-        feature: String,
-    },
     /// The cost buys no usable noise.
     #[error(transparent)]
     Mechanism(#[from] MechanismError),
@@ -90,7 +83,7 @@ pub enum WorkError {
     Source(#[from] SourceError),
     /// Counting fails.
     #[error(transparent)]
-    Count(#[from] CountError),
+    Count(#[from] MarginalError),
     /// An artefact is missing or refused.
     #[error(transparent)]
     Artefact(#[from] ArtefactError),
@@ -264,26 +257,9 @@ impl Work {
         Ok(Answer { target, payload, debit })
     }
 
-    /// Counts the query's cells over the training rows, streamed.
+    /// Counts the query's cells over the training rows.
     fn count(&self, query: &ReleaseQuery, shared: &FeatureSchema) -> Result<Vec<i64>, WorkError> {
-        let mut counter = Counter::new(query)?;
-        let mut positions = Vec::new();
-        for attribute in query.attributes.iter().filter(|attribute| !attribute.is_label()) {
-            let found = shared.features().iter().position(|f| f.id.as_str() == attribute.id);
-            positions.push(found.ok_or_else(|| WorkError::UnknownFeature { feature: attribute.id.clone() })?);
-        }
-        self.domain.visit_rows(shared, |batch| {
-            let training = batch.take(&self.gate.split(&batch).training);
-            let column = |at: &usize| match training.columns.get(*at) {
-                Some(TypedColumn::Numeric(values)) => ColumnRef::Numeric(values),
-                Some(TypedColumn::Categorical(codes)) => ColumnRef::Codes(codes),
-                None => ColumnRef::Codes(&[]),
-            };
-            let columns: Vec<ColumnRef<'_>> = positions.iter().map(column).collect();
-            counter.add(&columns, &training.labels)?;
-            Ok::<(), WorkError>(())
-        })?;
-        Ok(counter.finish())
+        Ok(self.domain.marginals(shared, query, &self.gate)?)
     }
 
     /// Whether every artefact that a round needs is here; those that aren't.

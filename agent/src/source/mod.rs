@@ -13,12 +13,14 @@ use thiserror::Error;
 
 pub mod check;
 mod csv;
+pub mod marginals;
 mod parquet;
 pub mod raw;
 pub mod units;
 pub mod view;
 
 pub use check::TableCheck;
+pub use marginals::{Admission, MarginalError, MarginalRequest, NamedUnits, Origin};
 pub use raw::RawBatch;
 pub use units::{DomainKey, UnitCap, UnitFilter};
 pub use view::{Rows, View};
@@ -145,6 +147,37 @@ pub trait Source: Send + Sync {
     /// [`SourceError`] if the table can't be opened or lacks a column; the stream carries later ones and ends
     /// after the first.
     fn batches<'a>(&'a self, contract: &'a Contract) -> Result<Batches<'a>, SourceError>;
+
+    /// Counts the cells of a request's marginals: one number for each of [`ReleaseQuery::cells_total`], in its order.
+    ///
+    /// By default the table is streamed. A source with an engine of its own may count there instead, as one `GROUP BY` a
+    /// marginal, but noise is calibrated to what is promised here, so it must keep all of it or call
+    /// [`MarginalRequest::stream`]:
+    ///
+    /// 1. **The same rows.** Which rows count follows from keyed hashes, and the keys stay in the agent: no key, and no hash
+    ///    that an engine could compute, is handed over. [`MarginalRequest::admission`] says whether units have names in a
+    ///    column; if they don't, only streaming tells which rows count. If they do, the source reads that column, asks
+    ///    [`NamedUnits::admits`] for each name, and lets the engine count the rows that join those admitted, kept in a
+    ///    temporary table of the session which no log and no other session sees.
+    /// 2. **The cap.** No unit has more than [`NamedUnits::max_rows`] rows in the table, by a constraint that the engine
+    ///    enforces or by a count over all rows. A unit of more needs a choice among its rows by keyed hash: stream then.
+    /// 3. **One snapshot.** Names, the count of 2. and all marginals are read in one transaction that sees one state of the
+    ///    table. A row that appears in between belongs to a unit whose cap was checked without it.
+    /// 4. **The same cells.** A value's cell is the one that [`Origin`] and the query define. All marginals count the same
+    ///    rows: where the query has the label, those without a declared class are in none of them.
+    /// 5. **No word of a row.** Errors name tables, columns and types, as everywhere here; counts go nowhere but to the
+    ///    caller, who adds noise.
+    ///
+    /// The caller checks size and sign of the counts and that all marginals have one total; that can't tell a cap or a
+    /// gate that was passed over.
+    ///
+    /// [`ReleaseQuery::cells_total`]: tabmesh_privacy::release::ReleaseQuery::cells_total
+    ///
+    /// # Errors
+    /// [`MarginalError`]; whether it occurs may depend on files and limits, never on values.
+    fn marginals(&self, request: &MarginalRequest<'_>) -> Result<Vec<i64>, MarginalError> {
+        request.stream()
+    }
 }
 
 /// Opens the table of a source specification; relative paths are taken from `folder`.

@@ -1,11 +1,17 @@
 //! Parquet tables, one row-group page at a time.
+//!
+//! Text of categorical columns is read as places in its dictionary, as most files hold it.
 
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use arrow_schema::Schema;
 use parquet::arrow::ProjectionMask;
-use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder,
+};
 use tabmesh_contract::contract::Contract;
 
 use super::raw::{RawBatch, RawColumn};
@@ -21,12 +27,12 @@ impl ParquetSource {
         Self { path }
     }
 
-    fn open(&self) -> Result<ParquetRecordBatchReaderBuilder<File>, SourceError> {
+    fn open(&self) -> Result<(File, ArrowReaderMetadata), SourceError> {
         let read =
             |error: std::io::Error| SourceError::Read { file: self.path.clone(), message: error.to_string() };
         let file = File::open(&self.path).map_err(read)?;
-        match ParquetRecordBatchReaderBuilder::try_new(file) {
-            Ok(builder) => Ok(builder),
+        match ArrowReaderMetadata::load(&file, ArrowReaderOptions::default()) {
+            Ok(metadata) => Ok((file, metadata)),
             Err(error) => {
                 // The last four bytes of a whole file are its magic; with only the first four, the end is gone.
                 let mut start = Vec::new();
@@ -43,12 +49,31 @@ impl ParquetSource {
 
     fn columns(
         &self,
-        builder: &ParquetRecordBatchReaderBuilder<File>,
+        metadata: &ArrowReaderMetadata,
         contract: &Contract,
     ) -> Result<Vec<usize>, SourceError> {
-        let names: Vec<String> = builder.schema().fields().iter().map(|f| f.name().clone()).collect();
+        let names: Vec<String> = metadata.schema().fields().iter().map(|f| f.name().clone()).collect();
         locate(&self.path, &names, contract)
     }
+}
+
+/// The same file with text of categorical columns as places in a dictionary; as it was where the reader can't.
+fn with_levels(
+    metadata: ArrowReaderMetadata,
+    contract: &Contract,
+    positions: &[usize],
+) -> ArrowReaderMetadata {
+    let mut fields: Vec<_> = metadata.schema().fields().iter().map(Arc::clone).collect();
+    for (column, position) in contract.columns.iter().zip(positions) {
+        if let Some(field) = fields.get_mut(*position)
+            && RawColumn::wants_levels(column, field.data_type())
+        {
+            *field = Arc::new(field.as_ref().clone().with_data_type(RawColumn::levels_type()));
+        }
+    }
+    let schema = Arc::new(Schema::new_with_metadata(fields, metadata.schema().metadata().clone()));
+    let options = ArrowReaderOptions::new().with_schema(schema);
+    ArrowReaderMetadata::try_new(Arc::clone(metadata.metadata()), options).unwrap_or(metadata)
 }
 
 impl Source for ParquetSource {
@@ -57,10 +82,10 @@ impl Source for ParquetSource {
     }
 
     fn schema_check(&self, contract: &Contract) -> Result<(), SourceError> {
-        let builder = self.open()?;
-        let positions = self.columns(&builder, contract)?;
+        let (_, metadata) = self.open()?;
+        let positions = self.columns(&metadata, contract)?;
         for (column, position) in contract.columns.iter().zip(positions) {
-            let found = builder.schema().field(position).data_type().clone();
+            let found = metadata.schema().field(position).data_type().clone();
             let empty = arrow_array::new_empty_array(&found);
             RawColumn::from_array(column, &empty).map_err(|expected| SourceError::WrongType {
                 file: self.path.clone(),
@@ -69,15 +94,17 @@ impl Source for ParquetSource {
                 found: found.to_string(),
             })?;
         }
-        if builder.metadata().file_metadata().num_rows() == 0 {
+        if metadata.metadata().file_metadata().num_rows() == 0 {
             return Err(SourceError::NoRows { file: self.path.clone() });
         }
         Ok(())
     }
 
     fn batches<'a>(&'a self, contract: &'a Contract) -> Result<Batches<'a>, SourceError> {
-        let builder = self.open()?;
-        let positions = self.columns(&builder, contract)?;
+        let (file, metadata) = self.open()?;
+        let positions = self.columns(&metadata, contract)?;
+        let metadata = with_levels(metadata, contract, &positions);
+        let builder = ParquetRecordBatchReaderBuilder::new_with_metadata(file, metadata);
         let mask = ProjectionMask::roots(builder.parquet_schema(), positions.iter().copied());
         let reader = builder.with_projection(mask).with_batch_size(BATCH_ROWS).build();
         let reader = reader.map_err(|error| SourceError::Corrupt {

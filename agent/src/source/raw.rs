@@ -4,9 +4,10 @@
 //! judged here beyond their type; a value that can't be read as its type is marked, not guessed.
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Float64Type, Int64Type, TimestampMillisecondType};
+use arrow_array::types::{Float64Type, Int32Type, Int64Type, TimestampMillisecondType};
 use arrow_array::{
-    Array, ArrayRef, BooleanArray, Float64Array, Int64Array, StringArray, TimestampMillisecondArray,
+    Array, ArrayRef, BooleanArray, Float64Array, Int32Array, Int64Array, StringArray,
+    TimestampMillisecondArray,
 };
 use arrow_cast::cast;
 use arrow_schema::{DataType, TimeUnit};
@@ -52,6 +53,11 @@ enum Values {
     Integer(Int64Array),
     Bool(BooleanArray),
     Text(StringArray),
+    /// Text as places in a list of its values.
+    Levels {
+        places: Int32Array,
+        values: StringArray,
+    },
     Time(TimestampMillisecondArray),
     /// Values of a type that is only counted.
     Opaque(ArrayRef),
@@ -72,11 +78,58 @@ impl RawColumn {
             Values::Integer(a) if at(a, row) => Cell::Integer(a.value(row)),
             Values::Bool(a) if at(a, row) => Cell::Bool(a.value(row)),
             Values::Text(a) if at(a, row) => Cell::Text(a.value(row)),
+            Values::Levels { places, values } if at(places, row) => place_cell(values, places.value(row)),
             Values::Time(a) if at(a, row) => Cell::TimeMs(a.value(row)),
             // Nested values are counted as present, never looked into.
             Values::Opaque(a) if at(a, row) => Cell::Bool(true),
             _ => Cell::Null,
         }
+    }
+
+    /// What `of` makes of each cell of the first `rows`. It is asked once for each value where values are listed.
+    pub(crate) fn map<T: Copy>(&self, rows: usize, of: impl Fn(Cell<'_>) -> T) -> Vec<T> {
+        match &self.values {
+            Values::Levels { places, values } if values.len() <= rows && places.len() == rows => {
+                let null = of(Cell::Null);
+                let listed: Vec<T> =
+                    (0i32..).take(values.len()).map(|at| of(place_cell(values, at))).collect();
+                let value = |place: i32| usize::try_from(place).ok().and_then(|at| listed.get(at)).copied();
+                places.iter().map(|place| place.and_then(value).unwrap_or(null)).collect()
+            }
+            _ => (0..rows).map(|row| of(self.cell(row))).collect(),
+        }
+    }
+
+    /// Numbers of the first `rows`: whole ones and true and false too, `NaN` where there is none.
+    #[allow(clippy::cast_precision_loss, reason = "a model reads numbers as floats anyway")]
+    pub(crate) fn as_numbers(&self, rows: usize) -> Vec<f64> {
+        let finite = |value: f64| if value.is_finite() { value } else { f64::NAN };
+        let whole = self.unreadable.is_empty();
+        match &self.values {
+            Values::Number(a) if whole && a.len() == rows => {
+                a.iter().map(|value| value.map_or(f64::NAN, finite)).collect()
+            }
+            Values::Integer(a) if whole && a.len() == rows => {
+                a.iter().map(|value| value.map_or(f64::NAN, |value| value as f64)).collect()
+            }
+            _ => self.map(rows, |cell| match cell {
+                Cell::Number(value) => finite(value),
+                Cell::Integer(value) => value as f64,
+                Cell::Bool(value) => f64::from(u8::from(value)),
+                _ => f64::NAN,
+            }),
+        }
+    }
+
+    /// Whether a text column is best read as places in a list of its values.
+    pub(crate) fn wants_levels(column: &Column, found: &DataType) -> bool {
+        let text = matches!(found, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
+        text && Wanted::of(column) == Wanted::Level
+    }
+
+    /// The type that text is then read as.
+    pub(crate) fn levels_type() -> DataType {
+        DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8))
     }
 
     /// Brings an array of a fitting type into its physical form.
@@ -87,6 +140,11 @@ impl RawColumn {
         let wanted = Wanted::of(column);
         if !wanted.accepts(array.data_type()) {
             return Err(wanted.words().to_owned());
+        }
+        if wanted == Wanted::Level && *array.data_type() == Self::levels_type() {
+            let levels = array.as_dictionary::<Int32Type>();
+            let (places, values) = (levels.keys().clone(), levels.values().as_string::<i32>().clone());
+            return Ok(Self { values: Values::Levels { places, values }, unreadable: Vec::new() });
         }
         let plain = match array.data_type() {
             DataType::Dictionary(_, values) => convert(array, values),
@@ -187,6 +245,14 @@ impl RawColumn {
         let values = times.as_primitive::<TimestampMillisecondType>().clone();
         let unreadable = unreadable(text, &values);
         Self { values: Values::Time(values), unreadable }
+    }
+}
+
+/// The listed value at a place; null beyond the list.
+fn place_cell(values: &StringArray, place: i32) -> Cell<'_> {
+    match usize::try_from(place) {
+        Ok(at) if at < values.len() && !values.is_null(at) => Cell::Text(values.value(at)),
+        _ => Cell::Null,
     }
 }
 

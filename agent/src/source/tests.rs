@@ -136,6 +136,24 @@ impl Arm {
         batches.remove(0)
     }
 
+    /// All rows in one.
+    fn batches(&self) -> Rows {
+        let schema = self.contract.approved_schema().unwrap();
+        let view = View::new(&*self.source, &self.contract, &schema, Self::key()).unwrap();
+        let mut all: Option<Rows> = None;
+        for rows in view.rows().unwrap() {
+            let rows = rows.unwrap();
+            match &mut all {
+                None => all = Some(rows),
+                Some(all) => {
+                    all.batch.append(&rows.batch);
+                    all.times_ms.extend(rows.times_ms);
+                }
+            }
+        }
+        all.unwrap()
+    }
+
     fn check(&self) -> SourceError {
         self.source.schema_check(&self.contract).unwrap_err()
     }
@@ -207,6 +225,34 @@ fn numbers_of_any_width_and_booleans_as_levels() {
     assert_eq!(batch.labels[..3], [Some(1), Some(0), None], "half a class is unreadable as an integer");
     let profile = profile(&*arm.source, &arm.contract).unwrap();
     assert_eq!(profile.column("label").unwrap().unreadable(), 1);
+}
+
+/// Text is read as places in a dictionary whatever the file says it is; levels over several row groups and pages too.
+#[test]
+fn text_of_categorical_columns_is_the_same_in_every_form() {
+    let rows: Vec<[&str; 7]> = (0..BATCH_ROWS * 2 + 100).map(|i| ROWS[i * i % 7]).collect();
+    let expected = format!("{:?}", Arm::csv(&rows).batches());
+    let dictionary = arrays(&rows);
+    let mut text = arrays(&rows);
+    text[4].1 = Arc::new(StringArray::from(column(&rows, 3)));
+    let mut large = arrays(&rows);
+    large[4].1 = Arc::new(arrow_array::LargeStringArray::from(column(&rows, 3)));
+    for arrays in [dictionary, text, large] {
+        let arm = Arm::new("parquet", |path| {
+            let batch =
+                RecordBatch::try_from_iter_with_nullable(arrays.into_iter().map(|(n, a)| (n, a, true)));
+            let batch = batch.unwrap();
+            let small = ::parquet::file::properties::WriterProperties::builder()
+                .set_max_row_group_row_count(Some(3000))
+                .set_dictionary_page_size_limit(64)
+                .build();
+            let mut writer =
+                ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), Some(small)).unwrap();
+            writer.write(&batch).unwrap();
+            writer.close().unwrap();
+        });
+        assert_eq!(format!("{:?}", arm.batches()), expected);
+    }
 }
 
 #[test]

@@ -6,29 +6,33 @@
 //! Clamping to declared ranges is left to those who need it.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::Write as _;
 
 use tabmesh_contract::batch::{TypedBatch, TypedColumn, UnitKey, missing_code, other_code};
 use tabmesh_contract::contract::{Column, Contract, FeatureType, Role};
 use tabmesh_contract::profile::{Cell, level_text};
 use tabmesh_contract::schema::{FeatureKind, FeatureSchema, PrivacyUnit};
 
+use super::raw::RawColumn;
 use super::units::{DomainKey, UnitCap, UnitFilter};
 use super::{Batches, RawBatch, Source, SourceError};
 
 /// A source seen through a schema.
 pub struct View<'a> {
-    source: &'a dyn Source,
-    contract: &'a Contract,
-    features: Vec<Mapped>,
-    label: Option<usize>,
-    classes: BTreeMap<String, u16>,
-    unit: UnitColumn,
+    pub(super) source: &'a dyn Source,
+    pub(super) contract: &'a Contract,
+    /// Canonical id of each feature.
+    pub(super) ids: Vec<String>,
+    pub(super) features: Vec<Mapped>,
+    pub(super) label: Option<usize>,
+    pub(super) classes: BTreeMap<String, u16>,
+    pub(super) unit: UnitColumn,
     time: Option<usize>,
     key: DomainKey,
 }
 
 /// Where a feature's values come from.
-enum Mapped {
+pub(super) enum Mapped {
     Missing(FeatureKind),
     Numeric { column: usize },
     Categorical { column: usize, levels: BTreeMap<String, u32> },
@@ -36,10 +40,26 @@ enum Mapped {
 
 /// Which column names a row's privacy unit.
 #[derive(Clone, Copy)]
-enum UnitColumn {
+pub(super) enum UnitColumn {
     Entity(usize),
     RowId(usize),
     RowContent,
+}
+
+/// Units of a batch's rows.
+pub(super) struct Units {
+    pub(super) keys: Vec<UnitKey>,
+    /// Rows that are named by their own content, so that no other row has their name.
+    alone: Vec<bool>,
+}
+
+/// Names rows over one pass.
+#[derive(Default)]
+pub(super) struct Namer {
+    /// Rows of equal content so far.
+    occurrences: HashMap<UnitKey, u32>,
+    text: Vec<u8>,
+    content: Vec<u8>,
 }
 
 /// Typed rows with the time of each.
@@ -124,6 +144,7 @@ impl<'a> View<'a> {
         Ok(Self {
             source,
             contract,
+            ids: schema.features().iter().map(|feature| feature.id.to_string()).collect(),
             features,
             label: position(Role::Target, target.id.as_str()),
             classes: target.classes.iter().zip(0..).map(|(class, code)| (class.clone(), code)).collect(),
@@ -142,23 +163,45 @@ impl<'a> View<'a> {
             batches: self.source.batches(self.contract)?,
             view: self,
             filter: None,
-            occurrences: HashMap::new(),
+            namer: Namer::default(),
         })
     }
 
-    /// Rows in file order, at most `k` of each privacy unit, where `k` is the contract's. Reads the table twice.
+    /// Rows in file order, at most `k` of each privacy unit, where `k` is the contract's. Where units are named by a
+    /// column, that column is read once or twice before.
     ///
     /// # Errors
-    /// See [`Source::batches`]; the first pass's errors come here, the second's in the stream.
+    /// See [`Source::batches`]; the first pass's errors come here, the last one's in the stream.
     pub fn capped_rows(&self) -> Result<RowStream<'_>, SourceError> {
-        let mut cap = UnitCap::new(self.key.clone(), self.contract.privacy.unit.max_rows());
-        let mut occurrences = HashMap::new();
-        for raw in self.source.batches(self.contract)? {
-            cap.observe(&self.units(&raw?, &mut occurrences));
-        }
+        let filter = self.cap()?;
         let mut rows = self.rows()?;
-        rows.filter = Some(cap.finish());
+        rows.filter = filter;
         Ok(rows)
+    }
+
+    /// What keeps units from having more than `k` rows; none where each row is a unit of its own.
+    pub(super) fn cap(&self) -> Result<Option<UnitFilter>, SourceError> {
+        let column = match self.unit {
+            UnitColumn::Entity(column) | UnitColumn::RowId(column) => column,
+            UnitColumn::RowContent => return Ok(None),
+        };
+        let mut narrow = self.contract.clone();
+        narrow.columns = narrow.columns.into_iter().skip(column).take(1).collect();
+        let mut cap = UnitCap::new(self.key.clone(), self.contract.privacy.unit.max_rows());
+        let mut text = Vec::new();
+        let mut names = |raw: &RawBatch| -> Vec<UnitKey> {
+            let name = |row| self.unit_named(raw.columns().first()?.cell(row), &mut text);
+            (0..raw.rows()).filter_map(name).collect()
+        };
+        for raw in self.source.batches(&narrow)? {
+            cap.observe(&names(&raw?));
+        }
+        if cap.undecided() {
+            for raw in self.source.batches(&narrow)? {
+                cap.observe_again(&names(&raw?));
+            }
+        }
+        Ok(Some(cap.finish()))
     }
 
     /// The whole capped table, for those that need it in memory.
@@ -181,64 +224,81 @@ impl<'a> View<'a> {
     }
 
     fn typed(&self, raw: &RawBatch, units: Vec<UnitKey>) -> Rows {
-        let cell = |column: usize, row: usize| raw.columns().get(column).map_or(Cell::Null, |c| c.cell(row));
-        let rows = 0..raw.rows();
-        let columns = self
-            .features
-            .iter()
-            .map(|mapped| match mapped {
-                Mapped::Missing(kind) => TypedColumn::missing(kind, raw.rows()),
-                Mapped::Numeric { column } => {
-                    TypedColumn::Numeric(rows.clone().map(|row| number(cell(*column, row))).collect())
-                }
-                Mapped::Categorical { column, levels } => TypedColumn::Categorical(
-                    rows.clone().map(|row| code(cell(*column, row), levels)).collect(),
-                ),
-            })
-            .collect();
-        let labels = rows
-            .clone()
-            .map(|row| match self.label.map_or(Cell::Null, |label| cell(label, row)) {
-                Cell::Null | Cell::Unreadable => None,
-                Cell::Text(text) => self.classes.get(text).copied(),
-                other => self.classes.get(&level_text(other)).copied(),
-            })
-            .collect();
-        let time = |row| match cell(self.time?, row) {
-            Cell::TimeMs(at) => Some(at),
+        let columns = (0..self.features.len()).map(|feature| self.column(feature, raw)).collect();
+        let time = |row| match raw.columns().get(self.time?).map(|column| column.cell(row)) {
+            Some(Cell::TimeMs(at)) => Some(at),
             _ => None,
         };
-        Rows { batch: TypedBatch { columns, labels, units }, times_ms: rows.map(time).collect() }
+        let times_ms = (0..raw.rows()).map(time).collect();
+        Rows { batch: TypedBatch { columns, labels: self.labels(raw), units }, times_ms }
     }
 
-    /// The unit key of each row. `occurrences` counts equal rows over one pass.
-    fn units(&self, raw: &RawBatch, occurrences: &mut HashMap<UnitKey, u32>) -> Vec<UnitKey> {
-        (0..raw.rows()).map(|row| self.unit_of(raw, row, occurrences)).collect()
+    /// Values of one of the schema's features.
+    pub(super) fn column(&self, feature: usize, raw: &RawBatch) -> TypedColumn {
+        let rows = raw.rows();
+        match self.features.get(feature) {
+            Some(Mapped::Missing(kind)) => TypedColumn::missing(kind, rows),
+            Some(Mapped::Numeric { column }) => TypedColumn::Numeric(
+                raw.columns().get(*column).map_or_else(|| vec![f64::NAN; rows], |c| c.as_numbers(rows)),
+            ),
+            Some(Mapped::Categorical { column, levels }) => {
+                let missing = || vec![missing_code(levels.len()); rows];
+                let codes = |column: &RawColumn| column.map(rows, |cell| code(cell, levels));
+                TypedColumn::Categorical(raw.columns().get(*column).map_or_else(missing, codes))
+            }
+            None => TypedColumn::Numeric(vec![f64::NAN; rows]),
+        }
     }
 
-    fn unit_of(&self, raw: &RawBatch, row: usize, occurrences: &mut HashMap<UnitKey, u32>) -> UnitKey {
-        let named = |column: usize| match raw.columns().get(column).map_or(Cell::Null, |c| c.cell(row)) {
+    /// The class of each row.
+    pub(super) fn labels(&self, raw: &RawBatch) -> Vec<Option<u16>> {
+        let class = |cell: Cell<'_>| match cell {
             Cell::Null | Cell::Unreadable => None,
-            cell => Some(level_text(cell)),
+            Cell::Text(text) => self.classes.get(text).copied(),
+            other => self.classes.get(&level_text(other)).copied(),
         };
+        match self.label.and_then(|label| raw.columns().get(label)) {
+            Some(column) => column.map(raw.rows(), class),
+            None => vec![None; raw.rows()],
+        }
+    }
+
+    /// The unit of each row. A namer serves one pass.
+    pub(super) fn units(&self, raw: &RawBatch, namer: &mut Namer) -> Units {
+        let mut units = Units { keys: Vec::with_capacity(raw.rows()), alone: Vec::with_capacity(raw.rows()) };
+        for row in 0..raw.rows() {
+            let named = match self.unit {
+                UnitColumn::Entity(column) | UnitColumn::RowId(column) => {
+                    let cell = raw.columns().get(column).map_or(Cell::Null, |c| c.cell(row));
+                    self.unit_named(cell, &mut namer.text)
+                }
+                UnitColumn::RowContent => None,
+            };
+            units.alone.push(named.is_none());
+            units.keys.push(named.unwrap_or_else(|| self.row_content(raw, row, namer)));
+        }
+        units
+    }
+
+    /// The unit that a value of the unit's column names; none if the row is named by its content instead.
+    pub(super) fn unit_named(&self, cell: Cell<'_>, text: &mut Vec<u8>) -> Option<UnitKey> {
+        let named = !matches!(cell, Cell::Null | Cell::Unreadable);
+        text.clear();
+        push_text(cell, text);
         match self.unit {
-            UnitColumn::Entity(column) => match named(column) {
-                Some(id) => self.key.derive("tabmesh entity v1", &[id.as_bytes()]),
-                // Rows without an entity may all be one person's: they share one unit and its cap.
-                None => self.key.derive("tabmesh no entity v1", &[]),
-            },
-            UnitColumn::RowId(column) => match named(column) {
-                Some(id) => self.key.derive("tabmesh row id v1", &[id.as_bytes()]),
-                None => self.row_content(raw, row, occurrences),
-            },
-            UnitColumn::RowContent => self.row_content(raw, row, occurrences),
+            UnitColumn::Entity(_) if named => Some(self.key.derive("tabmesh entity v1", &[text])),
+            // Rows without an entity may all be one person's: they share one unit and its cap.
+            UnitColumn::Entity(_) => Some(self.key.derive("tabmesh no entity v1", &[])),
+            UnitColumn::RowId(_) if named => Some(self.key.derive("tabmesh row id v1", &[text])),
+            UnitColumn::RowId(_) | UnitColumn::RowContent => None,
         }
     }
 
     /// A row without an id is named by its own content and by how many equal rows came before. A row number would
     /// do worse: removing one row would rename all rows after it, and with them the keyed choices made by name.
-    fn row_content(&self, raw: &RawBatch, row: usize, occurrences: &mut HashMap<UnitKey, u32>) -> UnitKey {
-        let mut content = Vec::new();
+    fn row_content(&self, raw: &RawBatch, row: usize, namer: &mut Namer) -> UnitKey {
+        let Namer { occurrences, text, content } = namer;
+        content.clear();
         for column in raw.columns() {
             let cell = column.cell(row);
             let kind = match cell {
@@ -246,12 +306,13 @@ impl<'a> View<'a> {
                 Cell::Unreadable => 1,
                 _ => 2,
             };
-            let text = level_text(cell);
+            text.clear();
+            push_text(cell, text);
             content.push(kind);
             content.extend_from_slice(&(text.len() as u64).to_be_bytes());
-            content.extend_from_slice(text.as_bytes());
+            content.extend_from_slice(text);
         }
-        let name = self.key.derive("tabmesh row v1", &[&content]);
+        let name = self.key.derive("tabmesh row v1", &[content]);
         let count = occurrences.entry(name).or_insert(0);
         let unit = self.key.derive("tabmesh equal row v1", &[&name, &count.to_be_bytes()]);
         *count = count.saturating_add(1);
@@ -264,7 +325,7 @@ pub struct RowStream<'v> {
     batches: Batches<'v>,
     view: &'v View<'v>,
     filter: Option<UnitFilter>,
-    occurrences: HashMap<UnitKey, u32>,
+    namer: Namer,
 }
 
 impl Iterator for RowStream<'_> {
@@ -275,11 +336,12 @@ impl Iterator for RowStream<'_> {
             Ok(raw) => raw,
             Err(error) => return Some(Err(error)),
         };
-        let units = self.view.units(&raw, &mut self.occurrences);
-        let kept = self.filter.as_mut().map(|filter| filter.keep(&units));
-        let rows = self.view.typed(&raw, units);
+        let units = self.view.units(&raw, &mut self.namer);
+        let kept = self.filter.as_mut().map(|filter| units.kept(filter));
+        let rows = self.view.typed(&raw, units.keys);
         Some(Ok(match kept {
             None => rows,
+            Some(kept) if kept.len() == rows.times_ms.len() => rows,
             Some(kept) => Rows {
                 batch: rows.batch.take(&kept),
                 times_ms: kept.iter().filter_map(|&i| rows.times_ms.get(i).copied()).collect(),
@@ -288,15 +350,23 @@ impl Iterator for RowStream<'_> {
     }
 }
 
-/// A cell as a number; `NaN` where there is none.
-#[allow(clippy::cast_precision_loss, reason = "a model reads numbers as floats anyway")]
-fn number(cell: Cell<'_>) -> f64 {
-    match cell {
-        Cell::Number(value) if value.is_finite() => value,
-        Cell::Integer(value) => value as f64,
-        Cell::Bool(value) => f64::from(u8::from(value)),
-        _ => f64::NAN,
+impl Units {
+    /// Rows that the cap lets through, for the next batch of the pass.
+    pub(super) fn kept(&self, filter: &mut UnitFilter) -> Vec<usize> {
+        filter.keep_or_pass(&self.keys, &self.alone)
     }
+}
+
+/// Appends what [`level_text`] makes of a cell.
+fn push_text(cell: Cell<'_>, text: &mut Vec<u8>) {
+    let written = match cell {
+        Cell::Null | Cell::Unreadable => Ok(()),
+        Cell::Number(value) => write!(text, "{value}"),
+        Cell::Integer(value) | Cell::TimeMs(value) => write!(text, "{value}"),
+        Cell::Bool(value) => write!(text, "{value}"),
+        Cell::Text(value) => text.write_all(value.as_bytes()),
+    };
+    debug_assert!(written.is_ok(), "writing to memory doesn't fail");
 }
 
 /// A cell as a level code of a feature.
