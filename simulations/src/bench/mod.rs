@@ -4,6 +4,7 @@ pub mod accountant;
 pub mod golden;
 mod golden_tables;
 pub mod gradients;
+pub mod marginals;
 pub mod merkle;
 pub mod pretrain;
 pub mod raw_table;
@@ -79,6 +80,8 @@ pub enum Bench {
     },
     /// What does a secure sum cost an agent and the server? Simulated agents, all in this process.
     Secagg(secagg::Options),
+    /// How many rows a second are all pairs of columns counted over? Parquet, cap and gate, in memory that rows don't grow.
+    Marginals(marginals::Args),
     /// Verifies a log: hash chain and Merkle root over all entries, in seconds of processor time.
     Merkle {
         /// Entries of the log.
@@ -104,6 +107,7 @@ pub fn run(bench: Bench, output: Output) -> anyhow::Result<ExitCode> {
         Bench::Pretrain(args) => pretrain::run(&args, output)?,
         Bench::Sampler { dimension } => sampler::run(dimension, output)?,
         Bench::Secagg(options) => secagg::run(&options, output)?,
+        Bench::Marginals(args) => marginals::run(&args, output)?,
         Bench::Merkle { entries } => merkle::run(entries, output)?,
     }
     Ok(ExitCode::SUCCESS)

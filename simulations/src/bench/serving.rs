@@ -248,7 +248,7 @@ fn mib(bytes: usize) -> f64 {
 }
 
 /// A line of this process's status in MiB; nothing where `/proc` is missing.
-fn status_mib(field: &str) -> Option<f64> {
+pub(super) fn status_mib(field: &str) -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with(field))?;
     Some(line.split_whitespace().nth(1)?.parse::<f64>().ok()? / 1024.0)
