@@ -29,7 +29,7 @@ fn lines(rows: usize, repeat: usize) -> Vec<Line> {
             n => format!("{}.{}", n * 17 % 101, mixed % 10),
         };
         let category = ["grocery", "travel", "casino", ""][mixed % 11 % 4];
-        let customer = if i % 97 == 0 { String::new() } else { format!("c{}", i / repeat) };
+        let customer = if i.is_multiple_of(97) { String::new() } else { format!("c{}", i / repeat) };
         let label = ["0", "1", "1", "2", ""][mixed % 61 % 5];
         [
             format!("t{i}"),
@@ -354,10 +354,12 @@ fn a_source_that_counts_by_itself_gets_the_same_counts() {
     }
 }
 
+type Spoil = fn(&mut Vec<i64>);
+
 /// A source whose answers or batches are wrong.
 struct Wrong<'w> {
     inner: &'w dyn Source,
-    answer: Option<fn(&mut Vec<i64>)>,
+    answer: Option<Spoil>,
 }
 
 impl Source for Wrong<'_> {
@@ -394,7 +396,7 @@ impl Source for Wrong<'_> {
 fn answers_that_cannot_be_counts_are_refused() {
     let lines = lines(500, 1);
     let world = World::new(by_row(), &lines);
-    let spoils: [(fn(&mut Vec<i64>), &str); 4] = [
+    let spoils: [(Spoil, &str); 4] = [
         (|counts| counts.truncate(counts.len() - 1), "number"),
         (|counts| counts.push(0), "number"),
         (|counts| counts[0] = -1, "negative"),
