@@ -274,7 +274,7 @@ fn choose(key: &DomainKey, unit: &UnitKey, rows: u32, max_rows: u32) -> Vec<u32>
 
 /// Units counted one by one at most.
 pub const MAX_EXACT_UNITS: usize = 1 << 18;
-/// Slots of the sketch, a byte each. Ten million units of one row leave an eighth of them in shared slots.
+/// Slots of the sketch, a byte each. Ten million units of one row leave a seventh of them in shared slots.
 pub const SLOTS: usize = 1 << 26;
 
 #[cfg(test)]

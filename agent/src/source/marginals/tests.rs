@@ -354,10 +354,12 @@ fn a_source_that_counts_by_itself_gets_the_same_counts() {
     }
 }
 
+type Spoil = fn(&mut Vec<i64>);
+
 /// A source whose answers or batches are wrong.
 struct Wrong<'w> {
     inner: &'w dyn Source,
-    answer: Option<fn(&mut Vec<i64>)>,
+    answer: Option<Spoil>,
 }
 
 impl Source for Wrong<'_> {
@@ -394,8 +396,7 @@ impl Source for Wrong<'_> {
 fn answers_that_cannot_be_counts_are_refused() {
     let lines = lines(500, 1);
     let world = World::new(by_row(), &lines);
-    type Spoil = (fn(&mut Vec<i64>), &'static str);
-    let spoils: [Spoil; 4] = [
+    let spoils: [(Spoil, &str); 4] = [
         (|counts| counts.truncate(counts.len() - 1), "number"),
         (|counts| counts.push(0), "number"),
         (|counts| counts[0] = -1, "negative"),
