@@ -33,8 +33,7 @@ impl Drop for Server {
 impl Server {
     fn start() -> Result<Self, String> {
         let programs = programs().ok_or("there is no `initdb` in PATH or under /usr/lib/postgresql")?;
-        let folder =
-            tempfile::Builder::new().prefix("tabmesh-pg").tempdir_in("/tmp").map_err(|e| e.to_string())?;
+        let folder = tempfile::Builder::new().prefix("tabmesh-pg").tempdir().map_err(|e| e.to_string())?;
         let root = Command::new("id").arg("-u").output().is_ok_and(|out| out.stdout.starts_with(b"0\n"));
         let run = |program: &str| {
             let program = programs.join(program);
