@@ -19,7 +19,7 @@ use tabmesh_agent::train::Trainer;
 use tabmesh_agent::{Agent, Switches};
 use tabmesh_contract::batch::{TypedBatch, TypedColumn};
 use tabmesh_federation::descriptor::RoundDescriptor;
-use tabmesh_federation::id::{AgentId, Digest};
+use tabmesh_federation::id::{AgentId, Digest, PlanDigest};
 use tabmesh_federation::plan::Plan;
 use tabmesh_federation::secagg::contribution::Contribution;
 use tabmesh_federation::secagg::descriptor::SumDescriptor;
@@ -30,7 +30,7 @@ use tabmesh_privacy::release::{ColumnRef, Counter, ReleaseQuery};
 use tabmesh_privacy::report::{DEPLOYMENT_MODEL_SUMS, Report, verify};
 use tabmesh_proto::client::OperatorClient;
 use tabmesh_proto::message::Id;
-use tabmesh_sim::quickstart::dataset::{DOMAINS, Domain, members};
+use tabmesh_sim::quickstart::dataset::{DOMAINS, Domain, members, newcomers};
 use tabmesh_sim::quickstart::deployed::{Deployment, Setup};
 use tabmesh_sim::quickstart::deployment::{Layout, PlanChoices};
 use tabmesh_store::{BlobStore, Records, Sled};
@@ -303,8 +303,14 @@ async fn undisturbed() -> &'static Published {
             assert!(section.spent.rho <= section.granted.rho, "{}", section.product);
             assert_eq!(section.charged.rho, section.spent.rho, "{}: nothing stays reserved", section.product);
         }
+        assert_eq!((report.transparency.tier, report.published.len()), (3, 1), "stated, and published once");
+        let plan = PlanDigest(report.published[0].plan_digest.parse().unwrap());
         let published = published(&deployment);
         let layout = stopped(deployment);
+        for (domain, there) in members().map(|d| (d, true)).chain(newcomers().map(|d| (d, false))) {
+            let counted = opened(&layout, domain).work.domain.counted_by(&plan).unwrap();
+            assert_eq!(counted.is_some(), there, "{}: whose labels are in the release", domain.id);
+        }
         for domain in members() {
             assert_eq!(debits(&layout, domain.id).into_keys().collect::<BTreeSet<_>>(), all_steps());
         }

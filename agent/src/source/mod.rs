@@ -13,6 +13,8 @@ use thiserror::Error;
 
 #[cfg(not(feature = "postgres"))]
 mod absent;
+#[cfg(test)]
+mod answering;
 pub mod check;
 mod csv;
 pub mod marginals;

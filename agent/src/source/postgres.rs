@@ -79,20 +79,25 @@ impl PostgresSource {
             message,
         };
         let text = std::fs::read_to_string(&self.path).map_err(|error| self.read(error.to_string()))?;
-        let place: Place = serde_saphyr::from_str(&text).map_err(|error| wrong(error.to_string()))?;
-        // The parser's words may quote a password.
+        let options = serde_saphyr::options! { with_snippet: false };
+        // A snippet, like the connection's own parser, may quote a password.
+        let place: Place = serde_saphyr::from_str_with_options(&text, options)
+            .map_err(|error| wrong(error.without_snippet().to_string()))?;
         let config: postgres::Config = place.connection.parse().map_err(|_| {
             wrong("`connection` isn't one; write it as libpq does: host=.. dbname=.. user=..".to_owned())
         })?;
-        if config.get_hosts().is_empty() {
-            return Err(wrong(
-                "`connection` names no host: a folder of sockets, or a loopback address".to_owned(),
-            ));
-        }
-        if let Some(host) = config.get_hosts().iter().find_map(remote) {
+        // An address stands in for the host of its place, so that each counts.
+        let hosts = config.get_hosts().iter().filter_map(remote).map(str::to_owned);
+        let addresses = config.get_hostaddrs().iter().filter(|address| !address.is_loopback());
+        if let Some(host) = hosts.chain(addresses.map(ToString::to_string)).next() {
             return Err(wrong(format!(
                 "{host} isn't this machine, and the connection has no TLS; use a socket or a tunnel that ends here"
             )));
+        }
+        if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
+            return Err(wrong(
+                "`connection` names no host: a folder of sockets, or a loopback address".to_owned(),
+            ));
         }
         let parts: Vec<&str> = place.table.split('.').collect();
         if parts.len() > 2 || parts.iter().any(|part| part.trim().is_empty()) {

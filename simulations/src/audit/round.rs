@@ -137,12 +137,17 @@ impl Round {
 
     /// The sum that an agent with this table computes, by its own code and from its own files.
     pub(super) fn agents_sum(&self, people: &[Person]) -> Result<Vec<i64>> {
+        // A plan of all units: nothing is drawn.
+        self.agents_draw(people, &mut ChaCha20Rng::seed_from_u64(0))
+    }
+
+    /// The same, under a plan that samples, of the units that `draws` picks.
+    fn agents_draw(&self, people: &[Person], draws: &mut ChaCha20Rng) -> Result<Vec<i64>> {
         let key = "00".repeat(32).parse()?;
         let artefacts = Artefacts::open(self.folder.path(), key, Trust::Production)?;
         let (descriptor, rows) = (&self.descriptor, one_row_each(people)?);
         let trainer = Trainer::new(&artefacts, descriptor, &self.plan, &self.schema, &rows, Coding::OwnRow)?;
-        // A plan of all units: nothing is drawn.
-        Ok(trainer.clipped_sum(descriptor, &mut ChaCha20Rng::seed_from_u64(0))?)
+        Ok(trainer.clipped_sum(descriptor, draws)?)
     }
 
     /// The clipped gradient of each row, as anybody computes it who has the published artefacts.
@@ -178,3 +183,56 @@ const CLIP_QUANTILE: f64 = 0.95;
 const NO_CLIP: f64 = 4096.0;
 /// When the round opens.
 const OPENED_MS: i64 = 1_000;
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use rand::Rng;
+
+    use super::*;
+
+    /// Of a sampled round whose norm follows a quantile: the agent's sum is that of the units it drew, and its last two values
+    /// count them on either side of the norm.
+    #[test]
+    fn a_sampled_round_sums_and_counts_the_units_that_were_drawn() {
+        let mut rng = ChaCha20Rng::seed_from_u64(5);
+        let wanted =
+            |adapter| Wanted { epsilon: 3.0, rounds: 2, adapter, kind: Kind::FeatureTokens, clip: 0.4 };
+        let people: Vec<Person> = (0..60).map(|_| Person::random(&mut rng)).collect();
+        let sampled = "feature_tokens, sampling_rate: 0.4, clip_norm: {quantile: 0.5}";
+        let round = Round::new(wanted(sampled), &mut rng).unwrap();
+        let seen = round.agents_draw(&people, &mut ChaCha20Rng::seed_from_u64(9)).unwrap();
+
+        // Units are drawn in the order of their keys.
+        let mut order: Vec<(tabmesh_contract::batch::UnitKey, usize)> =
+            one_row_each(&people).unwrap().units.into_iter().zip(0..).collect();
+        order.sort_unstable();
+        let mut draws = ChaCha20Rng::seed_from_u64(9);
+        let drawn: Vec<usize> =
+            order.into_iter().filter(|_| draws.random::<f64>() < 0.4).map(|(_, row)| row).collect();
+        assert!((10..40).contains(&drawn.len()), "{}", drawn.len());
+        let gradients = round.gradients(&people).unwrap();
+        let mut expected = vec![0; round.adapter.dimension()];
+        let mut sides = [0; 2];
+        let bound = (round.descriptor.clip_norm * round.descriptor.scale as f64).floor();
+        for gradient in drawn.iter().map(|row| &gradients[*row]) {
+            expected.iter_mut().zip(gradient).for_each(|(sum, value)| *sum += value);
+            // Truncation takes less than one step off each value: a clipped gradient stays near the bound.
+            let norm = gradient.iter().map(|value| (*value as f64).powi(2)).sum::<f64>().sqrt();
+            sides[usize::from(norm > 0.999 * bound)] += 1;
+        }
+        let weight = i64::try_from(round.descriptor.count_weight).unwrap();
+        assert!(weight > 1_000 && sides.iter().all(|units| *units > 0), "{sides:?}");
+        expected.extend(sides.map(|units: i64| units * weight));
+        assert_eq!(seen, expected);
+        // Other draws, other units; nobody drawn, as long a vector.
+        assert_ne!(round.agents_draw(&people, &mut ChaCha20Rng::seed_from_u64(10)).unwrap(), expected);
+        assert_eq!(round.agents_draw(&[], &mut draws).unwrap(), vec![0; expected.len()]);
+        // All units without a rate, and no counts without a quantile.
+        let whole = Round::new(wanted("feature_tokens"), &mut rng).unwrap();
+        let all = whole.gradients(&people).unwrap();
+        let sum = |at: usize| all.iter().map(|gradient| gradient[at]).sum::<i64>();
+        let expected: Vec<i64> = (0..whole.adapter.dimension()).map(sum).collect();
+        assert_eq!(whole.agents_sum(&people).unwrap(), expected);
+    }
+}

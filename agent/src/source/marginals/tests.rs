@@ -11,6 +11,7 @@ use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::release::{Attribute, Binning, MarginalSpec};
 use tempfile::TempDir;
 
+use super::super::answering::Answering;
 use super::super::{DomainKey, Source, UnitCap, open_contract};
 use super::*;
 
@@ -195,18 +196,17 @@ impl World {
     }
 }
 
-/// A source with an engine of its own: groups text by text, as a database would, where the promises allow.
-struct Engine<'w> {
-    inner: &'w dyn Source,
+/// An engine: groups text by text, as a database would, where the promises allow.
+struct Engine {
     rows: Vec<BTreeMap<&'static str, String>>,
     counted: AtomicBool,
 }
 
-impl<'w> Engine<'w> {
-    fn new(world: &'w World, lines: &[Line]) -> Self {
+impl Engine {
+    fn new(lines: &[Line]) -> Self {
         let names = ["tid", "customer", "amount", "category", "online", "label"];
         let rows = lines.iter().map(|line| names.into_iter().zip(line.iter().cloned()).collect()).collect();
-        Self { inner: &*world.source, rows, counted: AtomicBool::new(false) }
+        Self { rows, counted: AtomicBool::new(false) }
     }
 
     /// The rows that count; none if only streaming can tell.
@@ -252,20 +252,6 @@ impl<'w> Engine<'w> {
                 text => levels.get(&text).map_or(last - 1, |code| *code as usize),
             },
         })
-    }
-}
-
-impl Source for Engine<'_> {
-    fn location(&self) -> &Path {
-        self.inner.location()
-    }
-
-    fn schema_check(&self, contract: &Contract) -> Result<(), SourceError> {
-        self.inner.schema_check(contract)
-    }
-
-    fn batches<'a>(&'a self, contract: &'a Contract) -> Result<Batches<'a>, SourceError> {
-        self.inner.batches(contract)
     }
 
     fn marginals(&self, request: &MarginalRequest<'_>) -> Result<Vec<i64>, MarginalError> {
@@ -345,8 +331,12 @@ fn a_source_that_counts_by_itself_gets_the_same_counts() {
     ] {
         let world = World::new(contract, lines);
         for query in [query(true), query(false)] {
-            let engine = Engine::new(&world, lines);
-            let counts = world.count_by(&engine, &query, threads(1)).unwrap();
+            let engine = Engine::new(lines);
+            let source = Answering {
+                inner: &*world.source,
+                answer: |request: &MarginalRequest<'_>| engine.marginals(request),
+            };
+            let counts = world.count_by(&source, &query, threads(1)).unwrap();
             assert_eq!(counts, world.streamed(&query, threads(1)));
             assert_eq!(counts, world.naive(&query));
             assert_eq!(engine.counted.load(Ordering::Relaxed), counts_itself);
@@ -356,39 +346,27 @@ fn a_source_that_counts_by_itself_gets_the_same_counts() {
 
 type Spoil = fn(&mut Vec<i64>);
 
-/// A source whose answers or batches are wrong.
-struct Wrong<'w> {
-    inner: &'w dyn Source,
-    answer: Option<Spoil>,
-}
+/// A source whose batches end with an error.
+struct Breaking<'w>(&'w dyn Source);
 
-impl Source for Wrong<'_> {
+impl Source for Breaking<'_> {
     fn location(&self) -> &Path {
-        self.inner.location()
+        self.0.location()
     }
 
     fn schema_check(&self, contract: &Contract) -> Result<(), SourceError> {
-        self.inner.schema_check(contract)
+        self.0.schema_check(contract)
     }
 
-    /// Ends with an error where there is no answer to spoil.
     fn batches<'a>(&'a self, contract: &'a Contract) -> Result<Batches<'a>, SourceError> {
         let file = self.location().to_owned();
-        let batches = self.inner.batches(contract)?;
+        let batches = self.0.batches(contract)?;
         let error = SourceError::Corrupt { file, rows: 1, message: "planted".to_owned() };
         // The unit's column alone is read before, by the cap.
-        if self.answer.is_some() || contract.columns.len() == 1 {
+        if contract.columns.len() == 1 {
             return Ok(batches);
         }
         Ok(Box::new(batches.take(7).chain(std::iter::once(Err(error)))))
-    }
-
-    fn marginals(&self, request: &MarginalRequest<'_>) -> Result<Vec<i64>, MarginalError> {
-        let mut counts = request.stream()?;
-        if let Some(spoil) = self.answer {
-            spoil(&mut counts);
-        }
-        Ok(counts)
     }
 }
 
@@ -403,7 +381,12 @@ fn answers_that_cannot_be_counts_are_refused() {
         (|counts| counts[0] += 1, "totals"),
     ];
     for (spoil, word) in spoils {
-        let wrong = Wrong { inner: &*world.source, answer: Some(spoil) };
+        let answer = |request: &MarginalRequest<'_>| {
+            let mut counts = request.stream()?;
+            spoil(&mut counts);
+            Ok(counts)
+        };
+        let wrong = Answering { inner: &*world.source, answer };
         let error = world.count_by(&wrong, &query(true), threads(1)).unwrap_err();
         let MarginalError::Answer { reason, .. } = &error else { panic!("{error:?}") };
         assert!(reason.contains(word), "{reason}");
@@ -413,7 +396,7 @@ fn answers_that_cannot_be_counts_are_refused() {
 #[test]
 fn a_stream_that_breaks_gives_no_counts_on_any_number_of_threads() {
     let world = World::new(by_row(), &lines(ROWS, 1));
-    let wrong = Wrong { inner: &*world.source, answer: None };
+    let wrong = Breaking(&*world.source);
     for counting in [1, 3] {
         let error = world.count_by(&wrong, &query(true), threads(counting)).unwrap_err();
         assert!(matches!(&error, MarginalError::Source(SourceError::Corrupt { .. })), "{error:?}");

@@ -11,6 +11,7 @@ use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::release::{Attribute, Binning, MarginalSpec, ReleaseQuery, Resources};
 use tempfile::TempDir;
 
+use super::super::answering::Answering;
 use super::super::{DomainKey, View, open_contract};
 use super::*;
 use crate::gate::Gate;
@@ -155,6 +156,7 @@ schema:
   - {{name: pieces, type: integer, range: [0, 9], feature: sale.pieces}}
   - {{name: category, type: categorical, categories: [grocery, travel], feature: sale.category}}
   - {{name: online, type: boolean, feature: sale.online}}
+  - {{name: at, type: timestamp, role: time}}
 privacy: {{sensitivity: low, allow_training: true, {unit}, max_units: 1000000}}
 source: {{type: postgres, path: sales.pg.yaml}}
 "
@@ -163,7 +165,7 @@ source: {{type: postgres, path: sales.pg.yaml}}
 }
 
 const COLUMNS: &str = "\"label\" int4, tid int8, customer varchar(9), amount numeric, rate float4, pieces numeric, category kind, \
-                       online bool, \"another \"\"one\"\"\" bytea";
+                       online bool, at timestamptz, \"another \"\"one\"\"\" bytea";
 
 /// In the order of the table, not of the contract. Every 97th row has no customer; amounts are out of a double's range,
 /// missing, or on an edge; pieces aren't always whole; categories and labels aren't always declared.
@@ -195,6 +197,7 @@ fn lines(rows: usize, repeat: usize) -> Vec<Vec<Option<String>>> {
             some(pieces.to_owned()),
             some(category.to_owned()),
             some(["t", "f", ""][mixed % 3].to_owned()),
+            some(if mixed.is_multiple_of(7) { String::new() } else { "2026-01-02 03:04:05.5+02".to_owned() }),
             some("\\\\x00".to_owned()),
         ]
     };
@@ -228,45 +231,23 @@ fn query() -> ReleaseQuery {
     }
 }
 
-/// A source that is watched: whether the server counted, or was not asked to.
-struct Watched {
-    inner: PostgresSource,
-    asked: bool,
-    counted: AtomicBool,
-}
-
-impl Source for Watched {
-    fn location(&self) -> &Path {
-        self.inner.location()
-    }
-
-    fn schema_check(&self, contract: &Contract) -> Result<(), SourceError> {
-        self.inner.schema_check(contract)
-    }
-
-    fn batches<'a>(&'a self, contract: &'a Contract) -> Result<Batches<'a>, SourceError> {
-        self.inner.batches(contract)
-    }
-
-    fn marginals(&self, request: &MarginalRequest<'_>) -> Result<Vec<i64>, MarginalError> {
-        let counts = if self.asked { count::in_server(&self.inner, request)? } else { None };
-        self.counted.store(counts.is_some(), Ordering::Relaxed);
-        counts.map_or_else(|| request.stream(), Ok)
-    }
-}
-
 /// Counts by the source's own way, and whether the server made them; then by streaming.
 fn both(contract: &Contract, folder: &Path) -> (Vec<i64>, bool, Vec<i64>) {
     let schema = contract.approved_schema().unwrap();
-    let counted = |asked| {
-        let inner = PostgresSource::new(folder.join("sales.pg.yaml"));
-        let source = Watched { inner, asked, counted: AtomicBool::new(false) };
-        let view = View::new(&source, contract, &schema, DomainKey::new(&[3; 32])).unwrap();
-        let counts = view.marginals(&query(), &Gate::new(b"gate"), Resources::default()).unwrap();
-        (counts, source.counted.load(Ordering::Relaxed))
+    let postgres = PostgresSource::new(folder.join("sales.pg.yaml"));
+    let counted = AtomicBool::new(false);
+    let counts = |source: &dyn Source| {
+        let view = View::new(source, contract, &schema, DomainKey::new(&[3; 32])).unwrap();
+        view.marginals(&query(), &Gate::new(b"gate"), Resources::default()).unwrap()
     };
-    let ((own, in_server), (streamed, _)) = (counted(true), counted(false));
-    (own, in_server, streamed)
+    let watched = |request: &MarginalRequest<'_>| {
+        counted.store(count::in_server(&postgres, request)?.is_some(), Ordering::Relaxed);
+        postgres.marginals(request)
+    };
+    let own = counts(&Answering { inner: &postgres, answer: watched });
+    let streamed =
+        counts(&Answering { inner: &postgres, answer: |request: &MarginalRequest<'_>| request.stream() });
+    (own, counted.load(Ordering::Relaxed), streamed)
 }
 
 #[test]
@@ -298,8 +279,18 @@ fn rows_come_as_they_are_declared() {
     let source = open_contract(&contract, folder.path()).unwrap();
     let view = View::new(&*source, &contract, &schema, DomainKey::new(&[3; 32])).unwrap();
     let mut all = TypedBatch::empty(&schema);
-    view.rows().unwrap().for_each(|rows| all.append(&rows.unwrap().batch));
+    let mut times = Vec::new();
+    for rows in view.rows().unwrap() {
+        let rows = rows.unwrap();
+        all.append(&rows.batch);
+        times.extend(rows.times_ms);
+    }
     assert_eq!(all.rows(), 20_000);
+    // 2026-01-02 01:04:05.5 UTC; a server gives rows in an order of its own.
+    let without = lines(20_000, 2).iter().filter(|line| line[8].is_none()).count();
+    let (given, null): (Vec<Option<i64>>, Vec<Option<i64>>) = times.into_iter().partition(Option::is_some);
+    assert_eq!((given.len(), null.len()), (20_000 - without, without));
+    assert!(given.iter().all(|at| *at == Some(1_767_315_845_500)), "{:?}", given.first());
     let labelled = all.labels.iter().flatten().count();
     let expected =
         lines(20_000, 2).iter().filter(|line| matches!(line[0].as_deref(), Some("0" | "1"))).count();
@@ -326,10 +317,16 @@ fn what_cannot_be_read_is_named_without_a_cell_or_a_password() {
             "connection: host=db.acme.example user=a password=hunter2\ntable: t\n",
             "db.acme.example isn't this machine",
         ),
+        (
+            "connection: host=localhost hostaddr=10.1.2.3 user=a password=hunter2\ntable: t\n",
+            "10.1.2.3 isn't this machine",
+        ),
+        ("connection: hostaddr=10.1.2.3 user=a password=hunter2\ntable: t\n", "10.1.2.3 isn't this machine"),
         ("connection: hast=/tmp password=hunter2\ntable: t\n", "write it as libpq does"),
         ("connection: user=a password=hunter2\ntable: t\n", "names no host"),
         ("connection: host=/tmp user=a\ntable: a.b.c\n", "schema.name"),
-        ("connection: host=/tmp user=a\ntable: t\ncolour: red\n", "colour"),
+        ("connection: host=/tmp user=a password=hunter2\ntable: t\ncolour: red\n", "colour"),
+        ("connection: [host=/tmp user=a password=hunter2]\ntable: t\n", "expected"),
     ] {
         let error = said(place);
         assert!(

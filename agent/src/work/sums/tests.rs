@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+use std::path::Path;
 
 use rand::rngs::OsRng;
 use rand::{SeedableRng, TryRngCore};
@@ -67,6 +68,21 @@ fn sent<M>(prepared: Prepared<M>) -> M {
     prepared.release(guard).unwrap()
 }
 
+/// The agent whose files are in a folder, as it starts.
+fn open(folder: &Path) -> Result<Work, WorkError> {
+    let config = Config::load(&folder.join("agent.yaml")).unwrap();
+    let identity = SpiffeId::agent("acme.example", &config.domain, &config.name).unwrap();
+    let data = config.data_dir.clone();
+    std::fs::create_dir_all(&data).unwrap();
+    let domain = Arc::new(Domain::load(config, identity.clone(), Some(SEED)).unwrap());
+    let pinned = tabmesh_privacy::signature::VerifyingKey::from_bytes([7; 32]);
+    let artefacts = Arc::new(Artefacts::open(&data, pinned, Trust::InsecureDev).unwrap());
+    let noise = NoiseSource::Seeded { seed: SEED };
+    let books =
+        Books::open(&data.join("books"), noise, &identity.to_string(), &domain.contract.name).unwrap();
+    Work::new(domain, artefacts, books, NOW_MS)
+}
+
 /// Why the plan isn't taken on, if it isn't.
 type Planned = Result<World, RefusalRule>;
 
@@ -100,17 +116,8 @@ impl World {
             keys.insert(other(i), Arc::new(key));
         }
         write("peers.yaml", peers.as_bytes());
-        let config = Config::load(&folder.path().join("agent.yaml")).unwrap();
-        let identity = SpiffeId::agent("acme.example", &config.domain, &config.name).unwrap();
-        let data = config.data_dir.clone();
-        std::fs::create_dir_all(&data).unwrap();
-        let domain = Arc::new(Domain::load(config, identity.clone(), Some(SEED)).unwrap());
-        let pinned = tabmesh_privacy::signature::VerifyingKey::from_bytes([7; 32]);
-        let artefacts = Arc::new(Artefacts::open(&data, pinned, Trust::InsecureDev).unwrap());
-        let (agent, product) = (identity.to_string(), domain.contract.name.clone());
-        let noise = NoiseSource::Seeded { seed: SEED };
-        let books = Books::open(&data.join("books"), noise, &agent, &product).unwrap();
-        let work = Work::new(domain, artefacts, books, NOW_MS).unwrap();
+        let work = open(folder.path()).unwrap();
+        let (agent, product) = (work.domain.identity.to_string(), work.domain.contract.name.clone());
 
         let yaml = format!(
             "kind: TabmeshPlan\nname: p\ntarget: sale.fraud\ncohort: {{min_agents: 4, max_agents: 1024}}\nprivacy: \
@@ -399,4 +406,25 @@ fn a_plan_beyond_the_budget_window_waits_for_another_time() {
     let without = World::new(6, 0);
     let plan = without.announcement.plan.replace("name: p", "name: q");
     assert_eq!(without.announced(plan, NOW_MS + 1), Ok(()), "without a window the lifetime decides");
+}
+
+/// A table under another path is another source to the agent, until its policy says where the rows came from.
+#[test]
+fn an_agent_does_not_start_on_a_moved_table_until_its_policy_says_so() {
+    let World { work, folder, .. } = World::new(6, 0);
+    let reserved = work.books().balance().unwrap().reserved;
+    drop(work);
+    let edit = |name: &str, from: &str, to: &str| {
+        let path = folder.path().join(name);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{text}");
+        std::fs::write(path, text.replace(from, to)).unwrap();
+    };
+    edit("contract.yaml", "path: sales.csv", "path: moved.csv");
+    std::fs::rename(folder.path().join("sales.csv"), folder.path().join("moved.csv")).unwrap();
+    let refused = open(folder.path()).err().unwrap().to_string();
+    assert!(refused.contains("moved.csv") && refused.contains("derived_from: \"sales.csv\""), "{refused}");
+    edit("policy.yaml", "signer: owner@example.com", "signer: owner@example.com, derived_from: sales.csv");
+    let work = open(folder.path()).unwrap();
+    assert_eq!(work.books().balance().unwrap().reserved, reserved, "what it was charged with stays");
 }

@@ -233,7 +233,7 @@ impl Default for PretrainSpec {
     }
 }
 
-/// Federated rounds. All agents of the cohort take part in each round with all their units.
+/// Federated rounds. All agents of the cohort take part in each, with all their units or a sample that each draws for itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
 #[serde(deny_unknown_fields, default)]
 pub struct RoundsSpec {
