@@ -1,6 +1,7 @@
 //! The agent's own choice of what to serve: a blend of its trees and of the published model, weighed on the gate rows.
 //!
-//! Members of the blend are trees on own rows, trees on own and corpus rows, and one variant of the model. Their weights
+//! Members of the blend are trees on own rows, trees on own and corpus rows, the base on own rows, and one variant of the
+//! published model. Their weights
 //! are learnt on gate rows, which no fit and no context has seen, and stay near shipped ones while these rows are few;
 //! below a least number of minority units at the gate the shipped weights are served as they are. The whole procedure,
 //! choice of the variant included, is judged on held-out folds of the gate rows: what is served now is replaced only if
@@ -28,6 +29,8 @@ pub enum Member {
     Trees,
     /// Trees on own and corpus rows.
     TreesAndCorpus,
+    /// The base before the plan with own rows in its context, coded by own rows alone: nothing of a release is in it.
+    OwnBase,
     /// A variant of the published model.
     Model(Candidate),
 }
@@ -37,6 +40,7 @@ impl std::fmt::Display for Member {
         match self {
             Self::Trees => f.write_str("trees on own rows"),
             Self::TreesAndCorpus => f.write_str("trees on own and corpus rows"),
+            Self::OwnBase => f.write_str("base on own rows"),
             Self::Model(candidate) => candidate.fmt(f),
         }
     }
@@ -72,19 +76,22 @@ impl Blend {
 
     /// What is served without evidence for anything else, by the number of own labelled minority rows.
     ///
-    /// Trees on own rows get [`MOST_TREES`]` · m² / (m² + `[`HALF_MINORITY`]`²)`: next to nothing for a newcomer. What they
-    /// leave is shared equally by trees that also see the corpus and by the model, tuned, with own and corpus rows in its
-    /// context and the adapter of the rounds where there is one.
+    /// With `m` of them, trees on own rows get [`MOST_OWN`]` · m² / (m² + `[`HALF_MINORITY`]`²)` and the base on own rows
+    /// [`MOST_OWN`]` · m / (m + `[`HALF_BASE`]`)`: it learns from a handful. What they leave goes in two parts to trees that also
+    /// see the corpus and in one to the published model, tuned, with own and corpus rows in its context and the adapter
+    /// of the rounds where there is one. Without `local`, that model alone.
     #[must_use]
-    pub fn default_for(minority: usize, adapter: bool, trees: bool) -> Self {
+    pub fn default_for(minority: usize, adapter: bool, local: bool) -> Self {
         let model = Member::Model(default_variant(adapter));
-        if !trees {
+        if !local {
             return Self::of(model);
         }
-        let m = (minority as f64).powi(2);
-        let own = MOST_TREES * m / (m + HALF_MINORITY.powi(2));
-        let half = (1.0 - own) / 2.0;
-        Self::weighed(&[Member::Trees, Member::TreesAndCorpus, model], &[own, half, half], &BTreeMap::new())
+        let m = minority as f64;
+        let trees = MOST_OWN * m.powi(2) / (m.powi(2) + HALF_MINORITY.powi(2));
+        let base = MOST_OWN * m / (m + HALF_BASE);
+        let third = (1.0 - trees - base) / 3.0;
+        let members = [Member::Trees, Member::TreesAndCorpus, Member::OwnBase, model];
+        Self::weighed(&members, &[trees, 2.0 * third, base, third], &BTreeMap::new())
     }
 
     /// The weight of a member, 0 if it has none.
@@ -214,6 +221,7 @@ pub fn choose(
             settings.insert(member, trees.settings());
             logits.insert(member, trees.logits(&gate)?);
         }
+        logits.insert(Member::OwnBase, loaded.own_base(training)?.logits(&gate)?);
     }
     for candidate in loaded.candidates() {
         logits.insert(Member::Model(candidate), loaded.build(candidate, training)?.logits(&gate)?);
@@ -385,10 +393,12 @@ fn rarer_units(gate: &TypedBatch) -> usize {
     units.iter().map(std::collections::BTreeSet::len).min().unwrap_or(0)
 }
 
-/// Weight that trees on own rows come near with many of them.
-pub const MOST_TREES: f64 = 2.0 / 3.0;
-/// Own minority rows at which they get half of it, and all three members the same.
+/// Weight that trees on own rows and the base on own rows come near, each, with many of them.
+pub const MOST_OWN: f64 = 1.0 / 3.0;
+/// Own minority rows at which trees get half of it.
 pub const HALF_MINORITY: f64 = 40.0;
+/// Own minority rows at which the base gets half of it.
+pub const HALF_BASE: f64 = 2.0;
 
 /// How much further from the label rate a blend's logit goes, at most: members of equal weight come to a slope of 1.3.
 pub const SHARPENING: f64 = 0.45;

@@ -250,7 +250,7 @@ impl ContextSection {
 #[serde(deny_unknown_fields, default)]
 #[garde(allow_unvalidated)]
 pub struct PromotionSection {
-    /// Whether boosted trees on own rows may be part of what is served.
+    /// Whether boosted trees and the base on own rows may be part of what is served, beside the published model.
     pub trees: bool,
     /// Parts of the gate rows that are held out in turn, 2 to 20.
     #[garde(range(min = 2, max = 20))]

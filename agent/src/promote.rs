@@ -258,6 +258,33 @@ impl Loaded {
         })
     }
 
+    /// Builds the base on these rows of the domain (columns of its own schema) and codes them by what they show themselves: as
+    /// much of the domain as trees on own rows hold, and nothing of the release.
+    ///
+    /// With rows of one class it is the base on corpus rows alone, as from [`Self::build`].
+    ///
+    /// # Errors
+    /// [`WorkError::Model`] if the model refuses.
+    pub fn own_base(&self, rows: &TypedBatch) -> Result<Variant, WorkError> {
+        let labelled: Vec<usize> = (0..rows.rows()).filter(|&row| rows.labels[row].is_some()).collect();
+        let own = rows.take(&labelled);
+        if own.labels.iter().all(|label| Some(label) == own.labels.first()) {
+            let alone = Candidate { weights: Weights::Base, rows: Rows::Local, tokens: Tokens::Off };
+            return self.build(alone, rows);
+        }
+        let preprocessing = Preprocessing::fit(&self.own, &own)?;
+        let most = self.sizes.local_rows.saturating_add(self.sizes.corpus_rows);
+        let shown = preprocessing.encode(&own.take(&self.first_by_hash(&own.units, most)), Coding::OwnRow)?;
+        let plan = self.sizes.plan(self.own.target().classes.len());
+        Ok(Variant {
+            context: Context::build_as(&self.base, &shown, plan)?,
+            adapter: None,
+            preprocessing,
+            shared: self.own.clone(),
+            own: self.own.clone(),
+        })
+    }
+
     /// Fits trees on these rows of the domain (columns of its own schema), with corpus rows beside them or without;
     /// with `settings`, or with ones that cross-validation chooses. Equal rows give equal trees.
     ///
@@ -283,7 +310,7 @@ impl Loaded {
     /// Builds every member of a blend on these rows of the domain; trees without recorded settings get theirs here.
     ///
     /// # Errors
-    /// As [`Self::build`] and [`Self::trees`].
+    /// As [`Self::build`], [`Self::own_base`] and [`Self::trees`].
     pub fn serve(
         &self,
         mut blend: Blend,
@@ -294,6 +321,7 @@ impl Loaded {
         for share in &mut blend.shares {
             parts.push(match share.member {
                 Member::Model(candidate) => Part::Variant(Box::new(self.build(candidate, rows)?)),
+                Member::OwnBase => Part::Variant(Box::new(self.own_base(rows)?)),
                 Member::Trees | Member::TreesAndCorpus => {
                     let trees = self.trees(share.member == Member::TreesAndCorpus, rows, share.settings)?;
                     share.settings = Some(trees.settings());

@@ -25,7 +25,8 @@ fn unit(n: usize) -> UnitKey {
     key
 }
 
-/// `n` rows whose true logit is `truth`; every member sees it through noise of its own, scaled by what is given.
+/// `n` rows whose true logit is `truth`; every member sees it through noise of its own, scaled by what is given for trees, trees
+/// with the corpus, the shipped variant and another; the base on own rows is as noisy as trees with the corpus.
 fn evidence(n: usize, noise: [f64; 4], folds: usize) -> Evidence {
     let spread = |i: usize, step: f64| 2.0 * ((i as f64 * step + 0.17) % 1.0) - 1.0;
     let truth: Vec<f64> = (0..n).map(|i| 3.0 * spread(i, 0.618_034)).collect();
@@ -34,10 +35,10 @@ fn evidence(n: usize, noise: [f64; 4], folds: usize) -> Evidence {
         .enumerate()
         .map(|(i, logit)| (i as f64 * 0.754_877_7 + 0.31) % 1.0 < sigmoid(*logit))
         .collect();
-    let steps = [0.414_213_6, 0.732_050_8, 0.236_068, 0.645_751_3];
-    let logits = [Member::Trees, Member::TreesAndCorpus, MODEL, OTHER]
+    let steps = [0.414_213_6, 0.732_050_8, 0.236_068, 0.645_751_3, 0.302_775_6];
+    let logits = [Member::Trees, Member::TreesAndCorpus, MODEL, OTHER, Member::OwnBase]
         .into_iter()
-        .zip(noise.into_iter().zip(steps))
+        .zip(noise.into_iter().chain([noise[1]]).zip(steps))
         .map(|(member, (noise, step))| {
             (member, truth.iter().enumerate().map(|(i, z)| z + noise * spread(i, step)).collect())
         })
@@ -46,16 +47,21 @@ fn evidence(n: usize, noise: [f64; 4], folds: usize) -> Evidence {
 }
 
 #[test]
-fn the_shipped_weights_move_smoothly_from_the_corpus_to_own_trees() {
-    let of = |m: usize| Blend::default_for(m, false, true).weight(Member::Trees);
-    assert!(of(0) == 0.0 && of(8) < 0.1 && of(5_000) > 0.9 * MOST_TREES);
-    assert!((of(40) - MOST_TREES / 2.0).abs() < 1e-12, "half of it at {HALF_MINORITY}");
-    for m in 1..300 {
-        let (less, more) = (of(m - 1), of(m));
-        // Under the least weight they aren't served at all.
-        assert!(more >= less && (more - less < 0.015 || less == 0.0), "{m}: {less} {more}");
+fn the_shipped_weights_move_smoothly_from_the_corpus_to_own_rows() {
+    let of = |member: Member, m: usize| Blend::default_for(m, false, true).weight(member);
+    let trees = |m: usize| of(Member::Trees, m);
+    assert!(trees(0) == 0.0 && trees(8) < 0.05 && trees(5_000) > 0.9 * MOST_OWN);
+    assert!((trees(40) - MOST_OWN / 2.0).abs() < 1e-12, "half of it at {HALF_MINORITY}");
+    assert!(of(Member::OwnBase, 0) == 0.0 && of(Member::OwnBase, 1) < of(Member::OwnBase, 3));
+    assert!((of(Member::OwnBase, 2) - MOST_OWN / 2.0).abs() < 1e-12, "half of it at {HALF_BASE}");
+    for m in 0..300 {
         let blend = Blend::default_for(m, false, true);
         assert!((blend.shares.iter().map(|s| s.weight).sum::<f64>() - 1.0).abs() < 1e-12);
+        let twice = of(Member::TreesAndCorpus, m) - 2.0 * of(MODEL, m);
+        assert!(twice.abs() < 1e-12 && of(MODEL, m) > 1.0 / 9.0, "{m}: {blend}");
+        // Under the least weight they aren't served at all.
+        let (less, more) = (trees(m), trees(m + 1));
+        assert!(more >= less && (more - less < 0.015 || less == 0.0), "{m}: {less} {more}");
     }
     assert_eq!(Blend::default_for(500, false, false), Blend::of(MODEL));
     let with = Blend::default_for(0, true, false).shares[0].member;
@@ -64,7 +70,7 @@ fn the_shipped_weights_move_smoothly_from_the_corpus_to_own_trees() {
 
 #[test]
 fn a_blend_is_sharpened_about_the_label_rate_and_one_model_is_not() {
-    let thirds = Blend::default_for(40, false, true);
+    let thirds = Blend::weighed(&[Member::Trees, Member::OwnBase, MODEL], &[1.0 / 3.0; 3], &BTreeMap::new());
     let calibration = thirds.sharpened([90, 10]);
     let rate = (10.0_f64 / 90.0).ln();
     assert!((calibration.slope - 1.3).abs() < 1e-12 && (calibration.apply(rate) - rate).abs() < 1e-12);

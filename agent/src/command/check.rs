@@ -196,7 +196,10 @@ fn print_release(plan: &Plan, first: &ReleaseQuery, features: usize, epsilon: f6
     );
     println!("  stage 2: {features} tables of (feature, label)");
     println!("  stage 3: {} coarse tables of pairs of features", features * features.saturating_sub(1) / 2);
-    println!("  stage 4: {features} tables of (feature, parent, label)");
+    println!(
+        "  stage 4: {features} to {} tables of a feature with the label or the feature it depends on",
+        2 * features
+    );
     println!("  rounds: {} times one noised vector of the adapter's size", plan.rounds.count);
     println!(
         "  cost: rho {} in all, {} for the release, {} for the rounds",

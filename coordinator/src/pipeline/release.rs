@@ -16,11 +16,11 @@ use tabmesh_federation::secagg::document;
 use tabmesh_federation::secagg::setup::Subject;
 use tabmesh_privacy::ledger::Purpose;
 use tabmesh_privacy::mechanism::SigmaSquared;
-use tabmesh_privacy::release::{MarginalTable, ReleaseQuery};
+use tabmesh_privacy::release::{Attribute, MarginalTable, ReleaseQuery};
 use tabmesh_proto::message::AssignmentKind;
 use tabmesh_store::Digest;
-use tabmesh_synthesis::marginal::recut;
-use tabmesh_synthesis::tree::{PairScore, TreeStructure, pair_scores};
+use tabmesh_synthesis::selection;
+use tabmesh_synthesis::tree::TreeStructure;
 
 use super::{collection_id, contracts, quorum, schema_of, secure, spiffe_ids};
 use crate::collections::Open;
@@ -94,23 +94,29 @@ impl Released {
 
     /// The tree chosen on stage 3; the label's place is after the features.
     pub(super) fn tree(&self, submitted: &Submitted) -> Result<TreeStructure, CoordinatorError> {
-        let features = self.schema.features().len();
-        let stage = self.stage(3)?;
-        let fine = self.stage(1)?.tables()?;
-        // Stage 1 counted fine cells; stage 3 counts coarse ones of the same attributes, so the 1-way tables are
-        // brought to its resolution.
+        let first = self.stage(1)?;
+        let fine = first.tables()?;
+        // Stage 1 counted fine cells; stage 3 counts coarse ones of the same attributes.
         let coarse = self.plan(submitted)?.coarse_attributes(&fine)?;
-        let mut one_way = Vec::new();
-        for (position, feature) in self.schema.features().iter().enumerate() {
-            let table = fine.iter().find(|t| t.attributes == [position]);
-            if let (Some(table), Some(attribute)) = (table, coarse.get(&feature.id)) {
-                one_way.push(recut(table, position, &fine_attribute(self, position)?, attribute)?);
-            }
-        }
-        let pairs: Vec<MarginalTable> =
-            stage.tables()?.into_iter().filter(|t| t.attributes.len() == 2).collect();
-        let scores: Vec<PairScore> = pair_scores(&pairs, &one_way)?;
-        Ok(TreeStructure::spanning(features + 1, features, &scores)?)
+        let coarse: Vec<Attribute> =
+            self.schema.features().iter().filter_map(|feature| coarse.get(&feature.id).cloned()).collect();
+        Ok(selection::structure(&fine, &first.query.attributes, &coarse, &self.stage(3)?.tables()?)?)
+    }
+
+    /// What the last stage asks for: the tree's marginals over the final bins.
+    fn last(&self, submitted: &Submitted) -> Result<ReleaseQuery, CoordinatorError> {
+        let plan = self.plan(submitted)?;
+        let finals = self.finals(submitted)?;
+        let second = self.stage(2)?;
+        let counted = second.tables()?;
+        let cells: Vec<usize> = second.query.attributes.iter().map(Attribute::cells).collect();
+        // A cell's variance is the squared sensitivity over ρ, times what depends on who adds the noise alone; each marginal
+        // adds the same to the squared sensitivity.
+        let variance = counted.first().map_or(0.0, |table| table.variance);
+        let rho = plan.budget.per_stage.last().map_or(0.0, |rho| rho.as_f64());
+        let variance_each = variance * second.query.rho.as_f64() / (counted.len() as f64 * rho);
+        let marginals = selection::marginals(&self.tree(submitted)?, &cells, self.total()?.0, variance_each);
+        Ok(plan.stage_four(&finals, marginals)?)
     }
 
     /// Noisy number of units over the cohort and its standard deviation, from the label counts of stage 1.
@@ -121,14 +127,6 @@ impl Released {
         let table = table.ok_or_else(|| CoordinatorError::Step("stage 1 has no label counts".to_owned()))?;
         Ok((table.total(), (table.variance * table.values.len() as f64).sqrt()))
     }
-}
-
-fn fine_attribute(
-    released: &Released,
-    position: usize,
-) -> Result<tabmesh_privacy::release::Attribute, CoordinatorError> {
-    let missing = || CoordinatorError::NotFound { what: "attribute", id: position.to_string() };
-    released.stage(1)?.query.attributes.get(position).cloned().ok_or_else(missing)
 }
 
 /// Stores a new collection for a stage.
@@ -213,7 +211,7 @@ pub(super) async fn run(
 
 /// Noisy totals by agent, from the 1-way label counts where the stage has them.
 fn totals(query: &ReleaseQuery, collection: &Collection) -> Result<BTreeMap<String, f64>, CoordinatorError> {
-    let label = query.attributes.iter().position(tabmesh_privacy::release::Attribute::is_label);
+    let label = query.attributes.iter().position(Attribute::is_label);
     let mut totals = BTreeMap::new();
     for (agent, values) in collection.values() {
         let tables = query.tables(values, 1).map_err(|error| CoordinatorError::Step(error.to_string()))?;
@@ -232,12 +230,7 @@ fn query(mesh: &Mesh, submitted: &Submitted, job: &Job, stage: u8) -> Result<Rel
         1 => plan.stage_one()?,
         2 => plan.stage_two(&released.finals(submitted)?)?,
         3 => plan.stage_three(&plan.coarse_attributes(&released.stage(1)?.tables()?)?)?,
-        _ => {
-            let tree = released.tree(submitted)?;
-            let features = released.schema.features().len();
-            let parents: Vec<Option<usize>> = (0..features).map(|f| tree.parent(f)).collect();
-            plan.stage_four(&released.finals(submitted)?, &parents)?
-        }
+        _ => released.last(submitted)?,
     })
 }
 

@@ -4,18 +4,17 @@
 //! the exact relative frequency wherever there is a row to divide by.
 //!
 //! Steps, each post-processing: (1) all tables are reconciled, so each shared marginal uses every measurement of it;
-//! (2) each column of counts n(· | parent cell, class) is projected on the non-negative counts with its own
-//! total, which takes a constant off every cell and zeroes what noise alone could have made; (3) the column is scaled
-//! by the share of its squared distance from the back-off that noise doesn't explain (positive-part James–Stein),
-//! so a column that noise could have made of the back-off gives way to it; (4) pseudo-rows of the back-off are
-//! added, half a standard deviation of the noise. The back-off is the even mixture of P(feature | class)
-//! and P(feature | parent cell), themselves backed off to P(feature), and that to uniform.
+//! (2) P(feature | class) and P(feature | parent cell) are drawn towards P(feature) by as much as noise can have made
+//! of them ([`crate::signal`]); (3) P(feature | parent cell, class) is the distribution with these and no interaction
+//! of all three, moved by 3-way counts where some were released and hold more than noise ([`crate::clique`]).
 
 use serde::{Deserialize, Serialize};
 use tabmesh_privacy::release::MarginalTable;
 
 use crate::SynthesisError;
-use crate::marginal::{self, best_marginal, cell_count, probabilities, project_to_simplex};
+use crate::clique::{Pairs, with_counts};
+use crate::marginal::{self, cell_count, probabilities};
+use crate::signal::{agreed_marginal, conditionals_by};
 use crate::tree::{TreeStructure, family};
 
 /// A tree-augmented naive Bayes distribution over cells and classes.
@@ -31,8 +30,9 @@ pub struct TreeModel {
 
 /// Fits the distribution of `structure` to noisy tables.
 ///
-/// For every feature some table must cover `[feature, parent, label]` (or `[feature, label]` for a root); further
-/// tables at the same resolution are welcome, they sharpen the marginals they share. Axes may be in any order.
+/// For every feature tables must cover `[feature, label]` and, unless it is a root, `[feature, parent]`: apart, or
+/// together as `[feature, parent, label]`; further tables at the same resolution are welcome, they sharpen the marginals
+/// they share. Axes may be in any order.
 ///
 /// # Errors
 /// As [`marginal::reconcile`]; [`SynthesisError::MissingMarginal`] for a feature without table;
@@ -46,59 +46,35 @@ pub fn fit(structure: &TreeStructure, tables: &[MarginalTable]) -> Result<TreeMo
     marginal::reconcile(&mut tables)?;
 
     let label = structure.label();
-    let counts = best_marginal(&tables, &[label])?;
+    let counts = agreed_marginal(&tables, &[label])?;
     let classes = probabilities(&counts.values, &[], CLASS_PSEUDO_SDS * counts.variance.sqrt());
     let mut dims = vec![0; attributes];
     dims[label] = classes.len();
+    let mut by_class = vec![Vec::new(); attributes];
     let mut conditionals = vec![Vec::new(); attributes];
+    // Parents come first.
     for &feature in structure.order() {
-        let (cells, conditional) = fit_feature(structure, &tables, feature)?;
-        dims[feature] = cells;
-        conditionals[feature] = conditional;
+        by_class[feature] = conditionals_by(&tables, label, feature)?;
+        dims[feature] = by_class[feature].first().map_or(0, Vec::len);
+        conditionals[feature] = match structure.parent(feature) {
+            None => by_class[feature].concat(),
+            Some(parent) => {
+                let pairs = Pairs {
+                    classes: &classes,
+                    parent_by_class: &by_class[parent],
+                    by_class: &by_class[feature],
+                    by_parent: &conditionals_by(&tables, parent, feature)?,
+                };
+                let back_off = pairs.without_interaction();
+                match agreed_marginal(&tables, &[label, parent, feature]) {
+                    Ok(counts) => with_counts(&back_off, &counts.values, dims[feature], counts.variance),
+                    Err(SynthesisError::MissingMarginal { .. }) => back_off,
+                    Err(error) => return Err(error),
+                }
+            }
+        };
     }
     Ok(TreeModel { structure: structure.clone(), dims, classes, conditionals })
-}
-
-/// P(feature | parent, label) laid out `(class, parent cell, cell)`, with the feature's number of cells.
-fn fit_feature(
-    structure: &TreeStructure,
-    tables: &[MarginalTable],
-    feature: usize,
-) -> Result<(usize, Vec<f64>), SynthesisError> {
-    let mut axes = family(structure, feature);
-    axes.reverse();
-    let counts = best_marginal(tables, &axes)?;
-    let alone = best_marginal(tables, &[feature])?;
-    let cells = alone.values.len();
-    let overall = probabilities(&alone.values, &[], MARGIN_PSEUDO_SDS * alone.variance.sqrt());
-    let given = |other: usize| -> Result<Vec<Vec<f64>>, SynthesisError> {
-        let table = best_marginal(tables, &[other, feature])?;
-        let pseudo = MARGIN_PSEUDO_SDS * table.variance.sqrt();
-        Ok(table.values.chunks_exact(cells).map(|column| probabilities(column, &overall, pseudo)).collect())
-    };
-    let by_class = given(structure.label())?;
-    let Some(parent) = structure.parent(feature) else {
-        return Ok((cells, by_class.concat()));
-    };
-    let by_parent = given(parent)?;
-    let pseudo = CELL_PSEUDO_SDS * counts.variance.sqrt();
-    let mut conditional = Vec::with_capacity(counts.values.len());
-    for (index, column) in counts.values.chunks_exact(cells).enumerate() {
-        let class = &by_class[index / by_parent.len()];
-        let above = &by_parent[index % by_parent.len()];
-        let back_off: Vec<f64> = class.iter().zip(above).map(|(p, q)| 0.5 * (p + q)).collect();
-        conditional.extend(probabilities(&shrunk(column, &back_off, counts.variance), &back_off, pseudo));
-    }
-    Ok((cells, conditional))
-}
-
-/// A noisy column made non-negative, scaled by the share of its squared distance from `back_off` that is not noise.
-fn shrunk(column: &[f64], back_off: &[f64], variance: f64) -> Vec<f64> {
-    let rows = column.iter().sum::<f64>().max(0.0);
-    let distance: f64 = column.iter().zip(back_off).map(|(n, p)| (n - rows * p).powi(2)).sum();
-    let noise = variance * column.len() as f64;
-    let share = if noise > 0.0 { (1.0 - noise / distance).max(0.0) } else { 1.0 };
-    project_to_simplex(column, rows).into_iter().map(|n| n * share).collect()
 }
 
 impl TreeModel {
@@ -225,10 +201,6 @@ impl From<TreeModel> for StoredModel {
     }
 }
 
-/// Pseudo-rows of back-off per (parent cell, class), in standard deviations of a 3-way cell's noise.
-const CELL_PSEUDO_SDS: f64 = 0.5;
-/// Pseudo-rows behind a 2-way or 1-way marginal, in standard deviations of its cells' noise.
-const MARGIN_PSEUDO_SDS: f64 = 0.25;
 /// Pseudo-rows spread over the classes, in standard deviations of a class count's noise.
 const CLASS_PSEUDO_SDS: f64 = 0.25;
 

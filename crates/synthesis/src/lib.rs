@@ -9,13 +9,15 @@
 //!
 //! 1. **One-way.** A first stage releases a fine histogram of every attribute; bins and merges are cut from its noisy
 //!    counts (in `tabmesh-privacy`), and [`marginal::recut`] brings the histogram to the new cells.
-//! 2. **Structure.** A second stage releases coarse 2-way counts of all pairs of features. [`tree::pair_scores`]
-//!    takes the L1 distance of each from the product of the released 1-way marginals, less what noise alone adds,
-//!    and [`TreeStructure::spanning`] builds the maximum spanning tree.
-//! 3. **Tree.** A third stage releases the counts that [`three_way_specs`] names: (feature, parent, label) for each
-//!    feature, (feature, label) for a root.
-//! 4. **Fit.** [`fit()`] reconciles all tables by generalised least squares ([`marginal::reconcile`]), then estimates
-//!    P(label) · Π P(feature | parent, label) with shrinkage and back-off scaled to the noise.
+//! 2. **Structure.** Further stages release each feature with the label, and coarse 2-way counts of all pairs of
+//!    features. [`tree::pair_scores`] takes the L1 distance of each pair from the product of the released 1-way marginals,
+//!    less what noise alone adds; [`selection::structure`] builds the maximum spanning forest of those that noise can't
+//!    have made.
+//! 3. **Tree.** The last stage releases the counts that [`selection::marginals`] names: (feature, label) for each
+//!    feature, (feature, parent) for each edge, all three at once where that many cells bear the noise.
+//! 4. **Fit.** [`fit()`] reconciles all tables by generalised least squares ([`marginal::reconcile`]), draws each pair
+//!    towards independence by as much as noise can have made of it ([`signal`]), and puts the pairs together as
+//!    P(label) · Π P(feature | parent, label) with the largest entropy.
 //! 5. **Rows.** [`draw`] samples cells, [`decode`] turns them into numbers and level codes, using the fine
 //!    histograms within merged levels and bins.
 //! 6. **Quality.** [`measure`] gives total variation distances from the noisy tables beside the noise floor.
@@ -41,15 +43,18 @@
 
 #![forbid(unsafe_code)]
 
+mod clique;
 mod error;
 pub mod fit;
 pub mod marginal;
 pub mod quality;
 pub mod sample;
+pub mod selection;
+pub mod signal;
 pub mod tree;
 
 pub use error::SynthesisError;
 pub use fit::{TreeModel, fit};
 pub use quality::{Quality, measure};
 pub use sample::{CellRows, FineHistograms, SynthColumn, SyntheticTable, decode, draw, draw_for_labels};
-pub use tree::{PairScore, TreeStructure, pair_scores, three_way_specs};
+pub use tree::{PairScore, TreeStructure, pair_scores};

@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use tabmesh_privacy::release::{MarginalSpec, MarginalTable};
+use tabmesh_privacy::release::MarginalTable;
 
 use crate::{SynthesisError, marginal};
 
@@ -28,6 +28,16 @@ pub struct PairScore {
     pub score: f64,
     /// What pure noise is expected to add to the L1 distance, as a share of the total; already subtracted.
     pub noise: f64,
+    /// Standard deviation of `score` for independent features, as a share of the total.
+    pub sd: f64,
+}
+
+impl PairScore {
+    /// Whether noise alone is unlikely to have made the score.
+    #[must_use]
+    pub fn is_signal(&self) -> bool {
+        self.score > SIGNAL_SDS * self.sd
+    }
 }
 
 /// Scores every 2-way table in `pairs` against the product of 1-way tables at the same resolution.
@@ -71,19 +81,22 @@ fn pair_score(
     let (rows, columns) = (own(a, cells_a)?, own(b, cells_b)?);
     let (first, second) = (a.min(b), a.max(b));
     if total.is_nan() || total < 1.0 {
-        return Ok(PairScore { first, second, score: 0.0, noise: 0.0 });
+        return Ok(PairScore { first, second, score: 0.0, noise: 0.0, sd: 0.0 });
     }
     let share = |table: &MarginalTable| marginal::probabilities(&table.values, &[], 0.0);
     let (share_a, share_b) = (share(&rows), share(&columns));
-    let (mut distance, mut noise) = (0.0, 0.0);
+    let (mut distance, mut noise, mut variance) = (0.0, 0.0, 0.0);
     for (index, count) in pair.values.iter().enumerate() {
         let (p, q) = (share_a[index / cells_b], share_b[index % cells_b]);
         distance += (count - total * p * q).abs();
         // The product's own noise counts too: d(n_a·n_b/n) = q·dn_a + p·dn_b.
-        noise += (pair.variance + q * q * rows.variance + p * p * columns.variance).sqrt();
+        let own = pair.variance + q * q * rows.variance + p * p * columns.variance;
+        noise += own.sqrt();
+        variance += own;
     }
     let noise = noise * MEAN_ABSOLUTE_NORMAL / total;
-    Ok(PairScore { first, second, score: distance / total - noise, noise })
+    let sd = (variance * (1.0 - MEAN_ABSOLUTE_NORMAL.powi(2))).sqrt() / total;
+    Ok(PairScore { first, second, score: distance / total - noise, noise, sd })
 }
 
 /// A rooted forest over the features, with the label as a further parent of each.
@@ -223,13 +236,6 @@ impl TreeStructure {
     }
 }
 
-/// The marginals to measure for a structure, one per feature in [`TreeStructure::order`]:
-/// `[feature, parent, label]`, or `[feature, label]` for a root.
-#[must_use]
-pub fn three_way_specs(structure: &TreeStructure) -> Vec<MarginalSpec> {
-    structure.order().iter().map(|&feature| MarginalSpec { attributes: family(structure, feature) }).collect()
-}
-
 /// A feature with its parents: `[feature, parent, label]`, or `[feature, label]` for a root.
 pub(crate) fn family(structure: &TreeStructure, feature: usize) -> Vec<usize> {
     [Some(feature), structure.parent(feature), Some(structure.label())].into_iter().flatten().collect()
@@ -256,6 +262,9 @@ impl From<TreeStructure> for ParentList {
     }
 }
 
+/// A pair counts as dependent from so many standard deviations of what noise alone scores: about one in 700 independent
+/// pairs does.
+const SIGNAL_SDS: f64 = 3.0;
 /// E|Z| of a standard normal variable, √(2/π).
 pub(crate) const MEAN_ABSOLUTE_NORMAL: f64 = 0.797_884_560_802_865_4;
 

@@ -14,8 +14,7 @@ use tabmesh_federation::release_plan::Release;
 use tabmesh_privacy::budget::{Delta, Rho};
 use tabmesh_privacy::mechanism::{DiscreteGaussian, Noise};
 use tabmesh_privacy::release::{Attribute, ColumnRef, MarginalTable, ReleaseQuery, count};
-use tabmesh_synthesis::marginal::recut;
-use tabmesh_synthesis::{TreeStructure, pair_scores};
+use tabmesh_synthesis::selection;
 
 use super::guess::{Claim, Subject};
 use super::setting::{TARGET, column, schema};
@@ -65,7 +64,6 @@ impl Setting {
         let (schema, plan, digest) = (&self.schema, &self.plan, self.digest);
         let budget = plan.budget()?;
         let release = Release { schema, plan, digest, budget, max_rows_per_unit: MAX_ROWS, agents: 1 };
-        let features = self.schema.features().len();
         let mut answer = |query: ReleaseQuery| -> Result<Stage> {
             let counts = self.counted(&query, table)?;
             let Some(spent) = subject.spent(query.rho) else {
@@ -80,15 +78,16 @@ impl Setting {
         let (finals, coarse) = (release.final_attributes(&fine)?, release.coarse_attributes(&fine)?);
         let second = answer(release.stage_two(&finals)?)?;
         let third = answer(release.stage_three(&coarse)?)?;
-        let mut one_way = Vec::new();
-        for (at, feature) in self.schema.features().iter().enumerate() {
-            let to = coarse.get(&feature.id).context("a feature has coarse bins")?;
-            one_way.push(recut(&fine[at], at, &first.query.attributes[at], to)?);
-        }
-        let scores = pair_scores(&third.tables()?, &one_way)?;
-        let tree = TreeStructure::spanning(features + 1, features, &scores)?;
-        let parents: Vec<Option<usize>> = (0..features).map(|feature| tree.parent(feature)).collect();
-        let fourth = answer(release.stage_four(&finals, &parents)?)?;
+        let coarse: Vec<Attribute> =
+            self.schema.features().iter().filter_map(|feature| coarse.get(&feature.id).cloned()).collect();
+        let tree = selection::structure(&fine, &first.query.attributes, &coarse, &third.tables()?)?;
+        let cells: Vec<usize> = second.query.attributes.iter().map(Attribute::cells).collect();
+        let total: f64 = fine.last().map_or(0.0, MarginalTable::total);
+        let rho = budget.per_stage.last().map_or(0.0, |rho| rho.as_f64());
+        let variance_each =
+            second.variance * second.query.rho.as_f64() / (second.query.marginals.len() as f64 * rho);
+        let marginals = selection::marginals(&tree, &cells, total, variance_each);
+        let fourth = answer(release.stage_four(&finals, marginals)?)?;
         Ok(vec![first, second, third, fourth])
     }
 

@@ -293,7 +293,7 @@ fn picked(layout: &Layout, member: &Member, ours: &Loaded, train: &TypedBatch) -
     let promotion: Promotion = serde_json::from_str(last).context("a promotion")?;
     let best = promotion.log_loss.iter().min_by(|a, b| a.1.total_cmp(&b.1)).map(|(name, _)| name);
     let models = Candidate::all(ours.has_adapter()).into_iter().map(BlendMember::Model);
-    let named = [BlendMember::Trees, BlendMember::TreesAndCorpus]
+    let named = [BlendMember::Trees, BlendMember::TreesAndCorpus, BlendMember::OwnBase]
         .into_iter()
         .chain(models)
         .find(|known| best == Some(&known.to_string()));

@@ -142,7 +142,7 @@ pub struct ReleaseSpec {
     /// Cells of the fine histogram of a numeric feature without declared cut points, 16 to 256. Default 128.
     #[garde(range(min = 16, max = MAX_FINE_BINS))]
     pub fine_bins: u32,
-    /// Bins of a numeric feature afterwards, 2 to 64. Default 12.
+    /// Bins of a numeric feature afterwards, 2 to 64. Default 8.
     #[garde(range(min = 2, max = MAX_BINS))]
     pub bins: u32,
     /// Bins in the pair statistics that choose the tree, 2 to 16. Default 5.
@@ -162,7 +162,7 @@ impl Default for ReleaseSpec {
             deadline_s: 60,
             grace_s: 10,
             fine_bins: 128,
-            bins: 12,
+            bins: 8,
             coarse_bins: 5,
             max_levels: 24,
             shares: StageShares::default(),
@@ -183,7 +183,7 @@ pub struct StageShares {
     /// Stage 3: coarse counts of all pairs of features. Default 0.2.
     #[garde(custom(checks::open_unit))]
     pub structure: f64,
-    /// Stage 4: (feature, parent, label) counts. Default 0.5.
+    /// Stage 4: counts of each feature with the label and with the feature it depends on. Default 0.5.
     #[garde(custom(checks::open_unit))]
     pub tree: f64,
 }

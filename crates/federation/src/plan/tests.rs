@@ -19,7 +19,7 @@ release:
   deadline_s: 60
   grace_s: 10
   fine_bins: 128
-  bins: 12
+  bins: 8
   coarse_bins: 5
   max_levels: 24
   shares: {one_way: 0.1, label_pairs: 0.2, structure: 0.2, tree: 0.5}

@@ -126,7 +126,7 @@ pub fn check_query(
     for attribute in &query.attributes {
         check_attribute(attribute, own, plan, stage)?;
     }
-    check_shapes(query)
+    check_shapes(query).map_err(|index| QueryRefusal::Shape { stage, index })
 }
 
 fn check_attribute(
@@ -213,24 +213,23 @@ fn most_cells(kind: &FeatureKind, plan: &Plan, stage: u8) -> usize {
     }
 }
 
-/// Stage 1: single attributes. 2: (feature, label). 3: (feature, feature), or one lone feature. 4: (feature,
-/// feature, label) or (feature, label). No marginal twice.
-fn check_shapes(query: &ReleaseQuery) -> Result<(), QueryRefusal> {
-    let stage = query.stage;
+/// Stage 1: single attributes. 2: (feature, label). 3: (feature, feature), or one lone feature. 4: (feature, label), (feature,
+/// feature) or (feature, feature, label). No marginal twice. Otherwise the position of the first at fault.
+pub(super) fn check_shapes(query: &ReleaseQuery) -> Result<(), usize> {
     let features = query.attributes.iter().filter(|attribute| !attribute.is_label()).count();
     let mut seen = BTreeSet::new();
     for (index, marginal) in query.marginals.iter().enumerate() {
         let is_label = |i: &usize| query.attributes.get(*i).is_some_and(Attribute::is_label);
         let labels: Vec<bool> = marginal.attributes.iter().map(is_label).collect();
-        let legal = match (stage, labels.as_slice()) {
-            (1, [_]) | (2 | 4, [false, true]) | (3, [false, false]) | (4, [false, false, true]) => true,
+        let legal = match (query.stage, labels.as_slice()) {
+            (1, [_]) | (2 | 4, [false, true]) | (3 | 4, [false, false]) | (4, [false, false, true]) => true,
             (3, [false]) => features == 1,
             _ => false,
         };
         let mut sorted = marginal.attributes.clone();
         sorted.sort_unstable();
         if !legal || !seen.insert(sorted) {
-            return Err(QueryRefusal::Shape { stage, index });
+            return Err(index);
         }
     }
     Ok(())

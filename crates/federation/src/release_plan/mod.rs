@@ -2,7 +2,7 @@
 //!
 //! Queries are functions of the shared schema, the plan and earlier *released* counts; no row is ever looked at.
 //! Stage 1 counts every feature alone, finely; stage 2 each feature with the label; stage 3 all pairs of features,
-//! coarsely, from which a tree is chosen; stage 4 each feature with its parent and the label. The pair statistics
+//! coarsely, from which a tree is chosen; stage 4 what the tree needs at full resolution. The pair statistics
 //! are linear, so they add up over domains, unlike MST's exponential-mechanism scores. [`check`] is the other
 //! side: what an agent holds a query against before it counts anything.
 
@@ -24,6 +24,7 @@ use thiserror::Error;
 use crate::id::PlanDigest;
 use crate::plan::{Plan, PlanBudget, STAGES};
 
+use check::check_shapes;
 pub use check::{QueryRefusal, check_query};
 pub use shared::{SharedError, shared_max_rows, shared_schema};
 
@@ -39,11 +40,13 @@ pub enum ReleasePlanError {
         /// Its canonical id.
         feature: FeatureId,
     },
-    /// Parents don't form a forest over the features.
-    #[error("parents must name one earlier-rooted feature each and no cycle: position {position} does not")]
-    NotAForest {
-        /// First position at fault.
-        position: usize,
+    /// A marginal of stage 4 that its agents would refuse.
+    #[error(
+        "marginal {index} is not (feature, label), (feature, feature) or (feature, feature, label), or comes twice"
+    )]
+    Shape {
+        /// Its position.
+        index: usize,
     },
     /// Not one entry per feature.
     #[error("expected one {what} per feature, {expected} in all, got {got}")]
@@ -121,32 +124,21 @@ impl Release<'_> {
         self.query(3, attributes, marginals)
     }
 
-    /// Stage 4: each feature with its parent and the label, or with the label alone at a root.
-    ///
-    /// `parents` has one entry per feature in canonical order: the parent's position, or none.
+    /// Stage 4: the marginals chosen from the released stages, over the final bins: (feature, label), (feature, feature) or
+    /// (feature, feature, label). The label's position is after the features'.
     ///
     /// # Errors
-    /// [`ReleasePlanError::Count`] or [`ReleasePlanError::NotAForest`] for unusable parents,
+    /// [`ReleasePlanError::Shape`] for a marginal of another kind or one asked for twice,
     /// [`ReleasePlanError::NoAttribute`] for a feature without bins, [`ReleasePlanError::Query`] for a limit.
     pub fn stage_four(
         &self,
         finals: &Attributes,
-        parents: &[Option<usize>],
+        marginals: Vec<MarginalSpec>,
     ) -> Result<ReleaseQuery, ReleasePlanError> {
-        let (attributes, label) = self.with_label(finals)?;
-        if parents.len() != label {
-            return Err(ReleasePlanError::Count { what: "parent", expected: label, got: parents.len() });
-        }
-        check_forest(parents)?;
-        let marginals = parents
-            .iter()
-            .enumerate()
-            .map(|(i, parent)| match parent {
-                Some(parent) => MarginalSpec { attributes: vec![i, *parent, label] },
-                None => MarginalSpec { attributes: vec![i, label] },
-            })
-            .collect();
-        self.query(4, attributes, marginals)
+        let (attributes, _) = self.with_label(finals)?;
+        let query = self.query(4, attributes, marginals)?;
+        check_shapes(&query).map_err(|index| ReleasePlanError::Shape { index })?;
+        Ok(query)
     }
 
     /// The final bins, from stage 1's released tables: equal-mass bins of numbers, rare levels merged.
@@ -278,22 +270,6 @@ pub fn usable_rho(planned: Rho, l2_sensitivity_squared: u64, counted: Option<u64
     let most = (u128::from(l2_sensitivity_squared) << 39) / least;
     let most = most + u128::from(counted.map_or(0, |_| LEAST_EXCESS));
     planned.min(Rho::from_units(u64::try_from(most).unwrap_or(u64::MAX)))
-}
-
-/// Refuses a parent out of range, a feature as its own ancestor.
-fn check_forest(parents: &[Option<usize>]) -> Result<(), ReleasePlanError> {
-    for position in 0..parents.len() {
-        let mut at = position;
-        let mut steps = 0;
-        while let Some(parent) = parents.get(at).copied().flatten() {
-            steps += 1;
-            if parent >= parents.len() || steps >= parents.len() {
-                return Err(ReleasePlanError::NotAForest { position });
-            }
-            at = parent;
-        }
-    }
-    Ok(())
 }
 
 /// Names of the stages, for logs, ledgers and reports.

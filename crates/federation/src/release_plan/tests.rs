@@ -57,6 +57,10 @@ fn plan() -> (Plan, PlanDigest) {
     Plan::parse(b"kind: TabmeshPlan\nname: p\ntarget: person.rich\n", "p.yaml").unwrap()
 }
 
+fn asked(marginals: &[&[usize]]) -> Vec<MarginalSpec> {
+    marginals.iter().map(|attributes| MarginalSpec { attributes: attributes.to_vec() }).collect()
+}
+
 struct Fixture {
     schema: FeatureSchema,
     plan: Plan,
@@ -100,7 +104,7 @@ impl Fixture {
             release.stage_one().unwrap(),
             release.stage_two(&finals).unwrap(),
             release.stage_three(&coarse).unwrap(),
-            release.stage_four(&finals, &[None, Some(0), Some(1), Some(0)]).unwrap(),
+            release.stage_four(&finals, asked(&[&[0, 4], &[1, 0, 4], &[2, 4], &[2, 1], &[3, 0, 4]])).unwrap(),
         ]
     }
 }
@@ -146,7 +150,7 @@ fn later_stages_have_the_shapes_and_sizes_the_plan_allows() {
         stages.iter().map(|q| q.marginals.iter().map(|m| m.attributes.len()).collect()).collect();
     assert_eq!(shapes[1], vec![2; 4]);
     assert_eq!(shapes[2], vec![2; 6]);
-    assert_eq!(shapes[3], vec![2, 3, 3, 3]);
+    assert_eq!(shapes[3], vec![2, 3, 2, 2, 3]);
     for attribute in &stages[2].attributes {
         assert!(attribute.cells() <= 6, "{attribute:?}");
     }
@@ -165,7 +169,7 @@ fn a_single_feature_still_has_four_stages() {
     let query = release.stage_three(&coarse).unwrap();
     fixture.check(&query).unwrap();
     let finals = release.final_attributes(&tables).unwrap();
-    fixture.check(&release.stage_four(&finals, &[None]).unwrap()).unwrap();
+    fixture.check(&release.stage_four(&finals, asked(&[&[0, 1]])).unwrap()).unwrap();
 }
 
 #[test]
@@ -194,21 +198,17 @@ fn a_stage_spends_no_more_than_the_smallest_noise_costs() {
 }
 
 #[test]
-fn parents_must_form_a_forest() {
+fn stage_four_asks_for_pairs_and_triples_of_its_kind_alone() {
     let fixture = Fixture::new();
     let finals = fixture.release().final_attributes(&fixture.tables()).unwrap();
-    let four = |parents: &[Option<usize>]| fixture.release().stage_four(&finals, parents);
-    assert!(four(&[Some(1), Some(2), Some(3), None]).is_ok());
-    for bad in [
-        [Some(0), None, None, None],
-        [Some(1), Some(0), None, None],
-        [Some(1), Some(2), Some(3), Some(0)],
-        [Some(4), None, None, None],
-    ] {
-        assert!(matches!(four(&bad), Err(ReleasePlanError::NotAForest { .. })), "{bad:?}");
+    let four = |marginals: &[&[usize]]| fixture.release().stage_four(&finals, asked(marginals));
+    fixture.check(&four(&[&[0, 4], &[0, 1], &[2, 3, 4]]).unwrap()).unwrap();
+    for bad in [&[0][..], &[4, 0], &[0, 4, 1], &[0, 1, 2], &[4]] {
+        assert_eq!(four(&[&[0, 4], bad]), Err(ReleasePlanError::Shape { index: 1 }), "{bad:?}");
     }
-    let count = ReleasePlanError::Count { what: "parent", expected: 4, got: 3 };
-    assert_eq!(four(&[None; 3]), Err(count));
+    assert_eq!(four(&[&[0, 1], &[1, 0]]), Err(ReleasePlanError::Shape { index: 1 }));
+    assert!(matches!(four(&[&[0, 5]]), Err(ReleasePlanError::Query { stage: 4, .. })));
+    assert!(matches!(four(&[]), Err(ReleasePlanError::Query { stage: 4, .. })));
     let missing = fixture.release().stage_two(&Attributes::new());
     let feature = FeatureId::new("a.age").unwrap();
     assert_eq!(missing, Err(ReleasePlanError::NoAttribute { feature }));

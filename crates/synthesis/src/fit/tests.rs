@@ -7,7 +7,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha20Rng;
 
 use super::*;
-use crate::marginal::marginalise;
+use crate::marginal::{best_marginal, marginalise};
 
 /// Attributes: features 0 to 3 with 3, 4, 2 and 5 cells, label 4 with 2 classes; 1 ← 0, 2 ← 1, 3 ← 0.
 const DIMS: [usize; 5] = [3, 4, 2, 5, 2];
@@ -97,6 +97,44 @@ fn without_noise_conditionals_are_relative_frequencies_and_near_the_truth() {
         }
     }
     assert!((fitted.classes()[0] - 0.3).abs() < 5.0 * (0.21_f64 / 200_000.0).sqrt());
+}
+
+/// Pairs alone: what each feature has with the class and with its parent is met exactly, without interaction of all three.
+#[test]
+fn without_noise_pairs_alone_are_met_and_nothing_is_added() {
+    let mut rng = ChaCha20Rng::seed_from_u64(13);
+    let rows = naive_rows(&random_model(&mut rng), 50_000, &mut rng);
+    let pairs: [&[usize]; 7] = [&[0, 4], &[1, 4], &[0, 1], &[2, 4], &[2, 1], &[4, 3], &[3, 0]];
+    let tables: Vec<_> = pairs.iter().map(|pair| count(&rows, pair, 0.0)).collect();
+    let model = fit(&structure(), &tables).unwrap();
+    assert!(valid(&model));
+    for feature in 1..4 {
+        let parent = structure().parent(feature).unwrap();
+        let above = count(&rows, &[4, parent], 0.0);
+        let joint = |class: usize, q: usize, cell: usize| {
+            above.values[class * DIMS[parent] + q] * model.conditional(feature, q, class).unwrap()[cell]
+        };
+        let (by_class, by_parent) = (count(&rows, &[4, feature], 0.0), count(&rows, &[parent, feature], 0.0));
+        for cell in 0..DIMS[feature] {
+            for class in 0..2 {
+                let got: f64 = (0..DIMS[parent]).map(|q| joint(class, q, cell)).sum();
+                let wanted = by_class.values[class * DIMS[feature] + cell];
+                assert!((got - wanted).abs() < 1e-3, "{feature} {class} {cell}: {got} against {wanted}");
+            }
+            for q in 0..DIMS[parent] {
+                let got = joint(0, q, cell) + joint(1, q, cell);
+                let wanted = by_parent.values[q * DIMS[feature] + cell];
+                assert!((got - wanted).abs() < 1e-3, "{feature} {q} {cell}: {got} against {wanted}");
+            }
+        }
+        // No interaction: log odds ratios between the classes are the same for any two parent cells.
+        let odds = |class: usize, q: usize| {
+            let p = model.conditional(feature, q, class).unwrap();
+            (p[1] / p[0]).ln()
+        };
+        let ratio = |q: usize| odds(1, q) - odds(0, q);
+        assert!((1..DIMS[parent]).all(|q| (ratio(q) - ratio(0)).abs() < 1e-4), "{feature}");
+    }
 }
 
 fn noisy(tables: &[MarginalTable], sd: f64, rng: &mut ChaCha20Rng) -> Vec<MarginalTable> {
@@ -239,7 +277,7 @@ fn a_class_without_rows_has_no_mass_and_valid_conditionals() {
 fn uncovered_families_and_strangers_are_refused() {
     let tables: Vec<_> = FAMILIES[..3].iter().map(|f| count(&[], f, 1.0)).collect();
     let missing = fit(&structure(), &tables).unwrap_err();
-    assert_eq!(missing, SynthesisError::MissingMarginal { attributes: vec![4, 0, 3] });
+    assert_eq!(missing, SynthesisError::MissingMarginal { attributes: vec![4, 3] });
     let stranger = MarginalTable { attributes: vec![5], dims: vec![1], values: vec![1.0], variance: 1.0 };
     assert_eq!(
         fit(&structure(), &[stranger]),

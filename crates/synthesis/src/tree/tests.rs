@@ -8,7 +8,7 @@ use rand_chacha::ChaCha20Rng;
 use super::*;
 
 fn scored(first: usize, second: usize, score: f64) -> PairScore {
-    PairScore { first, second, score, noise: 0.0 }
+    PairScore { first, second, score, noise: 0.0, sd: 0.0 }
 }
 
 fn weight(structure: &TreeStructure, scores: &[PairScore]) -> f64 {
@@ -94,8 +94,6 @@ fn strongest_feature_is_the_root_and_the_label_may_stand_anywhere() {
     let tree = TreeStructure::spanning(5, 0, &scores).unwrap();
     assert_eq!(tree.parents(), [None, Some(2), None, Some(2), Some(3)]);
     assert_eq!(tree.order(), [2, 1, 3, 4]);
-    let specs: Vec<Vec<usize>> = three_way_specs(&tree).into_iter().map(|s| s.attributes).collect();
-    assert_eq!(specs, vec![vec![2, 0], vec![1, 2, 0], vec![3, 2, 0], vec![4, 3, 0]]);
 }
 
 #[test]
@@ -185,5 +183,9 @@ fn noise_alone_scores_zero_whatever_the_size() {
         let allowed = 5.0 * (spread / 400.0).sqrt() + 0.006 * draws[0].noise;
         assert!(mean.abs() < allowed, "{cells} cells: mean {mean}, allowed {allowed}");
         assert!(draws[0].noise > 10.0 * allowed);
+        // The stated deviation is that of the draws: 400 of them tell it to 3.5 %, and cells aren't quite normal.
+        assert!((spread.sqrt() / draws[0].sd - 1.0).abs() < 0.2, "{} against {}", spread.sqrt(), draws[0].sd);
+        let taken = draws.iter().filter(|score| score.is_signal()).count();
+        assert!(taken <= 4, "{taken} of 400 independent pairs count as dependent");
     }
 }

@@ -1,0 +1,103 @@
+//! P(feature | parent, class) of one clique: as little interaction of the three as the released counts ask for.
+//!
+//! Without 3-way counts it is the distribution of largest entropy among those with the three 2-way marginals, found by
+//! iterative proportional fitting (Deming & Stephan, 1940; Csiszár, *I-divergence geometry*, 1975): no interaction of all
+//! three. 3-way counts move it by the share of their squared distance from it that noise doesn't explain
+//! (positive-part James–Stein), judged over the whole clique.
+
+use crate::marginal::{probabilities, project_to_simplex};
+
+/// What is known of a clique by pairs. `P` cells of the parent, `K` classes, `C` cells of the feature.
+pub(crate) struct Pairs<'a> {
+    /// P(class), K.
+    pub(crate) classes: &'a [f64],
+    /// P(parent cell | class), K runs of P.
+    pub(crate) parent_by_class: &'a [Vec<f64>],
+    /// P(cell | class), K runs of C.
+    pub(crate) by_class: &'a [Vec<f64>],
+    /// P(cell | parent cell), P runs of C.
+    pub(crate) by_parent: &'a [Vec<f64>],
+}
+
+impl Pairs<'_> {
+    /// P(cell | parent cell, class) without interaction of all three, laid out `(class, parent cell, cell)`.
+    ///
+    /// Where class and parent cell never meet it is P(cell | class).
+    pub(crate) fn without_interaction(&self) -> Vec<f64> {
+        let Self { classes, parent_by_class, by_class, by_parent } = *self;
+        let (parents, cells) = (by_parent.len(), by_class.first().map_or(0, Vec::len));
+        let own: Vec<f64> = classes
+            .iter()
+            .zip(parent_by_class)
+            .flat_map(|(class, given)| given.iter().map(move |p| class * p))
+            .collect();
+        let mut above = vec![0.0; parents];
+        for run in own.chunks_exact(parents) {
+            above.iter_mut().zip(run).for_each(|(sum, p)| *sum += p);
+        }
+        let mut joint: Vec<f64> =
+            own.iter().flat_map(|p| std::iter::repeat_n(*p / cells as f64, cells)).collect();
+        for _ in 0..FITTING_SWEEPS {
+            for ((class, given), block) in
+                classes.iter().zip(by_class).zip(joint.chunks_exact_mut(parents * cells))
+            {
+                for (cell, p) in given.iter().enumerate() {
+                    scale(block, cell, cells, class * p);
+                }
+            }
+            for (parent, (mass, given)) in above.iter().zip(by_parent).enumerate() {
+                for (cell, p) in given.iter().enumerate() {
+                    scale(&mut joint, parent * cells + cell, parents * cells, mass * p);
+                }
+            }
+            for (mass, run) in own.iter().zip(joint.chunks_exact_mut(cells)) {
+                scale(run, 0, 1, *mass);
+            }
+        }
+        for (at, run) in joint.chunks_exact_mut(cells).enumerate() {
+            let sum: f64 = run.iter().sum();
+            if sum > f64::MIN_POSITIVE * 1e20 {
+                run.iter_mut().for_each(|p| *p /= sum);
+            } else {
+                run.copy_from_slice(&by_class[at / parents]);
+            }
+        }
+        joint
+    }
+}
+
+/// Multiplies every `step`-th value from `first` so that they sum to `wanted`; zeros stay.
+fn scale(values: &mut [f64], first: usize, step: usize, wanted: f64) {
+    let sum: f64 = values.iter().skip(first).step_by(step).sum();
+    let factor = if sum > 0.0 { wanted / sum } else { 0.0 };
+    values.iter_mut().skip(first).step_by(step).for_each(|value| *value *= factor);
+}
+
+/// `back_off` moved by 3-way counts of the same layout, whose cells have noise of `variance`.
+pub(crate) fn with_counts(back_off: &[f64], counts: &[f64], cells: usize, variance: f64) -> Vec<f64> {
+    let runs = || counts.chunks_exact(cells).zip(back_off.chunks_exact(cells));
+    let distance: f64 = runs()
+        .map(|(column, back)| {
+            let rows = column.iter().sum::<f64>().max(0.0);
+            column.iter().zip(back).map(|(n, p)| (n - rows * p).powi(2)).sum::<f64>()
+        })
+        .sum();
+    let noise = variance * counts.len() as f64;
+    let share = if noise > 0.0 { (1.0 - noise / distance).max(0.0) } else { 1.0 };
+    let pseudo = CELL_PSEUDO_SDS * variance.sqrt();
+    runs()
+        .flat_map(|(column, back)| {
+            let rows = column.iter().sum::<f64>().max(0.0);
+            let own: Vec<f64> = project_to_simplex(column, rows).into_iter().map(|n| n * share).collect();
+            probabilities(&own, back, pseudo + (1.0 - share) * rows)
+        })
+        .collect()
+}
+
+/// Sweeps of proportional fitting; the marginals are met to about 1e-6 after ten on tables of this size.
+const FITTING_SWEEPS: usize = 20;
+/// Pseudo-rows of back-off per (parent cell, class), in standard deviations of a 3-way cell's noise.
+const CELL_PSEUDO_SDS: f64 = 0.5;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,58 @@
+//! Which pairs become edges, and what is measured of them.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use tabmesh_privacy::release::Binning;
+
+use super::*;
+
+fn attribute(cells: u32) -> Attribute {
+    // Two cells more: other and missing.
+    let binning = Binning::Levels { levels: cells - 2 };
+    Attribute { id: "a.b".to_owned(), binning, merge: None }
+}
+
+fn table(attributes: &[usize], dims: &[usize], values: Vec<f64>, variance: f64) -> MarginalTable {
+    MarginalTable { attributes: attributes.to_vec(), dims: dims.to_vec(), values, variance }
+}
+
+/// Features 0 and 1 are equal, 2 is independent of both.
+fn chosen(variance: f64) -> TreeStructure {
+    let attributes = [attribute(3), attribute(3), attribute(3)];
+    let fine: Vec<MarginalTable> = (0..3).map(|at| table(&[at], &[3], vec![100.0; 3], 0.0)).collect();
+    let equal = vec![100.0, 0.0, 0.0, 0.0, 100.0, 0.0, 0.0, 0.0, 100.0];
+    let even = vec![100.0 / 3.0; 9];
+    let pairs = [
+        table(&[0, 1], &[3, 3], equal, variance),
+        table(&[0, 2], &[3, 3], even.clone(), variance),
+        table(&[1, 2], &[3, 3], even, variance),
+    ];
+    structure(&fine, &attributes, &attributes, &pairs).unwrap()
+}
+
+#[test]
+fn edges_are_pairs_that_noise_cannot_have_made() {
+    assert_eq!(attribute(3).cells(), 3);
+    assert_eq!(chosen(1.0).parents(), [None, Some(0), None, None]);
+    assert_eq!(chosen(10_000.0).parents(), [None; 4]);
+}
+
+#[test]
+fn three_at_once_only_where_their_cells_bear_the_noise() {
+    let tree = chosen(1.0);
+    let asked = |variance_each: f64| -> Vec<Vec<usize>> {
+        marginals(&tree, &[3, 3, 3, 2], 300.0, variance_each).into_iter().map(|m| m.attributes).collect()
+    };
+    // 18 cells with four marginals: up to an absolute deviation of 30 over all.
+    let most = (30.0 / (18.0 * MEAN_ABSOLUTE_NORMAL)).powi(2) / 4.0;
+    assert_eq!(asked(0.99 * most), [vec![0, 3], vec![2, 3], vec![1, 0, 3]]);
+    assert_eq!(asked(1.01 * most), [vec![0, 3], vec![2, 3], vec![1, 3], vec![1, 0]]);
+    let without_rows = marginals(&tree, &[3, 3, 3, 2], 0.0, 1.0);
+    assert_eq!(without_rows.len(), 4);
+}
+
+#[test]
+fn a_feature_without_counts_is_refused() {
+    let refused = structure(&[], &[attribute(3)], &[attribute(3)], &[]).unwrap_err();
+    assert_eq!(refused, SynthesisError::MissingMarginal { attributes: vec![0] });
+}
