@@ -53,7 +53,8 @@ fn the_shipped_weights_move_smoothly_from_the_corpus_to_own_rows() {
     assert!(trees(0) == 0.0 && trees(8) < 0.05 && trees(5_000) > 0.9 * MOST_OWN);
     assert!((trees(40) - MOST_OWN / 2.0).abs() < 1e-12, "half of it at {HALF_MINORITY}");
     assert!(of(Member::OwnBase, 0) == 0.0 && of(Member::OwnBase, 1) < of(Member::OwnBase, 3));
-    assert!((of(Member::OwnBase, 2) - MOST_OWN / 2.0).abs() < 1e-12, "half of it at {HALF_BASE}");
+    // Trees have less than the least weight there, and what they had goes to the others.
+    assert!((of(Member::OwnBase, 2) - MOST_OWN / 2.0).abs() < 1e-3, "half of it at {HALF_BASE}");
     for m in 0..300 {
         let blend = Blend::default_for(m, false, true);
         assert!((blend.shares.iter().map(|s| s.weight).sum::<f64>() - 1.0).abs() < 1e-12);

@@ -306,7 +306,7 @@ fn queries_that_ask_for_more_than_was_promised_are_refused_by_name() {
             "finer bins than planned",
             1,
             |q| set_edges(q, 0, |_, _, edges| *edges = (1..100).map(f64::from).collect()),
-            |r| matches!(r, R::TooFine { stage: 2, limit: 13, got: 101, .. }),
+            |r| matches!(r, R::TooFine { stage: 2, limit: 9, got: 101, .. }),
         ),
         (
             "unmerged levels in the pairs",
