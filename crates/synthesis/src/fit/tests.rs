@@ -108,22 +108,22 @@ fn without_noise_pairs_alone_are_met_and_nothing_is_added() {
     let tables: Vec<_> = pairs.iter().map(|pair| count(&rows, pair, 0.0)).collect();
     let model = fit(&structure(), &tables).unwrap();
     assert!(valid(&model));
-    for feature in 1..4 {
+    for (feature, cells) in DIMS.into_iter().enumerate().take(4).skip(1) {
         let parent = structure().parent(feature).unwrap();
         let above = count(&rows, &[4, parent], 0.0);
         let joint = |class: usize, q: usize, cell: usize| {
             above.values[class * DIMS[parent] + q] * model.conditional(feature, q, class).unwrap()[cell]
         };
         let (by_class, by_parent) = (count(&rows, &[4, feature], 0.0), count(&rows, &[parent, feature], 0.0));
-        for cell in 0..DIMS[feature] {
+        for cell in 0..cells {
             for class in 0..2 {
                 let got: f64 = (0..DIMS[parent]).map(|q| joint(class, q, cell)).sum();
-                let wanted = by_class.values[class * DIMS[feature] + cell];
+                let wanted = by_class.values[class * cells + cell];
                 assert!((got - wanted).abs() < 1e-3, "{feature} {class} {cell}: {got} against {wanted}");
             }
             for q in 0..DIMS[parent] {
                 let got = joint(0, q, cell) + joint(1, q, cell);
-                let wanted = by_parent.values[q * DIMS[feature] + cell];
+                let wanted = by_parent.values[q * cells + cell];
                 assert!((got - wanted).abs() < 1e-3, "{feature} {q} {cell}: {got} against {wanted}");
             }
         }
