@@ -1,8 +1,8 @@
 //! The agent's own choice of what to serve: a blend of its trees and of the published model, weighed on the gate rows.
 //!
 //! Members of the blend are trees on own rows, trees on own and corpus rows, the base on own rows, and one variant of the
-//! published model. Their weights
-//! are learnt on gate rows, which no fit and no context has seen, and stay near shipped ones while these rows are few;
+//! published model. Their weights are learnt on gate rows, which no fit and no context has seen, and stay near shipped ones
+//! while these rows are few;
 //! below a least number of minority units at the gate the shipped weights are served as they are. The whole procedure,
 //! choice of the variant included, is judged on held-out folds of the gate rows: what is served now is replaced only if
 //! the paired log loss of units falls by at least one standard error. The blend is then calibrated on the same held-out

@@ -94,7 +94,7 @@ pub(crate) fn with_counts(back_off: &[f64], counts: &[f64], cells: usize, varian
         .collect()
 }
 
-/// Sweeps of proportional fitting; the marginals are met to about 1e-6 after ten on tables of this size.
+/// Sweeps of proportional fitting; those of the tests' tables are met to 2e-8 of the rows.
 const FITTING_SWEEPS: usize = 20;
 /// Pseudo-rows of back-off per (parent cell, class), in standard deviations of a 3-way cell's noise.
 const CELL_PSEUDO_SDS: f64 = 0.5;

@@ -6,7 +6,7 @@
 //! Steps, each post-processing: (1) all tables are reconciled, so each shared marginal uses every measurement of it;
 //! (2) P(feature | class) and P(feature | parent cell) are drawn towards P(feature) by as much as noise can have made
 //! of them ([`crate::signal`]); (3) P(feature | parent cell, class) is the distribution with these and no interaction
-//! of all three, moved by 3-way counts where some were released and hold more than noise ([`crate::clique`]).
+//! of all three, moved by 3-way counts where some were released and hold more than noise (module `clique`).
 
 use serde::{Deserialize, Serialize};
 use tabmesh_privacy::release::MarginalTable;
