@@ -50,6 +50,9 @@ fn what_is_far_above_the_noise_stays() {
     assert!((drawn[0] - counts[0]).abs() < 5.0 && (drawn[1] - counts[1]).abs() < 5.0, "{drawn:?}");
     // 4 and 0 with noise of 10: next to nothing says that they differ.
     assert!((drawn[2] - drawn[5]).abs() < 1.0, "{drawn:?}");
+    // Each group keeps its total.
+    let totals: Vec<f64> = drawn.chunks_exact(3).map(|group| group.iter().sum()).collect();
+    assert!((totals[0] - 6_004.0).abs() < 1e-6 && (totals[1] - 6_000.0).abs() < 1e-6, "{totals:?}");
 }
 
 #[test]
