@@ -389,11 +389,18 @@ mod tests {
 
     use std::sync::Arc;
 
+    use tabmesh_agent::choose::Member as BlendMember;
+    use tabmesh_agent::promote::{Candidate, Rows, Tokens, Weights};
     use tabmesh_agent::serve::Predictor;
     use tabmesh_agent::{Local, Switches};
     use tabmesh_contract::contract::Contract;
+    use tabmesh_tfm::context::Context;
+    use tabmesh_tfm::model::Model;
+    use tabmesh_tfm::table::{Coding, Preprocessing};
 
     use super::*;
+    use crate::quickstart::deployed::BASE_MODEL;
+    use crate::quickstart::measure::loaded;
     use crate::utility::made_up::write_set;
 
     #[test]
@@ -500,9 +507,27 @@ mod tests {
         assert!(again.current().is_none());
         assert!(again.restore().unwrap());
         assert_eq!(again.predict(&test).unwrap(), serving.predict(&test).unwrap());
-        assert_eq!(again.blend(), Some(blend));
+        assert_eq!(again.blend(), Some(blend.clone()));
         let (before, after) = (serving.current().unwrap(), again.current().unwrap());
         assert_eq!(before, after);
+        assert!(blend.shares.iter().any(|share| share.member == BlendMember::OwnBase), "{blend}");
+
+        // The base on own rows is the base and these rows, whatever was released; with one class it has corpus rows alone.
+        let ours = loaded(&federated.layout, &federated.pki, &name, &schema, [0; 32]).unwrap();
+        let own = members[0].tables().unwrap().train;
+        let own = own.take(&(0..own.rows().min(200)).collect::<Vec<_>>());
+        let (base, _) = Model::from_safetensors(BASE_MODEL).unwrap();
+        let by_own = Preprocessing::fit(&schema, &own).unwrap();
+        let context = Context::build(&base, &by_own.encode(&own, Coding::OwnRow).unwrap()).unwrap();
+        let wanted = context.logits(&by_own.encode(&test, Coding::Foreign).unwrap(), None).unwrap();
+        let got = ours.own_base(&own).unwrap().logits(&test).unwrap();
+        assert!(got.len() == wanted.len() && got.iter().zip(&wanted).all(|(a, b)| (a - b).abs() < 0.02));
+        let zeros: Vec<usize> = (0..own.rows()).filter(|row| own.labels[*row] == Some(0)).collect();
+        let zeros = own.take(&zeros);
+        let alone = Candidate { weights: Weights::Base, rows: Rows::Local, tokens: Tokens::Off };
+        let of_one_class = ours.own_base(&zeros).unwrap().logits(&test).unwrap();
+        assert_eq!(of_one_class, ours.build(alone, &zeros).unwrap().logits(&test).unwrap());
+
         // Nothing of the choice is in what the endpoint's metadata are made of.
         let told = format!("{} {} {:?}", after.name, after.base, after.adapter);
         assert!(!told.contains("trees") && !told.contains("context"), "{told}");
