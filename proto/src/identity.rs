@@ -98,7 +98,9 @@ pub enum IdentityError {
     #[error("certificate is a CA certificate: expected a leaf")]
     CaAsLeaf,
     /// Issued by the development CA, outside development.
-    #[error("certificate of the development CA refused: start with insecure development mode to accept it")]
+    #[error(
+        "certificate of the development CA refused: start with --insecure-dev to accept it, never in production"
+    )]
     DevelopmentCa,
     /// The peer belongs to another trust domain.
     #[error("trust domain {got} refused: expected {expected}")]

@@ -93,7 +93,9 @@ pub enum TlsError {
     #[error("own certificate: {0}")]
     Identity(#[from] IdentityError),
     /// A trusted CA is the development CA, outside development.
-    #[error("trusting the development CA refused: start with insecure development mode to accept it")]
+    #[error(
+        "trusting the development CA refused: start with --insecure-dev to accept it, never in production"
+    )]
     DevelopmentCa,
     /// A trusted CA certificate or a revocation list is unusable.
     #[error("trust anchors refused: {reason}")]
