@@ -13,7 +13,7 @@ mod said;
 mod tap;
 
 use std::io::Write;
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
@@ -60,7 +60,7 @@ async fn compared(placement: Placement, tables: &[Table]) {
     let root = tempfile::tempdir().unwrap();
     let now = time::OffsetDateTime::now_utc();
     let mut outcomes = Vec::new();
-    let addresses = free_addresses(placement.agents());
+    let listeners = listeners(placement.agents());
     let certificates = root.path().join("certs");
     let pki = pki::write(&certificates, &deployment::roles(), now).unwrap();
     for (number, table) in tables.iter().copied().enumerate() {
@@ -70,7 +70,7 @@ async fn compared(placement: Placement, tables: &[Table]) {
         std::os::unix::fs::symlink(&certificates, folder.join("certs")).unwrap();
         // The coordinator's clock stands still, so a deadline never passes: a silent agent would be waited for forever.
         let run =
-            tokio::time::timeout(PATIENCE, mesh::run(&folder, &pki, &addresses, placement, table, &log.0))
+            tokio::time::timeout(PATIENCE, mesh::run(&folder, &pki, &listeners, placement, table, &log.0))
                 .await;
         let run = run.unwrap_or_else(|_| {
             panic!("{placement:?}, {table:?}: the loop does not end; is an agent silent?")
@@ -98,11 +98,14 @@ async fn compared(placement: Placement, tables: &[Table]) {
 /// Longest time for one run of the loop, which takes some seconds.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// Addresses that nobody listens at; every run uses the same.
-fn free_addresses(agents: usize) -> Vec<SocketAddr> {
-    let listeners: Vec<TcpListener> =
-        (0..agents).map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).collect();
-    listeners.iter().map(|listener| listener.local_addr().unwrap()).collect()
+/// One listener for each agent's relay, held from the first run to the last: a port that is let go may be taken.
+fn listeners(agents: usize) -> Vec<TcpListener> {
+    let open = |_| {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        listener
+    };
+    (0..agents).map(open).collect()
 }
 
 /// Every byte on every link, every line logged, every record kept.

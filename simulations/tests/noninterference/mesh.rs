@@ -1,7 +1,7 @@
 //! One whole loop in this process: a coordinator, agents behind taps, a plan, until all links are quiet.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -94,11 +94,11 @@ pub(crate) enum Table {
     Empty,
 }
 
-/// Runs the loop with a table of the first domain; the relays listen at `addresses`, since every request names its host.
+/// Runs the loop with a table of the first domain; the relays take `listeners`, since every request names its host.
 pub(crate) async fn run(
     root: &Path,
     pki: &PkiFolder,
-    addresses: &[SocketAddr],
+    listeners: &[TcpListener],
     placement: Placement,
     table: Table,
     log: &Mutex<Vec<String>>,
@@ -127,14 +127,14 @@ pub(crate) async fn run(
     let domains = &DOMAINS[..placement.agents()];
     let names: Vec<&str> = domains.iter().map(|domain| domain.id).collect();
     for (at, domain) in domains.iter().enumerate() {
-        let address = addresses[at];
-        let tap = Tap::start(pki, &Role::agent(domain.id), address, coordinator).await;
+        let tap = Tap::start(pki, &Role::agent(domain.id), &listeners[at], coordinator);
         deployment::write_contract(&layout, domain, placement.aggregates()).unwrap();
         deployment::write_policy(&layout, domain.id, &deployment::product(domain), 3.0).unwrap();
         if placement == Placement::SecureSum {
             deployment::write_peers(&layout, domain.id, &names).unwrap();
         }
-        deployment::write_agent(&layout, domain.id, &address.to_string()).unwrap();
+        deployment::write_agent(&layout, domain.id, &listeners[at].local_addr().unwrap().to_string())
+            .unwrap();
         domain.write_train(&layout.train_table(domain.id), Some(ROWS)).unwrap();
         if at == 0 {
             rewrite(&layout, domain, table);

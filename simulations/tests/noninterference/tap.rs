@@ -4,7 +4,7 @@
 //! takes HTTP/2 apart into streams and gRPC messages. Flow control, settings and pings depend on timing and are left out.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex};
 
 use rustls::pki_types::ServerName;
@@ -12,7 +12,7 @@ use tabmesh_proto::identity::DevelopmentCa;
 use tabmesh_proto::tls::{ClientTls, DefaultTimeProvider, ServerTls, TlsFiles, TlsMaterial, TlsPolicy};
 use tabmesh_sim::quickstart::pki::{PkiFolder, Role, Usage};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 /// One direction of one HTTP/2 stream.
@@ -42,11 +42,11 @@ pub(crate) struct Tap {
 }
 
 impl Tap {
-    /// Starts a relay at `address` to `coordinator` in the name of `agent`.
-    pub(crate) async fn start(
+    /// Starts a relay from `listener` to `coordinator` in the name of `agent`; the caller's listener stays open.
+    pub(crate) fn start(
         pki: &PkiFolder,
         agent: &Role,
-        address: SocketAddr,
+        listener: &TcpListener,
         coordinator: SocketAddr,
     ) -> Self {
         let policy = || TlsPolicy { development: DevelopmentCa::Accept, time: Arc::new(DefaultTimeProvider) };
@@ -59,7 +59,7 @@ impl Tap {
         let client = ClientTls::new(&material(agent, Usage::Client), policy()).unwrap();
         let acceptor = TlsAcceptor::from(server.subscribe().borrow().clone());
         let connector = TlsConnector::from(client.subscribe().borrow().clone());
-        let listener = TcpListener::bind(address).await.unwrap();
+        let listener = tokio::net::TcpListener::from_std(listener.try_clone().unwrap()).unwrap();
         let connections: Arc<Mutex<Vec<(Bytes, Bytes)>>> = Arc::default();
         let seen = Arc::clone(&connections);
         let accepting = tokio::spawn(async move {
