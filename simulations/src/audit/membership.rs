@@ -38,7 +38,7 @@ pub(super) fn audit<R: RngCore + CryptoRng>(epsilon: f64, pairs: usize, rng: &mu
         for _ in 0..pairs {
             let mut scores = [0.0; 2];
             for (score, table) in scores.iter_mut().zip([&without, &with]) {
-                let stages = setting.release(table, subject, rng)?;
+                let stages = setting.release(table, subject, rng)?.stages;
                 if claim.is_none() {
                     claim = Some(setting.claim(&stages)?);
                 }

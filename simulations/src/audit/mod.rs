@@ -1,6 +1,7 @@
 //! `tabmesh-sim audit`: attacks on our own code, each beside controls that it must catch.
 
 mod bounds;
+mod corpus;
 mod guess;
 mod inversion;
 mod mechanism;
@@ -72,6 +73,17 @@ pub enum Audit {
         #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(500..=100_000))]
         trials: u32,
     },
+    /// The synthetic rows that a release becomes: can one who has them and knows everybody else tell whether a unit was counted?
+    ///
+    /// Exit code 0 if the shipped code keeps its claim and every control (a tenth of the noise, no noise) is caught; 1 otherwise.
+    Corpus {
+        /// ε of a plan without rounds, at δ = 1e-5.
+        #[arg(long, default_value_t = 3.0, value_parser = plan_epsilon)]
+        epsilon: f64,
+        /// Corpora with and corpora without the unit, for each row of the result; as many again set the threshold.
+        #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(200..=100_000))]
+        trials: u32,
+    },
     /// One vector with many units in or out by a coin, counts and gradients: how many guesses about it are right?
     ///
     /// Exit code 0 if the shipped code keeps its claim and every control (less noise, no bound on the rows of a unit, no clip,
@@ -132,6 +144,9 @@ pub fn run(audit: Audit, output: Output, record: Option<&Path>) -> anyhow::Resul
         }
         Audit::Membership { epsilon, trials } => {
             guessed(output, "membership", &membership::audit(epsilon, trials as usize, &mut rng)?)?
+        }
+        Audit::Corpus { epsilon, trials } => {
+            guessed(output, "corpus", &corpus::audit(epsilon, trials as usize, &mut rng)?)?
         }
         Audit::Inversion { epsilon, trials } => {
             guessed(output, "inversion", &inversion::audit(epsilon, trials as usize, &mut rng)?)?

@@ -41,7 +41,7 @@ pub(super) fn audit<R: RngCore + CryptoRng>(
         for _ in 0..trials {
             let labels: Vec<u16> = (0..PEOPLE).map(|_| rng.random_range(0..2)).collect();
             table.labels = owners.iter().map(|who| Some(labels[*who])).collect();
-            let stages = setting.release(&table, subject, rng)?;
+            let stages = setting.release(&table, subject, rng)?.stages;
             if claim.is_none() {
                 claim = Some(setting.claim(&stages)?);
             }

@@ -4,7 +4,7 @@
 //! from the mechanism of each query. All of it is what the coordinator of a cohort of one would see. A corpus is made from
 //! nothing else, so an attack on it is an attack on this with less to see.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rand::{CryptoRng, RngCore};
 use tabmesh_contract::batch::{TypedBatch, TypedColumn};
 use tabmesh_contract::schema::FeatureSchema;
@@ -14,7 +14,10 @@ use tabmesh_federation::release_plan::Release;
 use tabmesh_privacy::budget::{Delta, Rho};
 use tabmesh_privacy::mechanism::{DiscreteGaussian, Noise};
 use tabmesh_privacy::release::{Attribute, ColumnRef, MarginalTable, ReleaseQuery, count};
+use tabmesh_synthesis::fit::fit;
+use tabmesh_synthesis::sample::{CellRows, draw};
 use tabmesh_synthesis::selection;
+use tabmesh_synthesis::tree::TreeStructure;
 
 use super::guess::{Claim, Subject};
 use super::setting::{TARGET, column, schema};
@@ -24,6 +27,13 @@ pub(super) struct Setting {
     schema: FeatureSchema,
     plan: Plan,
     digest: PlanDigest,
+}
+
+/// All stages of a release, and what was decided between them.
+pub(super) struct Released {
+    pub(super) stages: Vec<Stage>,
+    /// The structure that the last stage's counts are for.
+    tree: TreeStructure,
 }
 
 /// What a stage brought.
@@ -60,7 +70,7 @@ impl Setting {
         table: &TypedBatch,
         subject: Subject,
         rng: &mut R,
-    ) -> Result<Vec<Stage>> {
+    ) -> Result<Released> {
         let (schema, plan, digest) = (&self.schema, &self.plan, self.digest);
         let budget = plan.budget()?;
         let release = Release { schema, plan, digest, budget, max_rows_per_unit: MAX_ROWS, agents: 1 };
@@ -88,7 +98,35 @@ impl Setting {
             second.variance * second.query.rho.as_f64() / (second.query.marginals.len() as f64 * rho);
         let marginals = selection::marginals(&tree, &cells, total, variance_each);
         let fourth = answer(release.stage_four(&finals, marginals)?)?;
-        Ok(vec![first, second, third, fourth])
+        Ok(Released { stages: vec![first, second, third, fourth], tree })
+    }
+
+    /// The corpus that a coordinator draws from a release, in the cells of its last stage.
+    pub(super) fn corpus<R: RngCore + CryptoRng>(&self, released: &Released, rng: &mut R) -> Result<CellRows> {
+        let [_, second, _, fourth] = released.stages.as_slice() else { bail!("a release has four stages") };
+        let mut tables = second.tables()?;
+        tables.extend(fourth.tables()?);
+        Ok(draw(&fit(&released.tree, &tables)?, self.plan.corpus.rows as usize, rng)?)
+    }
+
+    /// A row's cell of each attribute of a query.
+    pub(super) fn cells(
+        &self,
+        query: &ReleaseQuery,
+        table: &TypedBatch,
+        row: usize,
+        label: u16,
+    ) -> Result<Vec<usize>> {
+        let cell = |attribute: &Attribute| -> Result<usize> {
+            if attribute.is_label() {
+                return Ok(usize::from(label));
+            }
+            Ok(attribute.merged(match column(&self.schema, table, &attribute.id)? {
+                TypedColumn::Numeric(values) => attribute.fine_cell_of(values[row]),
+                TypedColumn::Categorical(codes) => attribute.fine_cell_of_code(codes[row]),
+            }))
+        };
+        query.attributes.iter().map(cell).collect()
     }
 
     /// Exact counts of a query.
@@ -113,16 +151,7 @@ impl Setting {
         row: usize,
         label: u16,
     ) -> Result<Vec<usize>> {
-        let cell = |attribute: &Attribute| -> Result<usize> {
-            if attribute.is_label() {
-                return Ok(usize::from(label));
-            }
-            Ok(attribute.merged(match column(&self.schema, table, &attribute.id)? {
-                TypedColumn::Numeric(values) => attribute.fine_cell_of(values[row]),
-                TypedColumn::Categorical(codes) => attribute.fine_cell_of_code(codes[row]),
-            }))
-        };
-        let cells: Vec<usize> = query.attributes.iter().map(cell).collect::<Result<_>>()?;
+        let cells = self.cells(query, table, row, label)?;
         let (mut start, mut places) = (0, Vec::with_capacity(query.marginals.len()));
         for marginal in &query.marginals {
             let (mut place, mut size) = (0, 1);
@@ -174,7 +203,7 @@ mod tests {
         let table = read(&people, MAX_ROWS).unwrap();
         let setting = Setting::new(3.0).unwrap();
         for subject in [Subject::Shipped, Subject::NoNoise] {
-            let stages = setting.release(&table, subject, &mut rng).unwrap();
+            let stages = setting.release(&table, subject, &mut rng).unwrap().stages;
             for stage in &stages {
                 let mut summed = vec![0_i64; stage.seen.len()];
                 for row in 0..table.rows() {

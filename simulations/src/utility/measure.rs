@@ -372,18 +372,27 @@ pub(crate) fn newcomer(
             let ours = loaded(&federated.layout, &federated.pki, &member.name(), schema, secret)?;
             let split = Gate::new(&secret).split(&own);
             let (training, gate) = (own.take(&split.training), own.take(&split.gate));
-            let choice = choose(&ours, &training, &gate, None, PromotionSection::default())?;
+            let mut choice = choose(&ours, &training, &gate, None, PromotionSection::default())?;
+            // The rivals are the agent's own trees: what cross-validation finds for them needn't be looked for twice.
+            let (own_trees, corpus_trees) = (ours.trees(false, &own, None)?, ours.trees(true, &own, None)?);
+            for share in &mut choice.served.shares {
+                let settings = match share.member {
+                    BlendMember::Trees => Some(own_trees.settings()),
+                    BlendMember::TreesAndCorpus => Some(corpus_trees.settings()),
+                    BlendMember::OwnBase | BlendMember::Model(_) => None,
+                };
+                share.settings = share.settings.or(settings);
+            }
             let served = ours.serve(choice.served, choice.calibration, &own)?;
             let base = Candidate { weights: Weights::Base, rows: Rows::Local, tokens: Tokens::Off };
             if by_corpus.is_none() {
                 let of_all = by_corpus_alone(&ours, std::slice::from_ref(&tables), seed)?;
                 by_corpus = of_all.into_iter().next().map(|all| all[..kept.len()].to_vec());
             }
-            let corpus = ours.in_own_columns(ours.corpus());
             let by_name = BTreeMap::from([
-                ("local_trees", baseline::fit_predict(&own, None, &test, schema, seed)?),
+                ("local_trees", own_trees.probabilities(&test)?),
                 ("local_logistic", logistic::fit_predict(&own, &test, schema, seed)?),
-                ("local_trees_corpus", baseline::fit_predict(&own, Some(&corpus), &test, schema, seed)?),
+                ("local_trees_corpus", corpus_trees.probabilities(&test)?),
                 ("local_base", by_base(&own, &test, schema, seed)?),
                 ("corpus_logistic", by_corpus.clone().context("no answers by the corpus")?),
                 ("base", ones(&alone(&ours, base, &own)?.predict(&test)?)),
