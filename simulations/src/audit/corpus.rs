@@ -54,12 +54,7 @@ pub(super) fn audit<R: RngCore + CryptoRng>(epsilon: f64, pairs: usize, rng: &mu
         let claim = claim.context("at least one release")?;
         all.push(Guesses::of_pairs(("which of two corpora", subject), &claim, (above, pairs)));
         let alarms = upper_rate(alarms, pairs, FAILURE);
-        all.push(Guesses::of_secrets(
-            ("found at 1 % false alarms", subject),
-            &claim,
-            (hits, pairs),
-            alarms,
-        ));
+        all.push(Guesses::of_secrets(("found at 1 % false alarms", subject), &claim, (hits, pairs), alarms));
     }
     Ok(all)
 }

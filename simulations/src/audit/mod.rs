@@ -1,5 +1,6 @@
 //! `tabmesh-sim audit`: attacks on our own code, each beside controls that it must catch.
 
+mod adapter;
 mod bounds;
 mod corpus;
 mod guess;
@@ -84,6 +85,18 @@ pub enum Audit {
         #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(200..=100_000))]
         trials: u32,
     },
+    /// The adapter that all rounds of a plan make: can one who has it tell whether a row was trained on?
+    ///
+    /// The likelihood-ratio attack with shadow adapters. Exit code 0 if the shipped code keeps its claim and the control (no
+    /// noise) is caught; 1 otherwise.
+    Adapter {
+        /// ε of the plan, at δ = 1e-5; its rounds have half of the budget.
+        #[arg(long, default_value_t = 3.0, value_parser = plan_epsilon)]
+        epsilon: f64,
+        /// Adapters with and adapters without the row, for each row of the result; 64 more are the attacker's shadows.
+        #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(60..=100_000))]
+        trials: u32,
+    },
     /// One vector with many units in or out by a coin, counts and gradients: how many guesses about it are right?
     ///
     /// Exit code 0 if the shipped code keeps its claim and every control (less noise, no bound on the rows of a unit, no clip,
@@ -147,6 +160,9 @@ pub fn run(audit: Audit, output: Output, record: Option<&Path>) -> anyhow::Resul
         }
         Audit::Corpus { epsilon, trials } => {
             guessed(output, "corpus", &corpus::audit(epsilon, trials as usize, &mut rng)?)?
+        }
+        Audit::Adapter { epsilon, trials } => {
+            guessed(output, "adapter", &adapter::audit(epsilon, trials as usize, &mut rng)?)?
         }
         Audit::Inversion { epsilon, trials } => {
             guessed(output, "inversion", &inversion::audit(epsilon, trials as usize, &mut rng)?)?

@@ -102,7 +102,11 @@ impl Setting {
     }
 
     /// The corpus that a coordinator draws from a release, in the cells of its last stage.
-    pub(super) fn corpus<R: RngCore + CryptoRng>(&self, released: &Released, rng: &mut R) -> Result<CellRows> {
+    pub(super) fn corpus<R: RngCore + CryptoRng>(
+        &self,
+        released: &Released,
+        rng: &mut R,
+    ) -> Result<CellRows> {
         let [_, second, _, fourth] = released.stages.as_slice() else { bail!("a release has four stages") };
         let mut tables = second.tables()?;
         tables.extend(fourth.tables()?);

@@ -3,7 +3,7 @@
 //! The agent's side is the shipped trainer on stored artefacts: base, corpus, coding. The attacker has the same artefacts, since
 //! they are published, and so the clipped gradient of any row that they think of.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use rand::{CryptoRng, RngCore, SeedableRng};
@@ -12,13 +12,15 @@ use tabmesh_agent::publication::Artefacts;
 use tabmesh_agent::train::Trainer;
 use tabmesh_contract::batch::{TypedBatch, TypedColumn};
 use tabmesh_contract::schema::FeatureSchema;
+use tabmesh_federation::aggregate::optimiser::ServerOptimiser;
+use tabmesh_federation::aggregate::{Aggregate, Contributions, Rule, Updates};
 use tabmesh_federation::descriptor::{RoundDescriptor, RoundInputs};
 use tabmesh_federation::documents::{CorpusColumn, CorpusDocument};
-use tabmesh_federation::id::{AgentId, CollectionId, Digest};
+use tabmesh_federation::id::{AgentId, CollectionId, Digest, PlanDigest};
 use tabmesh_federation::manifest::Trust;
 use tabmesh_federation::plan::Plan;
 use tabmesh_privacy::budget::{Delta, Rho};
-use tabmesh_privacy::mechanism::DiscreteGaussian;
+use tabmesh_privacy::mechanism::{DiscreteGaussian, Noise};
 use tabmesh_store::BlobStore;
 use tabmesh_tfm::adapter::{Adapter, Kind};
 use tabmesh_tfm::context::Context;
@@ -51,6 +53,9 @@ pub(super) struct Wanted {
 pub(super) struct Round {
     folder: TempDir,
     plan: Plan,
+    digest: PlanDigest,
+    /// What the round was made from; later rounds of the plan differ in the adapter.
+    inputs: RoundInputs,
     descriptor: RoundDescriptor,
     schema: FeatureSchema,
     coding: Preprocessing,
@@ -111,13 +116,19 @@ impl Round {
             noisy_total: 1_000.0,
             noisy_total_sd: 10.0,
         };
-        let descriptor = RoundDescriptor::new(inputs, &plan, digest)?;
-        Ok(Self { folder, plan, descriptor, schema, coding, context, adapter })
+        let descriptor = RoundDescriptor::new(inputs.clone(), &plan, digest)?;
+        Ok(Self { folder, plan, digest, inputs, descriptor, schema, coding, context, adapter })
     }
 
     /// What the round costs a unit.
     pub(super) fn claim(&self) -> Result<Claim> {
         Ok(Claim { rho: self.descriptor.rho, delta: Delta::new(DELTA)? })
+    }
+
+    /// What all rounds of the plan cost a unit.
+    pub(super) fn claim_of_all(&self) -> Result<Claim> {
+        let rho = self.descriptor.rho.share(u64::from(self.plan.rounds.count), 1);
+        Ok(Claim { rho, delta: Delta::new(DELTA)? })
     }
 
     /// The noise that the round's agents add, or what a control has instead. Nothing without noise.
@@ -143,11 +154,57 @@ impl Round {
 
     /// The same, under a plan that samples, of the units that `draws` picks.
     fn agents_draw(&self, people: &[Person], draws: &mut ChaCha20Rng) -> Result<Vec<i64>> {
+        Ok(self.trainer(people)?.clipped_sum(&self.descriptor, draws)?)
+    }
+
+    fn trainer(&self, people: &[Person]) -> Result<Trainer> {
         let key = "00".repeat(32).parse()?;
         let artefacts = Artefacts::open(self.folder.path(), key, Trust::Production)?;
         let (descriptor, rows) = (&self.descriptor, one_row_each(people)?);
-        let trainer = Trainer::new(&artefacts, descriptor, &self.plan, &self.schema, &rows, Coding::OwnRow)?;
-        Ok(trainer.clipped_sum(descriptor, draws)?)
+        Ok(Trainer::new(&artefacts, descriptor, &self.plan, &self.schema, &rows, Coding::OwnRow)?)
+    }
+
+    /// The adapter that all rounds of the plan make of one agent's people, as a coordinator publishes it.
+    ///
+    /// The number of units that sums are divided by is taken to be `units`, whoever is there: by the release it is noisy.
+    pub(super) fn trained<R: RngCore + CryptoRng>(
+        &self,
+        people: &[Person],
+        units: f64,
+        noise: Option<&DiscreteGaussian>,
+        rng: &mut R,
+    ) -> Result<Adapter> {
+        let (trainer, rounds) = (self.trainer(people)?, &self.plan.rounds);
+        let mut values: Vec<f64> = self.adapter.values().iter().map(|value| f64::from(*value)).collect();
+        let mut optimiser = ServerOptimiser::new(rounds.optimiser, rounds.count, values.len());
+        let (rule, none) = (Rule::new(rounds.aggregation, rounds.trim), BTreeMap::new());
+        for index in 0..rounds.count {
+            let adapter_values = values.iter().map(|value| *value as f32).collect();
+            let inputs = RoundInputs { index, adapter_values, ..self.inputs.clone() };
+            let descriptor = RoundDescriptor::new(inputs, &self.plan, self.digest)?;
+            let sum = trainer.clipped_sum(&descriptor, rng)?;
+            let seen = match noise {
+                Some(noise) => noise.privatize(&sum, rng).into_inner(),
+                None => sum,
+            };
+            let updates = Updates {
+                contributions: Contributions::SumOnly(&seen),
+                scale: descriptor.scale as f64,
+                divisor: units,
+                totals: &none,
+            };
+            (values, optimiser) = optimiser.step(&values, &rule.mean(&updates)?, descriptor.clip_norm)?;
+        }
+        let published = optimiser.averaged(&values).iter().map(|value| *value as f32).collect();
+        Ok(self.adapter.with_values(published)?)
+    }
+
+    /// What the model says about each person under an adapter: the logit of their own label.
+    pub(super) fn confidence(&self, people: &[Person], adapter: &Adapter) -> Result<Vec<f64>> {
+        let rows = self.coding.encode(&one_row_each(people)?, Coding::Foreign)?;
+        let logits = self.context.logits(&rows, Some(adapter))?;
+        let sign = |person: &Person| if person.label == 1 { 1.0 } else { -1.0 };
+        Ok(logits.iter().zip(people).map(|(logit, person)| logit * sign(person)).collect())
     }
 
     /// The clipped gradient of each row, as anybody computes it who has the published artefacts.
