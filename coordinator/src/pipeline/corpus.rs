@@ -29,7 +29,8 @@ use crate::plans::Submitted;
 struct CorpusCard {
     plan: String,
     rows: usize,
-    parents: Vec<Option<String>>,
+    /// Features that each feature depends on, its own parent in the tree first.
+    parents: Vec<Vec<String>>,
     quality: Quality,
 }
 
@@ -84,7 +85,7 @@ fn draw_corpus(
     let card = CorpusCard {
         plan: submitted.digest.to_string(),
         rows: document.labels.len(),
-        parents: (0..features.len()).map(|f| tree.parent(f).and_then(name)).collect(),
+        parents: (0..features.len()).map(|f| tree.above(f).into_iter().filter_map(name).collect()).collect(),
         quality,
     };
     let card = mesh.put_json(&card)?;

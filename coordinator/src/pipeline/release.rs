@@ -20,7 +20,7 @@ use tabmesh_privacy::release::{Attribute, MarginalTable, ReleaseQuery};
 use tabmesh_proto::message::AssignmentKind;
 use tabmesh_store::Digest;
 use tabmesh_synthesis::selection;
-use tabmesh_synthesis::tree::TreeStructure;
+use tabmesh_synthesis::tree::{TreeStructure, Width};
 
 use super::{collection_id, contracts, quorum, schema_of, secure, spiffe_ids};
 use crate::collections::Open;
@@ -92,7 +92,7 @@ impl Released {
         Ok(self.plan(submitted)?.final_attributes(&self.stage(1)?.tables()?)?)
     }
 
-    /// The tree chosen on stage 3; the label's place is after the features.
+    /// The tree chosen on stage 3, as wide as the plan wants it; the label's place is after the features.
     pub(super) fn tree(&self, submitted: &Submitted) -> Result<TreeStructure, CoordinatorError> {
         let first = self.stage(1)?;
         let fine = first.tables()?;
@@ -100,7 +100,14 @@ impl Released {
         let coarse = self.plan(submitted)?.coarse_attributes(&fine)?;
         let coarse: Vec<Attribute> =
             self.schema.features().iter().filter_map(|feature| coarse.get(&feature.id).cloned()).collect();
-        Ok(selection::structure(&fine, &first.query.attributes, &coarse, &self.stage(3)?.tables()?)?)
+        let width = Width::of(submitted.plan.release.parents as usize);
+        let (asked, pairs) = (&first.query.attributes, self.stage(3)?.tables()?);
+        Ok(selection::structure(&fine, asked, &coarse, &pairs, (&self.final_cells()?, width))?)
+    }
+
+    /// Final numbers of cells of the attributes, the label's last.
+    fn final_cells(&self) -> Result<Vec<usize>, CoordinatorError> {
+        Ok(self.stage(2)?.query.attributes.iter().map(Attribute::cells).collect())
     }
 
     /// What the last stage asks for: the tree's marginals over the final bins.
@@ -109,13 +116,13 @@ impl Released {
         let finals = self.finals(submitted)?;
         let second = self.stage(2)?;
         let counted = second.tables()?;
-        let cells: Vec<usize> = second.query.attributes.iter().map(Attribute::cells).collect();
         // A cell's variance is the squared sensitivity over ρ, times what depends on who adds the noise alone; each marginal
         // adds the same to the squared sensitivity.
         let variance = counted.first().map_or(0.0, |table| table.variance);
         let rho = plan.budget.per_stage.last().map_or(0.0, |rho| rho.as_f64());
         let variance_each = variance * second.query.rho.as_f64() / (counted.len() as f64 * rho);
-        let marginals = selection::marginals(&self.tree(submitted)?, &cells, self.total()?.0, variance_each);
+        let (tree, cells) = (self.tree(submitted)?, self.final_cells()?);
+        let marginals = selection::marginals(&tree, &cells, self.total()?.0, variance_each);
         Ok(plan.stage_four(&finals, marginals)?)
     }
 

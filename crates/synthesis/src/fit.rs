@@ -1,12 +1,14 @@
-//! From noisy tables to a proper distribution: P(label) · Π P(feature | parent, label).
+//! From noisy tables to a proper distribution: P(label) · Π P(feature | parents, label).
 //!
 //! Owns the estimation. Whatever the noise, every conditional is non-negative and sums to 1; with zero noise it is
 //! the exact relative frequency wherever there is a row to divide by.
 //!
 //! Steps, each post-processing: (1) all tables are reconciled, so each shared marginal uses every measurement of it;
 //! (2) P(feature | class) and P(feature | parent cell) are drawn towards P(feature) by as much as noise can have made
-//! of them ([`crate::signal`]); (3) P(feature | parent cell, class) is the distribution with these and no interaction
-//! of all three, moved by 3-way counts where some were released and hold more than noise (module `clique`).
+//! of them ([`crate::signal`]); (3) P(feature | parent cells, class) is the distribution with these and no interaction
+//! beyond, moved by 3-way counts where some were released and hold more than noise (module `clique`). Parents come
+//! first, and those of a feature lie in one clique above it: their joint distribution is a sum over that clique, a message
+//! along an edge of the junction tree.
 
 use serde::{Deserialize, Serialize};
 use tabmesh_privacy::release::MarginalTable;
@@ -17,21 +19,21 @@ use crate::marginal::{self, cell_count, probabilities};
 use crate::signal::{agreed_marginal, conditionals_by};
 use crate::tree::{TreeStructure, family};
 
-/// A tree-augmented naive Bayes distribution over cells and classes.
+/// A distribution over cells and classes: tree-augmented naive Bayes, or wider cliques along the tree.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "StoredModel", into = "StoredModel")]
 pub struct TreeModel {
     structure: TreeStructure,
     dims: Vec<usize>,
     classes: Vec<f64>,
-    /// One per attribute, laid out `(class, parent cell, cell)`; empty for the label.
+    /// One per attribute, laid out `(class, parent cells, cell)`; empty for the label.
     conditionals: Vec<Vec<f64>>,
 }
 
 /// Fits the distribution of `structure` to noisy tables.
 ///
-/// For every feature tables must cover `[feature, label]` and, unless it is a root, `[feature, parent]`: apart, or
-/// together as `[feature, parent, label]`; further tables at the same resolution are welcome, they sharpen the marginals
+/// For every feature tables must cover `[feature, label]` and `[feature, parent]` of each parent: apart, or, for a feature with
+/// one parent, together as `[feature, parent, label]`; further tables at the same resolution are welcome, they sharpen the marginals
 /// they share. Axes may be in any order.
 ///
 /// # Errors
@@ -52,34 +54,56 @@ pub fn fit(structure: &TreeStructure, tables: &[MarginalTable]) -> Result<TreeMo
     dims[label] = classes.len();
     let mut by_class = vec![Vec::new(); attributes];
     let mut conditionals = vec![Vec::new(); attributes];
+    let mut joints: Vec<Option<MarginalTable>> = vec![None; attributes];
     // Parents come first.
     for &feature in structure.order() {
         by_class[feature] = conditionals_by(&tables, label, feature)?;
         dims[feature] = by_class[feature].first().map_or(0, Vec::len);
-        conditionals[feature] = match structure.parent(feature) {
-            None => by_class[feature].concat(),
-            Some(parent) => {
-                let pairs = Pairs {
-                    classes: &classes,
-                    parent_by_class: &by_class[parent],
-                    by_class: &by_class[feature],
-                    by_parent: &conditionals_by(&tables, parent, feature)?,
-                };
-                let back_off = pairs.without_interaction();
-                match agreed_marginal(&tables, &[label, parent, feature]) {
-                    Ok(counts) => with_counts(&back_off, &counts.values, dims[feature], counts.variance),
-                    Err(SynthesisError::MissingMarginal { .. }) => back_off,
-                    Err(error) => return Err(error),
-                }
+        let above = structure.above(feature);
+        let own = match above.as_slice() {
+            [] => classes.clone(),
+            // What pairs say of a parent is what its clique was fitted to.
+            [parent] => {
+                let given = classes.iter().zip(&by_class[*parent]);
+                given.flat_map(|(class, run)| run.iter().map(move |p| class * p)).collect()
+            }
+            _ => {
+                let host = structure.host(feature).and_then(|host| joints[host].as_ref());
+                let host = host.ok_or(SynthesisError::BadTree { attribute: feature })?;
+                let wanted: Vec<usize> = [label].into_iter().chain(above.iter().copied()).collect();
+                marginal::marginalise(host, &wanted)?.values
             }
         };
+        conditionals[feature] = if above.is_empty() {
+            by_class[feature].concat()
+        } else {
+            let by_parent = above
+                .iter()
+                .map(|parent| conditionals_by(&tables, *parent, feature))
+                .collect::<Result<Vec<_>, _>>()?;
+            let pairs = Pairs { own: &own, by_class: &by_class[feature], by_parent: &by_parent };
+            let back_off = pairs.without_interaction();
+            match agreed_marginal(&tables, &family(structure, feature)) {
+                Ok(counts) => with_counts(&back_off, &counts.values, dims[feature], counts.variance),
+                Err(SynthesisError::MissingMarginal { .. }) => back_off,
+                Err(error) => return Err(error),
+            }
+        };
+        let values: Vec<f64> = own
+            .iter()
+            .zip(conditionals[feature].chunks_exact(dims[feature].max(1)))
+            .flat_map(|(mass, run)| run.iter().map(move |p| mass * p))
+            .collect();
+        let attributes = family(structure, feature);
+        let dims = attributes.iter().map(|a| dims[*a]).collect();
+        joints[feature] = Some(MarginalTable { attributes, dims, values, variance: 0.0 });
     }
     Ok(TreeModel { structure: structure.clone(), dims, classes, conditionals })
 }
 
 impl TreeModel {
     /// A model from its distributions: `classes` sums to 1, `conditionals[a]` is laid out
-    /// `(class, parent cell, cell)` with each run over cells summing to 1, empty for the label.
+    /// `(class, parent cells, cell)` with each run over cells summing to 1, empty for the label.
     ///
     /// # Errors
     /// [`SynthesisError::LayoutMismatch`] if the lengths don't fit `structure` and `dims`, or a
@@ -136,21 +160,25 @@ impl TreeModel {
         &self.classes
     }
 
-    /// P(feature | parent cell, class) over the feature's cells; `parent` is ignored for a root.
+    /// P(feature | parent cells, class) over the feature's cells; `above` is the number of the parents' cells, the last
+    /// parent's side by side ([`TreeStructure::above`]), and ignored for a root.
     ///
     /// `None` if the attribute is the label or anything is out of range.
     #[must_use]
-    pub fn conditional(&self, feature: usize, parent: usize, class: usize) -> Option<&[f64]> {
+    pub fn conditional(&self, feature: usize, above: usize, class: usize) -> Option<&[f64]> {
         let cells = *self.dims.get(feature)?;
-        let (parents, parent) = match self.structure.parent(feature) {
-            Some(above) => (self.dims[above], parent),
-            None => (1, 0),
-        };
-        if parent >= parents || class >= self.classes.len() || feature == self.structure.label() {
+        let combinations = self.combinations(feature);
+        let above = if self.structure.parent(feature).is_some() { above } else { 0 };
+        if above >= combinations || class >= self.classes.len() || feature == self.structure.label() {
             return None;
         }
-        let start = (class * parents + parent) * cells;
+        let start = (class * combinations + above) * cells;
         self.conditionals[feature].get(start..start + cells)
+    }
+
+    /// Combinations of the parents' cells.
+    pub(crate) fn combinations(&self, feature: usize) -> usize {
+        self.structure.above(feature).iter().map(|parent| self.dims[*parent]).product()
     }
 
     /// ln P(cells, class) of one row; `cells` has one entry per attribute, the label's is the class.
@@ -165,8 +193,12 @@ impl TreeModel {
             return sum;
         }
         for &feature in self.structure.order() {
-            let parent = self.structure.parent(feature).map_or(0, cell);
-            let run = self.conditional(feature, parent, class);
+            let parents = self.structure.above(feature);
+            let above = parents.iter().try_fold(0_usize, |at, parent| {
+                let own = cell(*parent);
+                (own < self.dims[*parent]).then(|| at * self.dims[*parent] + own)
+            });
+            let run = above.and_then(|above| self.conditional(feature, above, class));
             sum += run.and_then(|p| p.get(cell(feature))).map_or(f64::NEG_INFINITY, |p| p.ln());
         }
         sum

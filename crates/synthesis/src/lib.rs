@@ -57,4 +57,4 @@ pub use error::SynthesisError;
 pub use fit::{TreeModel, fit};
 pub use quality::{Quality, measure};
 pub use sample::{CellRows, FineHistograms, SynthColumn, SyntheticTable, decode, draw, draw_for_labels};
-pub use tree::{PairScore, TreeStructure, pair_scores};
+pub use tree::{PairScore, TreeStructure, Width, pair_scores};

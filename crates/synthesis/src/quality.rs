@@ -52,7 +52,7 @@ pub fn measure(
     }
     for &feature in structure.order() {
         two_way.add(rows, best_marginal(tables, &[feature, label])?)?;
-        if let Some(parent) = structure.parent(feature) {
+        for parent in structure.above(feature) {
             two_way.add(rows, best_marginal(tables, &[feature, parent])?)?;
         }
     }

@@ -358,20 +358,22 @@ fn draw_features<R: Rng + ?Sized>(
     let rows = labels.len();
     let mut columns = vec![Vec::new(); model.dims().len()];
     for &feature in structure.order() {
-        let parent = structure.parent(feature);
-        let parents = parent.map_or(1, |p| model.dims()[p]);
-        // One cumulative distribution per (class, parent cell), in that order.
-        let tables: Vec<Vec<f64>> = (0..model.classes().len() * parents)
-            .filter_map(|i| model.conditional(feature, i % parents, i / parents))
+        let parents = structure.above(feature);
+        let combinations = model.combinations(feature);
+        // One cumulative distribution per (class, parent cells), in that order.
+        let tables: Vec<Vec<f64>> = (0..model.classes().len() * combinations)
+            .filter_map(|i| model.conditional(feature, i % combinations, i / combinations))
             .map(cumulative)
             .collect();
-        let above = parent.map(|p| &columns[p]);
         let column = labels
             .iter()
             .enumerate()
             .map(|(row, &class)| {
-                let cell = above.map_or(0, |column: &Vec<u32>| column[row] as usize);
-                pick(&tables[class as usize * parents + cell], rng)
+                let above = parents.iter().fold(0, |at, parent| {
+                    at * model.dims()[*parent]
+                        + columns[*parent].get(row).map_or(0, |cell: &u32| *cell as usize)
+                });
+                pick(&tables[class as usize * combinations + above], rng)
             })
             .collect();
         columns[feature] = column;

@@ -8,21 +8,24 @@ use tabmesh_privacy::release::{Attribute, MarginalSpec, MarginalTable};
 
 use crate::SynthesisError;
 use crate::marginal::recut;
-use crate::tree::{MEAN_ABSOLUTE_NORMAL, PairScore, TreeStructure, pair_scores};
+use crate::tree::{MEAN_ABSOLUTE_NORMAL, PairScore, TreeStructure, Width, pair_scores};
 
-/// The tree of the pairs of features that noise can't have made; the label stands after the features.
+/// The tree of the pairs of features that noise can't have made, widened as far as `width` lets it; the label stands after
+/// the features.
 ///
 /// `fine` are the 1-way tables of the features at the cells of `asked`, `pairs` the 2-way tables at those of `coarse`,
-/// each attribute at its feature's place. Features that depend on no other become roots.
+/// each attribute at its feature's place; `cells` are the attributes' numbers of cells in the last stage, the label's among
+/// them. Features that depend on no other become roots.
 ///
 /// # Errors
 /// [`SynthesisError::MissingMarginal`] for a feature without 1-way table; as [`recut`], [`pair_scores`] and
-/// [`TreeStructure::spanning`].
+/// [`TreeStructure::spanning`] and [`TreeStructure::widened`].
 pub fn structure(
     fine: &[MarginalTable],
     asked: &[Attribute],
     coarse: &[Attribute],
     pairs: &[MarginalTable],
+    (cells, width): (&[usize], Width),
 ) -> Result<TreeStructure, SynthesisError> {
     let features = coarse.len();
     let mut one_way = Vec::with_capacity(features);
@@ -35,18 +38,18 @@ pub fn structure(
         pairs.iter().filter(|table| table.attributes.len() == 2).cloned().collect();
     let mut scores = pair_scores(&pairs, &one_way)?;
     scores.retain(PairScore::is_signal);
-    TreeStructure::spanning(features + 1, features, &scores)
+    TreeStructure::spanning(features + 1, features, &scores)?.widened(&scores, cells, width)
 }
 
-/// The marginals to measure for a tree: each feature with the label and each with its parent, or all three at once where
-/// that many cells bear the noise.
+/// The marginals to measure for a tree: each feature with the label and each with its parents, or all three at once where
+/// there is one parent and that many cells bear the noise.
 ///
 /// `cells` has the attributes' numbers of cells, the label's among them; `total` is the number of rows; `variance_each` is
 /// what every marginal of the stage adds to the variance of a cell's noise.
 #[must_use]
 pub fn marginals(tree: &TreeStructure, cells: &[usize], total: f64, variance_each: f64) -> Vec<MarginalSpec> {
     let label = tree.label();
-    let edges = tree.order().iter().filter(|feature| tree.parent(**feature).is_some()).count();
+    let edges: usize = tree.order().iter().map(|feature| tree.above(*feature).len()).sum();
     let sd = (variance_each * (tree.order().len() + edges) as f64).sqrt();
     let bears = |attributes: &[usize]| {
         let cells: f64 =
@@ -55,10 +58,12 @@ pub fn marginals(tree: &TreeStructure, cells: &[usize], total: f64, variance_eac
     };
     let mut asked = Vec::with_capacity(tree.order().len() + edges);
     for &feature in tree.order() {
-        match tree.parent(feature) {
-            Some(parent) if bears(&[feature, parent, label]) => asked.push(vec![feature, parent, label]),
-            Some(parent) => asked.extend([vec![feature, label], vec![feature, parent]]),
-            None => asked.push(vec![feature, label]),
+        match tree.above(feature).as_slice() {
+            [parent] if bears(&[feature, *parent, label]) => asked.push(vec![feature, *parent, label]),
+            above => {
+                asked.push(vec![feature, label]);
+                asked.extend(above.iter().map(|parent| vec![feature, *parent]));
+            }
         }
     }
     asked.into_iter().map(|attributes| MarginalSpec { attributes }).collect()

@@ -9,6 +9,11 @@
 //! The label is no node: it is a parent of every feature (tree-augmented naive Bayes, Friedman, Geiger & Goldszmidt,
 //! *Bayesian Network Classifiers*, 1997, without its conditioning of the scores on the label, which would double
 //! the cells of every pair).
+//!
+//! A tree can be widened into a junction tree: a feature gets parents beside its own, all of them from one clique above, which
+//! is a feature placed before with its parents. That is the running intersection property (Lauritzen & Spiegelhalter, *Local
+//! computations with probabilities on graphical structures*, 1988): sums over a clique are all that is needed of what is above.
+//! The cells of the largest clique are bounded.
 
 use std::collections::BTreeMap;
 
@@ -99,13 +104,32 @@ fn pair_score(
     Ok(PairScore { first, second, score: distance / total - noise, noise, sd })
 }
 
-/// A rooted forest over the features, with the label as a further parent of each.
+/// A rooted forest over the features, with the label as a further parent of each; or a junction tree grown from one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "ParentList", into = "ParentList")]
 pub struct TreeStructure {
     label: usize,
     parent: Vec<Option<usize>>,
+    /// Parents of each attribute beside its own.
+    more: Vec<Vec<usize>>,
     order: Vec<usize>,
+}
+
+/// How wide a junction tree may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Width {
+    /// Most parents of a feature beside the label; 1 is a tree.
+    pub parents: usize,
+    /// Most cells of a clique that a further parent makes: a feature, its parents and the label.
+    pub cells: usize,
+}
+
+impl Width {
+    /// So many parents, in cliques of at most [`MAX_CLIQUE_CELLS`].
+    #[must_use]
+    pub fn of(parents: usize) -> Self {
+        Self { parents, cells: MAX_CLIQUE_CELLS }
+    }
 }
 
 impl TreeStructure {
@@ -139,7 +163,9 @@ impl TreeStructure {
         // Children of the label and members of cycles are reached from no root.
         let unplaced = (0..attributes).find(|a| (*a == label) == order.contains(a));
         match unplaced {
-            None if parent[label].is_none() => Ok(Self { label, parent, order }),
+            None if parent[label].is_none() => {
+                Ok(Self { label, more: vec![Vec::new(); attributes], parent, order })
+            }
             _ => Err(SynthesisError::BadTree { attribute: unplaced.unwrap_or(label) }),
         }
     }
@@ -205,6 +231,75 @@ impl TreeStructure {
         Self::new(label, parent)
     }
 
+    /// The junction tree that grows from this tree: each feature gets more parents from the clique above it that it depends on
+    /// most, by the sum of the scores.
+    ///
+    /// `scores` are those of pairs that count as dependent, `cells` the attributes' numbers of cells. A parent that would take the
+    /// feature's clique beyond the width is passed over.
+    ///
+    /// # Errors
+    /// [`SynthesisError::LayoutMismatch`] unless there is one number of cells an attribute.
+    pub fn widened(
+        mut self,
+        scores: &[PairScore],
+        cells: &[usize],
+        width: Width,
+    ) -> Result<Self, SynthesisError> {
+        let (expected, got) = (self.attributes(), cells.len());
+        if got != expected {
+            return Err(SynthesisError::LayoutMismatch { what: "numbers of cells", expected, got });
+        }
+        let scores: BTreeMap<(usize, usize), f64> =
+            scores.iter().map(|s| ((s.first.min(s.second), s.first.max(s.second)), s.score)).collect();
+        for (place, feature) in self.order.clone().into_iter().enumerate() {
+            let Some(parent) = self.parent(feature) else { continue };
+            let narrow =
+                [feature, parent, self.label].iter().fold(1_usize, |n, a| n.saturating_mul(cells[*a]));
+            let mut best: (f64, Vec<usize>) = (0.0, Vec::new());
+            for above in &self.order[..place] {
+                let clique = self.clique(*above);
+                if !clique.contains(&parent) {
+                    continue;
+                }
+                let scored = |other: &usize| {
+                    let pair = (feature.min(*other), feature.max(*other));
+                    scores.get(&pair).filter(|_| *other != parent).map(|score| (*score, *other))
+                };
+                let mut candidates: Vec<(f64, usize)> = clique.iter().filter_map(scored).collect();
+                candidates.sort_by(|x, y| y.0.total_cmp(&x.0).then(x.1.cmp(&y.1)));
+                let (mut sum, mut taken, mut size) = (0.0, Vec::new(), narrow);
+                for (score, other) in candidates {
+                    let wider = size.saturating_mul(cells[other]);
+                    if taken.len() + 1 < width.parents && wider <= width.cells {
+                        (sum, size) = (sum + score, wider);
+                        taken.push(other);
+                    }
+                }
+                if sum > best.0 {
+                    best = (sum, taken);
+                }
+            }
+            self.more[feature] = best.1;
+        }
+        Ok(self)
+    }
+
+    /// A feature with its parents.
+    fn clique(&self, feature: usize) -> Vec<usize> {
+        [feature].into_iter().chain(self.above(feature)).collect()
+    }
+
+    /// The first feature in order whose clique has all parents of another; nothing for a root.
+    pub(crate) fn host(&self, feature: usize) -> Option<usize> {
+        let above = self.above(feature);
+        let before = self.order.iter().take_while(|other| **other != feature);
+        let holds = |other: &&usize| {
+            let clique = self.clique(**other);
+            above.iter().all(|parent| clique.contains(parent))
+        };
+        before.filter(|_| !above.is_empty()).find(holds).copied()
+    }
+
     /// Number of attributes, the label among them.
     #[must_use]
     pub fn attributes(&self) -> usize {
@@ -229,16 +324,23 @@ impl TreeStructure {
         self.parent.get(attribute).copied().flatten()
     }
 
-    /// All features, each after its parent; roots first.
+    /// All parent features of an attribute, its own in the tree first; none for a root and for the label.
+    #[must_use]
+    pub fn above(&self, attribute: usize) -> Vec<usize> {
+        let more = self.more.get(attribute).into_iter().flatten().copied();
+        self.parent(attribute).into_iter().chain(more).collect()
+    }
+
+    /// All features, each after its parents; roots first.
     #[must_use]
     pub fn order(&self) -> &[usize] {
         &self.order
     }
 }
 
-/// A feature with its parents: `[feature, parent, label]`, or `[feature, label]` for a root.
+/// A feature's clique in the order in which conditionals are laid out: the label, the parents, the feature.
 pub(crate) fn family(structure: &TreeStructure, feature: usize) -> Vec<usize> {
-    [Some(feature), structure.parent(feature), Some(structure.label())].into_iter().flatten().collect()
+    [structure.label()].into_iter().chain(structure.above(feature)).chain([feature]).collect()
 }
 
 /// The stored form of a [`TreeStructure`]; parsing goes through [`TreeStructure::new`].
@@ -246,22 +348,57 @@ pub(crate) fn family(structure: &TreeStructure, feature: usize) -> Vec<usize> {
 struct ParentList {
     label: usize,
     parent: Vec<Option<usize>>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    more: Vec<Vec<usize>>,
 }
 
 impl TryFrom<ParentList> for TreeStructure {
     type Error = SynthesisError;
 
     fn try_from(list: ParentList) -> Result<Self, SynthesisError> {
-        Self::new(list.label, list.parent)
+        let mut tree = Self::new(list.label, list.parent)?;
+        if !list.more.is_empty() {
+            let (expected, got) = (tree.attributes(), list.more.len());
+            if got != expected {
+                return Err(SynthesisError::LayoutMismatch {
+                    what: "lists of further parents",
+                    expected,
+                    got,
+                });
+            }
+            for feature in tree.order.clone() {
+                tree.more[feature].clone_from(&list.more[feature]);
+                let above = tree.above(feature);
+                let distinct = above.iter().enumerate().all(|(at, a)| !above[..at].contains(a));
+                let placed = if above.is_empty() {
+                    list.more[feature].is_empty()
+                } else {
+                    tree.host(feature).is_some()
+                };
+                if !(distinct && placed) {
+                    return Err(SynthesisError::BadTree { attribute: feature });
+                }
+            }
+            if !list.more[tree.label].is_empty() {
+                return Err(SynthesisError::BadTree { attribute: tree.label });
+            }
+        }
+        Ok(tree)
     }
 }
 
 impl From<TreeStructure> for ParentList {
     fn from(structure: TreeStructure) -> Self {
-        Self { label: structure.label, parent: structure.parent }
+        let TreeStructure { label, parent, mut more, .. } = structure;
+        if more.iter().all(Vec::is_empty) {
+            more.clear();
+        }
+        Self { label, parent, more }
     }
 }
 
+/// Most cells of a clique that a junction tree is widened to: half a megabyte.
+pub const MAX_CLIQUE_CELLS: usize = 1 << 16;
 /// A pair counts as dependent from so many standard deviations of what noise alone scores: about one in 700 independent
 /// pairs does.
 const SIGNAL_SDS: f64 = 3.0;

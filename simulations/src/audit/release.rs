@@ -17,7 +17,7 @@ use tabmesh_privacy::release::{Attribute, ColumnRef, MarginalTable, ReleaseQuery
 use tabmesh_synthesis::fit::fit;
 use tabmesh_synthesis::sample::{CellRows, draw};
 use tabmesh_synthesis::selection;
-use tabmesh_synthesis::tree::TreeStructure;
+use tabmesh_synthesis::tree::{TreeStructure, Width};
 
 use super::guess::{Claim, Subject};
 use super::setting::{TARGET, column, schema};
@@ -90,8 +90,10 @@ impl Setting {
         let third = answer(release.stage_three(&coarse)?)?;
         let coarse: Vec<Attribute> =
             self.schema.features().iter().filter_map(|feature| coarse.get(&feature.id).cloned()).collect();
-        let tree = selection::structure(&fine, &first.query.attributes, &coarse, &third.tables()?)?;
         let cells: Vec<usize> = second.query.attributes.iter().map(Attribute::cells).collect();
+        let width = Width::of(plan.release.parents as usize);
+        let (asked, pairs) = (&first.query.attributes, third.tables()?);
+        let tree = selection::structure(&fine, asked, &coarse, &pairs, (&cells, width))?;
         let total: f64 = fine.last().map_or(0.0, MarginalTable::total);
         let rho = budget.per_stage.last().map_or(0.0, |rho| rho.as_f64());
         let variance_each =

@@ -28,6 +28,9 @@ pub struct Flow {
     /// Who adds the noise: `local` or `secure_sum`. Default: the plan's.
     #[serde(default)]
     pub noise_placement: Option<NoisePlacement>,
+    /// Features that one may depend on in the corpus' model, 1 to 3, as in a plan. Default: the plan's.
+    #[serde(default)]
+    pub parents: Option<u32>,
     /// Rows of the synthetic corpus, 100 to 1,000,000. Default: the plan's.
     #[serde(default)]
     pub corpus_rows: Option<u32>,
@@ -171,6 +174,7 @@ impl Flow {
         let Self {
             release_share,
             noise_placement,
+            parents,
             corpus_rows,
             pretrain_steps,
             rounds,
@@ -184,6 +188,7 @@ impl Flow {
         } = self;
         set(&mut plan.privacy.release_share, *release_share);
         set(&mut plan.privacy.noise_placement, *noise_placement);
+        set(&mut plan.release.parents, *parents);
         set(&mut plan.corpus.rows, *corpus_rows);
         set(&mut plan.pretrain.steps, *pretrain_steps);
         set(&mut plan.rounds.count, *rounds);

@@ -151,6 +151,10 @@ pub struct ReleaseSpec {
     /// Levels kept of a categorical feature, 2 to 256; rarer ones are merged. Default 24.
     #[garde(range(min = 2, max = MAX_KEPT_LEVELS))]
     pub max_levels: u32,
+    /// Features that one may depend on beside the label, 1 to 3: 1 is a tree, more a junction tree, whose further edges are counted
+    /// too and so leave each count more noise. Default 1.
+    #[garde(range(min = 1, max = MAX_PARENTS))]
+    pub parents: u32,
     /// Shares of the release's ρ.
     #[garde(dive)]
     pub shares: StageShares,
@@ -165,6 +169,7 @@ impl Default for ReleaseSpec {
             bins: 8,
             coarse_bins: 5,
             max_levels: 24,
+            parents: 1,
             shares: StageShares::default(),
         }
     }
@@ -442,6 +447,8 @@ pub const MAX_FINE_BINS: u32 = 256;
 pub const MAX_BINS: u32 = 64;
 /// Most bins of a numeric feature in the pair statistics.
 pub const MAX_COARSE_BINS: u32 = 16;
+/// Most features that one may depend on in the corpus' model, beside the label.
+pub const MAX_PARENTS: u32 = 3;
 /// Most levels kept of a categorical feature.
 pub const MAX_KEPT_LEVELS: u32 = 256;
 /// Most corpus rows.

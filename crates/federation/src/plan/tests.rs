@@ -22,6 +22,7 @@ release:
   bins: 8
   coarse_bins: 5
   max_levels: 24
+  parents: 1
   shares: {one_way: 0.1, label_pairs: 0.2, structure: 0.2, tree: 0.5}
 corpus: {rows: 12000}
 pretrain: {steps: 300, tables_per_step: 4, learning_rate: 5.0e-4, prior_replay: 0.25}
@@ -232,6 +233,8 @@ fn limits_hold_at_one_too_many() {
         ("release: {coarse_bins: ", "2}", "1}"),
         ("release: {max_levels: ", "256}", "257}"),
         ("release: {max_levels: ", "2}", "1}"),
+        ("release: {parents: ", "3}", "4}"),
+        ("release: {parents: ", "1}", "0}"),
         ("release: {deadline_s: ", "604800}", "604801}"),
         ("release: {grace_s: ", "86400}", "86401}"),
         ("release: {shares: {one_way: 0.1, label_pairs: 0.2, structure: 0.2, tree: ", "0.5}}", "0.51}}"),

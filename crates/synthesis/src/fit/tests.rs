@@ -323,3 +323,58 @@ proptest! {
         prop_assert_eq!(root.dims, vec![3]);
     }
 }
+
+/// A feature with two parents that depend on each other: the fit has the pairs that were counted, and rows drawn from it too.
+#[test]
+fn a_junction_tree_meets_all_pairs_of_its_cliques() {
+    let scores = [(0, 1, 1.0), (0, 2, 0.9), (1, 2, 0.8)]
+        .map(|(first, second, score)| crate::tree::PairScore { first, second, score, noise: 0.0, sd: 0.0 });
+    let (dims, width) = ([3, 2, 4, 2], crate::tree::Width { parents: 2, cells: 48 });
+    let wide = TreeStructure::spanning(4, 3, &scores).unwrap().widened(&scores, &dims, width).unwrap();
+    assert_eq!(wide.above(2), [0, 1]);
+    // Counts of all cells of three features and the label, drawn anyhow.
+    let mut rng = ChaCha20Rng::seed_from_u64(3);
+    let cells: usize = dims.iter().product();
+    let whole = MarginalTable {
+        attributes: vec![0, 1, 2, 3],
+        dims: dims.to_vec(),
+        values: (0..cells).map(|_| rng.random_range(1.0..200.0_f64).round()).collect(),
+        variance: 1e-9,
+    };
+    let total: f64 = whole.values.iter().sum();
+    let pairs = [[0, 3], [1, 3], [2, 3], [0, 1], [0, 2], [1, 2]];
+    let tables: Vec<MarginalTable> = pairs.iter().map(|keep| marginalise(&whole, keep).unwrap()).collect();
+    let model = fit(&wide, &tables).unwrap();
+    let mut joint = vec![0.0; cells];
+    for (at, p) in joint.iter_mut().enumerate() {
+        let row = [at / 16, at / 8 % 2, at / 2 % 4, at % 2].map(|cell| u32::try_from(cell).unwrap());
+        *p = model.log_likelihood(&row).exp();
+    }
+    assert!((joint.iter().sum::<f64>() - 1.0).abs() < 1e-9);
+    let fitted = MarginalTable { values: joint, ..whole.clone() };
+    for keep in &pairs {
+        let (got, wanted) = (marginalise(&fitted, keep).unwrap(), marginalise(&whole, keep).unwrap());
+        for (p, n) in got.values.iter().zip(&wanted.values) {
+            assert!((p - n / total).abs() < 2e-4, "{keep:?}: {p} {}", n / total);
+        }
+    }
+    let rows = crate::sample::draw(&model, 200_000, &mut rng).unwrap();
+    let share =
+        (0..rows.rows()).filter(|r| rows.column(1)[*r] == 1 && rows.column(2)[*r] == 3).count() as f64;
+    let wanted = marginalise(&fitted, &[1, 2]).unwrap().values[7];
+    assert!((share / 200_000.0 - wanted).abs() < 0.005, "{share} {wanted}");
+    // A tree without the third edge misses that pair.
+    let narrow = TreeStructure::spanning(4, 3, &scores[..2]).unwrap();
+    let narrow = fit(&narrow, &tables).unwrap();
+    let missed: f64 = (0..cells)
+        .filter(|at| at / 8 % 2 == 1 && at / 2 % 4 == 3)
+        .map(|at| {
+            let row = [at / 16, 1, 3, at % 2].map(|cell| u32::try_from(cell).unwrap());
+            narrow.log_likelihood(&row).exp()
+        })
+        .sum();
+    assert!((missed - wanted).abs() > 1e-3, "{missed} {wanted}");
+    // A row outside of the cells, of a parent too, is one that the model excludes.
+    assert_eq!(model.log_likelihood(&[9, 0, 0, 0]), f64::NEG_INFINITY);
+    assert_eq!(model.log_likelihood(&[0, 2, 0, 0]), f64::NEG_INFINITY);
+}

@@ -27,8 +27,10 @@ fn chosen(variance: f64) -> TreeStructure {
         table(&[0, 2], &[3, 3], even.clone(), variance),
         table(&[1, 2], &[3, 3], even, variance),
     ];
-    structure(&fine, &attributes, &attributes, &pairs).unwrap()
+    structure(&fine, &attributes, &attributes, &pairs, (&[3, 3, 3, 2], TREE)).unwrap()
 }
+
+const TREE: Width = Width { parents: 1, cells: usize::MAX };
 
 #[test]
 fn edges_are_pairs_that_noise_cannot_have_made() {
@@ -53,6 +55,30 @@ fn three_at_once_only_where_their_cells_bear_the_noise() {
 
 #[test]
 fn a_feature_without_counts_is_refused() {
-    let refused = structure(&[], &[attribute(3)], &[attribute(3)], &[]).unwrap_err();
+    let refused = structure(&[], &[attribute(3)], &[attribute(3)], &[], (&[3, 2], TREE)).unwrap_err();
     assert_eq!(refused, SynthesisError::MissingMarginal { attributes: vec![0] });
+}
+
+/// Three features that are copies of each other: with two parents all three pairs are measured, and none of the three at once.
+#[test]
+fn every_parent_of_a_junction_tree_is_measured() {
+    let attributes = [attribute(3), attribute(3), attribute(3)];
+    let fine: Vec<MarginalTable> = (0..3).map(|at| table(&[at], &[3], vec![100.0; 3], 0.0)).collect();
+    let equal = [100.0, 0.0, 0.0, 0.0, 100.0, 0.0, 0.0, 0.0, 100.0];
+    let pairs = [[0, 1], [0, 2], [1, 2]].map(|pair| table(&pair, &[3, 3], equal.to_vec(), 1.0));
+    let of = |parents| {
+        let width = Width { parents, cells: 54 };
+        structure(&fine, &attributes, &attributes, &pairs, (&[3, 3, 3, 2], width)).unwrap()
+    };
+    let tree = of(2);
+    let last = tree.order()[2];
+    assert_eq!(tree.above(last).len(), 2);
+    let mut asked: Vec<Vec<usize>> =
+        marginals(&tree, &[3, 3, 3, 2], 300.0, 1e9).into_iter().map(|m| m.attributes).collect();
+    asked.iter_mut().for_each(|attributes| attributes.sort_unstable());
+    asked.sort();
+    assert_eq!(asked, [vec![0, 1], vec![0, 2], vec![0, 3], vec![1, 2], vec![1, 3], vec![2, 3]]);
+    // Where cells bear the noise, the one with one parent is measured with it and the label at once.
+    let exact = marginals(&tree, &[3, 3, 3, 2], 300.0, 0.0);
+    assert_eq!(exact.iter().filter(|marginal| marginal.attributes.len() == 3).count(), 1);
 }

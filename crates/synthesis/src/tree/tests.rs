@@ -189,3 +189,52 @@ fn noise_alone_scores_zero_whatever_the_size() {
         assert!(taken <= 4, "{taken} of 400 independent pairs count as dependent");
     }
 }
+
+/// Four features that all depend on each other: a tree has three of the six edges, a junction tree gets back the others.
+#[test]
+fn a_widened_tree_gets_back_the_edges_that_close_triangles() {
+    let scores = [
+        scored(0, 1, 1.0),
+        scored(0, 2, 0.9),
+        scored(1, 2, 0.8),
+        scored(2, 3, 0.7),
+        scored(0, 3, 0.6),
+        scored(1, 3, 0.5),
+    ];
+    let tree = TreeStructure::spanning(5, 4, &scores).unwrap();
+    assert_eq!(tree.parents(), [None, Some(0), Some(0), Some(2), None]);
+    let widened =
+        |parents, cells| tree.clone().widened(&scores, &[4, 4, 4, 4, 2], Width { parents, cells }).unwrap();
+    assert_eq!(widened(1, usize::MAX), tree);
+    let above = |tree: &TreeStructure| (0..4).map(|feature| tree.above(feature)).collect::<Vec<_>>();
+    assert_eq!(above(&widened(2, 128)), [vec![], vec![0], vec![0, 1], vec![2, 0]]);
+    let wide = widened(3, 512);
+    assert_eq!(above(&wide), [vec![], vec![0], vec![0, 1], vec![2, 0, 1]]);
+    assert_eq!(widened(3, 511), widened(2, 128), "a clique of 4 · 4 · 4 · 4 · 2 is too large");
+    assert_eq!(widened(3, 127), tree, "a clique of 4 · 4 · 4 · 2 is too large");
+    assert!(tree.clone().widened(&scores, &[4; 4], Width { parents: 2, cells: 128 }).is_err());
+    // An edge that isn't there closes nothing.
+    let open =
+        tree.clone().widened(&scores[..2], &[4, 4, 4, 4, 2], Width { parents: 3, cells: 512 }).unwrap();
+    assert_eq!(open, tree);
+
+    // Stored and read back; parents that lie in no clique above are refused.
+    let text = serde_json::to_string(&wide).unwrap();
+    assert_eq!(serde_json::from_str::<TreeStructure>(&text).unwrap(), wide);
+    let stored = |parent: &str, more: &str| {
+        serde_json::from_str::<TreeStructure>(&format!(r#"{{"label":4,"parent":{parent},"more":{more}}}"#))
+    };
+    assert!(stored("[null,0,0,2,null]", "[[],[],[1],[0],[]]").is_ok());
+    for more in [
+        "[[],[],[],[1],[]]",
+        "[[],[],[1],[2],[]]",
+        "[[],[],[1],[0,0],[]]",
+        "[[1],[],[],[],[]]",
+        "[[],[],[],[4],[]]",
+        "[[],[],[],[0],[0]]",
+        "[[],[],[],[0]]",
+        "[[],[],[],[9],[]]",
+    ] {
+        assert!(stored("[null,0,0,2,null]", more).is_err(), "{more}");
+    }
+}
