@@ -205,6 +205,14 @@ impl Sample {
         Self { batch, labels, own, rate_weights }
     }
 
+    /// The same with no more than so many corpus rows.
+    fn with_corpus_rows(&self, most: usize) -> Self {
+        let kept = self.labels.len().min(self.own.saturating_add(most));
+        let (own, extra): (Vec<usize>, Vec<usize>) = (0..kept).partition(|row| *row < self.own);
+        let extra = Some(self.batch.take(&extra)).filter(|rows| rows.rows() > 0);
+        Self::new(&self.batch.take(&own), extra.as_ref())
+    }
+
     /// Weight of each row where all corpus rows together weigh `share` times the own rows; a corpus row weighs at
     /// most 1 on average.
     fn weights(&self, share: f64) -> Vec<f64> {

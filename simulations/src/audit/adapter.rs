@@ -117,7 +117,7 @@ impl Normal {
 /// Rounds of the plan.
 const ROUNDS: u32 = 12;
 /// People beside the target; half of them are in each adapter.
-const POOL: usize = 16;
+const POOL: usize = 6;
 /// The attacker's own adapters.
 const SHADOWS: usize = 64;
 /// Rate of false alarms that the threshold is set for.
