@@ -16,7 +16,7 @@ use tabmesh_federation::phase::abandon::AbandonReason;
 use tabmesh_federation::plan::MAX_RETRIES;
 use tabmesh_federation::secagg::descriptor::{SumDescriptor, SumDescriptorError};
 use tabmesh_federation::secagg::document::{self, Outcome, Reply, Request};
-use tabmesh_federation::secagg::message::{Masked, Step};
+use tabmesh_federation::secagg::message::{Complaint, Masked, Step};
 use tabmesh_federation::secagg::roster::{Member, Roster, Seat};
 use tabmesh_federation::secagg::server::{Accepted, Advertising, Rejection, SecureSum};
 use tabmesh_privacy::mechanism::SigmaSquared;
@@ -29,8 +29,10 @@ use crate::error::CoordinatorError;
 use crate::mesh::{Clock, Mesh, locked, named, stored};
 use crate::pipeline::spiffe_id;
 
+use complaint::Complaints;
 use phase::{Answer, Asked, Next, Phase, STEPS};
 
+mod complaint;
 mod phase;
 
 /// What an attempt at a sum is opened with, as stored.
@@ -72,7 +74,7 @@ pub(crate) struct Aborted {
     pub(crate) step: Step,
     /// Why, in seats and steps.
     pub(crate) cause: String,
-    /// Who answered that step: those that another attempt can be made with.
+    /// Who answered that step and spoilt nothing: those that another attempt can be made with.
     pub(crate) left: BTreeSet<AgentId>,
 }
 
@@ -182,7 +184,15 @@ struct Entry {
 struct State {
     phase: Phase,
     asked: Asked,
+    complaints: Complaints,
     cancelled: Option<String>,
+}
+
+impl State {
+    /// Who is waited for: those who neither answered the current step nor said why they can't.
+    fn missing(&self) -> BTreeSet<Seat> {
+        self.phase.missing().into_iter().filter(|seat| !self.complaints.by(*seat)).collect()
+    }
 }
 
 impl Sums {
@@ -264,7 +274,37 @@ impl Sums {
         if entry.roster.seat(agent) != Some(reply.seat()) {
             return Err(Refused::NotYours);
         }
-        self.take(&entry, Answer::Reply(reply), settles)
+        match reply {
+            Reply::Complaint(complaint) => self.complain(&entry, &complaint, settles),
+            reply => self.take(&entry, Answer::Reply(reply), settles),
+        }
+    }
+
+    /// Takes an agent's word that it can't go on because of another.
+    fn complain(&self, entry: &Entry, complaint: &Complaint, settles: Op) -> Result<(), Refused> {
+        let mut state = locked(&entry.state);
+        let (step, seat) = (Step::Mask, complaint.seat);
+        if state.phase.step() != Some(step) {
+            return Err(Refused::NotDue { got: step });
+        }
+        let expected = entry.digest;
+        if complaint.descriptor != expected {
+            return Err(Rejection::WrongDescriptor { expected, got: complaint.descriptor }.into());
+        }
+        let due = state.phase.missing().contains(&seat) || state.complaints.by(seat);
+        if !due || complaint.about == seat || entry.roster.member(complaint.about).is_none() {
+            return Err(Rejection::NotExpected { step, seat }.into());
+        }
+        let reply = Reply::Complaint(*complaint);
+        let mut ops = vec![settles];
+        if !state.complaints.by(seat) {
+            tracing::warn!(collection = %entry.id, %seat, about = %complaint.about, "sealed shares don't open");
+            ops.push(Op::put(complaint_key(&entry.place, seat), reply.to_bytes()));
+        }
+        self.records.commit(&ops).map_err(CoordinatorError::from)?;
+        state.complaints.take(complaint);
+        entry.changed.notify_one();
+        Ok(())
     }
 
     /// Takes an agent's masked vector, as [`Self::reply`] does.
@@ -341,6 +381,12 @@ impl Sums {
         let payloads = self.packs.read(&entry.pack)?;
         let damaged = |reason: String| CoordinatorError::Stored { what: "answer of a secure sum", reason };
         let mut state = locked(&entry.state);
+        for (_, value) in self.records.scan_all(complaint_prefix(&entry.place).as_bytes())? {
+            match Reply::from_bytes(&value).map_err(|error| damaged(error.to_string()))? {
+                Reply::Complaint(complaint) => state.complaints.take(&complaint),
+                other => return Err(damaged(format!("expected a complaint, got {other:?}"))),
+            }
+        }
         for step in STEPS {
             if state.phase.step() != Some(step) {
                 continue;
@@ -386,7 +432,7 @@ impl Sums {
                     return Err(CoordinatorError::Step("a secure sum went on after its end".to_owned()));
                 };
                 let left_ms = entry.descriptor.deadline_ms(step).saturating_sub((self.clock)());
-                if state.phase.missing().is_empty() || left_ms <= 0 {
+                if state.missing().is_empty() || left_ms <= 0 {
                     return self.close(entry, &mut state, step);
                 }
                 left_ms
@@ -416,7 +462,16 @@ impl Sums {
                 self.end(entry, state, end).map(Some)
             }
             Err(abort) => {
-                let (attempt, left) = (entry.descriptor.attempt, self.answered(entry, step)?);
+                let (attempt, mut left) = (entry.descriptor.attempt, self.answered(entry, step)?);
+                let of = |seat: Seat| entry.roster.member(seat).map(|member| member.agent.clone());
+                if step == Step::Mask {
+                    left.extend(state.complaints.seats().filter_map(of));
+                }
+                let spoilers = state.complaints.left_out(entry.descriptor.noise.colluders, &abort);
+                for agent in spoilers.into_iter().filter_map(of) {
+                    tracing::warn!(collection = %entry.id, %agent, "another attempt leaves this agent out");
+                    left.remove(&agent);
+                }
                 let end = AttemptEnd::Aborted(Aborted { attempt, step, cause: abort.to_string(), left });
                 self.end(entry, state, end).map(Some)
             }
@@ -467,8 +522,9 @@ impl Sums {
     fn forget(&self, id: CollectionId, attempt: u32) -> Result<(), CoordinatorError> {
         let place = place(id, attempt);
         let mut ops: Vec<Op> = Vec::new();
-        for step in STEPS {
-            let found = self.records.scan_all(step_prefix(&place, step).as_bytes())?;
+        let steps = STEPS.into_iter().map(|step| step_prefix(&place, step));
+        for prefix in steps.chain([complaint_prefix(&place)]) {
+            let found = self.records.scan_all(prefix.as_bytes())?;
             ops.extend(found.into_iter().map(|(key, _)| Op::delete(key)));
         }
         for chunk in ops.chunks(OPS_PER_COMMIT) {
@@ -528,7 +584,12 @@ impl Entry {
             .map_err(|error| CoordinatorError::Sum(error.to_string()))?;
         let request = Request::Advertise(opened.opening.clone()).to_bytes();
         let asked = vec![(roster.seats().collect(), request)];
-        let state = State { phase: Phase::Advertise(advertising), asked, cancelled: None };
+        let state = State {
+            phase: Phase::Advertise(advertising),
+            asked,
+            complaints: Complaints::default(),
+            cancelled: None,
+        };
         let (digest, state) = (NamedDigest::of(bytes), Mutex::new(state));
         let (place, pack) = (place(id, descriptor.attempt), pack(id, descriptor.attempt));
         Ok(Self { id, place, pack, descriptor, digest, roster, state, changed: Notify::new() })
@@ -538,7 +599,7 @@ impl Entry {
     fn ask(&self, mesh: &Mesh, assignment: &Id) -> Result<(), CoordinatorError> {
         let (missing, asked) = {
             let state = locked(&self.state);
-            (state.phase.missing().into_iter().collect::<BTreeSet<Seat>>(), state.asked.clone())
+            (state.missing(), state.asked.clone())
         };
         let others = self.roster.seats().filter(|seat| !missing.contains(seat));
         mesh.outbox.withdraw(&self.peers(others)?, assignment)?;
@@ -612,6 +673,14 @@ fn step_prefix(place: &str, step: Step) -> String {
 fn answer_key(place: &str, step: Step, seat: Seat) -> Vec<u8> {
     // Padded, so that the order of keys is the order of seats.
     format!("{}{:05}", step_prefix(place, step), seat.index()).into_bytes()
+}
+
+fn complaint_prefix(place: &str) -> String {
+    format!("{place}/answer/complaint/")
+}
+
+fn complaint_key(place: &str, seat: Seat) -> Vec<u8> {
+    format!("{}{:05}", complaint_prefix(place), seat.index()).into_bytes()
 }
 
 /// The seat that an answer's key ends with.

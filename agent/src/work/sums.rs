@@ -14,7 +14,7 @@ use tabmesh_federation::release_plan::check_query;
 use tabmesh_federation::secagg::agent::{Agent, Entry, Joined};
 use tabmesh_federation::secagg::descriptor::SumDescriptor;
 use tabmesh_federation::secagg::document::{Opening, Reply, Request, Summed};
-use tabmesh_federation::secagg::message::Delivery;
+use tabmesh_federation::secagg::message::{Complaint, Delivery};
 use tabmesh_federation::secagg::policy::Policy;
 use tabmesh_federation::secagg::roster::Roster;
 use tabmesh_federation::secagg::setup::{self, Attempt, Subject};
@@ -73,7 +73,19 @@ impl Work {
                 let shares = current.agent.reveals(&list, &mut keys, now_ms).map_err(SumError::from)?;
                 document(Reply::Shares(store.keep(shares)?))
             }
-            Request::Mask(delivery) => self.contribute(&store, assignment, &delivery, now_ms),
+            Request::Mask(delivery) => match self.contribute(&store, assignment, &delivery, now_ms) {
+                Err(WorkError::Sum(SumError::Refused(refusal))) if refusal.unopened().is_some() => {
+                    let agent = self.current(&store)?.agent;
+                    let Some(about) = refusal.unopened() else { return Err(SumError::from(refusal).into()) };
+                    tracing::warn!(seat = %about, %refusal, "no vector is sent; the sum can go on without that agent");
+                    document(Reply::Complaint(Complaint {
+                        descriptor: agent.digest(),
+                        seat: agent.seat(),
+                        about,
+                    }))
+                }
+                answered => answered,
+            },
             Request::Consent(survivors) => {
                 let mut current = self.current(&store)?;
                 let consent = current.agent.consent(&survivors, now_ms).map_err(SumError::from)?;

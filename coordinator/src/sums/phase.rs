@@ -139,6 +139,8 @@ impl Answer {
             Self::Masked(_) => Step::Mask,
             Self::Reply(Reply::Consent(_)) => Step::Consent,
             Self::Reply(Reply::Opened(_)) => Step::Open,
+            // Taken apart, in place of a vector.
+            Self::Reply(Reply::Complaint(_)) => Step::Mask,
         }
     }
 

@@ -74,6 +74,7 @@ fn about(reply: &Reply) -> String {
         Reply::Opened(opened) => {
             format!("{seat} opens seeds of {:?}, keys of {:?}", opened.seeds.keys(), opened.keys.keys())
         }
+        Reply::Complaint(complaint) => format!("{seat} can't open what {} sealed", complaint.about),
     }
 }
 

@@ -17,7 +17,7 @@ use tabmesh_federation::release_plan::Release;
 use tabmesh_federation::secagg::agent::{Guard, Prepared};
 use tabmesh_federation::secagg::contribution::Contribution;
 use tabmesh_federation::secagg::graph::MAX_COMPLETE;
-use tabmesh_federation::secagg::message::Masked;
+use tabmesh_federation::secagg::message::{Complaint, Masked};
 use tabmesh_federation::secagg::roster::{Member, Seat};
 use tabmesh_federation::secagg::server::{Abort, Advertising, SecureSum};
 use tabmesh_privacy::ledger::RefusalRule;
@@ -254,6 +254,14 @@ impl World {
         }
         let (deliveries, mut masking) = sharing.close()?;
         let place = self.work.books().entries().len() as u64;
+        // Shares that don't open: the agent says whose, and nothing is debited.
+        let mut spoilt = deliveries[&own].clone();
+        let (from, sealed) = spoilt.sealed.iter_mut().next().unwrap();
+        let about = *from;
+        sealed.0[0] ^= 1;
+        let complaint = Complaint { descriptor: digest, seat: own, about };
+        assert_eq!(self.document(&Request::Mask(spoilt)), Reply::Complaint(complaint));
+        assert_eq!(self.work.books().entries().len() as u64, place);
         let request = Request::Mask(deliveries[&own].clone());
         let SumReply::Vector(answer) = self.ask(&request).unwrap() else { panic!("a vector") };
         assert_eq!(answer.target.attempt, number);

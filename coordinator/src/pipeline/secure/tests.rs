@@ -14,8 +14,9 @@ use tabmesh_federation::secagg::agent::{Agent, Entry, Guard, Joined, Prepared};
 use tabmesh_federation::secagg::contribution::Contribution;
 use tabmesh_federation::secagg::descriptor::SumDescriptor;
 use tabmesh_federation::secagg::document::{Reply, Request};
-use tabmesh_federation::secagg::message::{Advert, Masked, Step};
+use tabmesh_federation::secagg::message::{Advert, Complaint, Masked, Step};
 use tabmesh_federation::secagg::policy::{Expected, Policy};
+use tabmesh_federation::secagg::roster::Seat;
 use tabmesh_privacy::budget::Rho;
 use tabmesh_proto::message::Assignment;
 use tabmesh_proto::status::WireError;
@@ -39,6 +40,10 @@ struct World {
     agents: BTreeMap<(usize, u32), Agent>,
     /// What each agent sent and was debited for, by attempt.
     debits: BTreeMap<(usize, u32), Masked>,
+    /// Who seals bytes that don't open, and for whom.
+    spoils: Vec<(usize, usize)>,
+    /// Whose shares, opened in the first attempt, are another's.
+    wrong: Option<usize>,
 }
 
 fn agent_id(i: usize) -> AgentId {
@@ -81,7 +86,15 @@ impl World {
         let (spec, everybody) = (submitted.plan.secure_sum().unwrap(), (0..AGENTS).map(agent_id).collect());
         let now_ms = test.mesh.now_ms();
         open(&test.mesh, spec, &subject, summed, &everybody, now_ms, Vec::new()).unwrap();
-        Self { test, submitted, subject, agents: BTreeMap::new(), debits: BTreeMap::new() }
+        Self {
+            test,
+            submitted,
+            subject,
+            agents: BTreeMap::new(),
+            debits: BTreeMap::new(),
+            spoils: Vec::new(),
+            wrong: None,
+        }
     }
 
     /// Runs the sum to its end with some agents lost.
@@ -138,17 +151,29 @@ impl World {
             }
             Request::Share(list) => {
                 let agent = self.agents.get_mut(&key).unwrap();
-                let Joined::Shares(shares) =
+                let Joined::Shares(mut shares) =
                     sent(agent.adverts(&list, &mut OsRng.unwrap_err(), now_ms).unwrap())
                 else {
                     panic!("a complete graph has nothing to reveal")
                 };
+                for (_, victim) in self.spoils.iter().filter(|(spoiler, _)| *spoiler == i) {
+                    let seat = self.seat(*victim);
+                    shares.sealed.get_mut(&seat).unwrap().0[0] ^= 1;
+                }
                 Reply::Shares(shares)
             }
             Request::Mask(delivery) => {
                 let contribution = self.contribution(i, self.agents[&key].descriptor());
                 let agent = self.agents.get_mut(&key).unwrap();
-                let masked = sent(agent.mask(&delivery, &contribution, now_ms).unwrap());
+                let masked = match agent.mask(&delivery, &contribution, now_ms) {
+                    Ok(prepared) => sent(prepared),
+                    Err(refusal) => {
+                        let about = refusal.unopened().unwrap();
+                        let complaint = Complaint { descriptor: agent.digest(), seat: agent.seat(), about };
+                        let reply = Reply::Complaint(complaint);
+                        return self.test.mesh.sums.reply(id, &agent_id(i), reply, settles).unwrap();
+                    }
+                };
                 assert!(self.debits.insert(key, masked.clone()).is_none(), "an attempt is debited once");
                 let (payload, digest) = (masked.payload, masked.digest);
                 let arrived = Arrived { attempt: key.1, payload, digest };
@@ -158,11 +183,23 @@ impl World {
                 Reply::Consent(sent(self.agents.get_mut(&key).unwrap().consent(&survivors, now_ms).unwrap()))
             }
             Request::Open(consents) => {
-                Reply::Opened(sent(self.agents.get_mut(&key).unwrap().open(&consents, now_ms).unwrap()))
+                let wrong = self.wrong.filter(|_| key.1 == 1).map(|owner| self.seat(owner));
+                let mut opened = sent(self.agents.get_mut(&key).unwrap().open(&consents, now_ms).unwrap());
+                if let Some(owner) = wrong.filter(|owner| opened.seeds.contains_key(owner)) {
+                    let other = opened.seeds.iter().find(|(seat, _)| **seat != owner).unwrap().1.clone();
+                    opened.seeds.insert(owner, other);
+                }
+                Reply::Opened(opened)
             }
             other => panic!("not asked on a complete graph: {other:?}"),
         };
         self.test.mesh.sums.reply(id, &agent_id(i), reply, settles).unwrap();
+    }
+
+    /// Its seat in the latest attempt.
+    fn seat(&self, i: usize) -> Seat {
+        let opened = self.test.mesh.sums.opened(self.subject.expected.collection).unwrap();
+        Roster::new(opened.members).unwrap().seat(&agent_id(i)).unwrap()
     }
 
     fn enter(&self, i: usize, opening: &Opening, now_ms: i64) -> (Agent, Advert) {
@@ -320,4 +357,71 @@ async fn a_cancelled_plan_makes_no_further_attempt() {
     let end = world.run(&[(4, 1, Step::Mask), (5, 1, Step::Mask)]).await;
     assert!(cause(end).contains("cancelled"), "by word");
     assert_eq!(world.opened().attempt, 1);
+}
+
+/// One agent seals bytes that nobody can open. All others say so, none of them is debited, and the next attempt leaves it out.
+#[tokio::test]
+async fn whoever_spoils_a_sum_for_all_is_left_out_of_the_next_attempt() {
+    let mut world = World::new(1);
+    world.spoils = [0, 1, 2, 4, 5].map(|victim| (3, victim)).to_vec();
+    let sum = summed(world.run(&[]).await);
+    let left = [0, 1, 2, 4, 5];
+    assert_eq!(sum.survivors, left.into_iter().map(agent_id).collect());
+    assert_eq!(sum.values, world.plain(&left, 2));
+    assert_eq!((world.debited(1), world.debited(2)), (vec![3], left.to_vec()), "a complaint costs nothing");
+    assert!(
+        world.answers().iter().all(|name| name.contains("/attempt-2/")),
+        "complaints go with their attempt"
+    );
+}
+
+/// As many as may collude can't have an honest agent left out: a word is believed from one more on.
+#[tokio::test]
+async fn one_complaint_drops_the_one_who_complains_and_nobody_else() {
+    let mut world = World::new(1);
+    world.spoils = vec![(3, 0)];
+    let sum = summed(world.run(&[]).await);
+    assert_eq!((sum.survivors, world.opened().attempt), ((1..AGENTS).map(agent_id).collect(), 1));
+    // With another loss the attempt ends; the one who complained and the one complained about are both asked again.
+    let mut world = World::new(1);
+    world.spoils = vec![(3, 0)];
+    let sum = summed(world.run(&[(5, 1, Step::Mask)]).await);
+    let roster = world.test.mesh.sums.opened(world.subject.expected.collection).unwrap().opening.roster;
+    assert_eq!(roster, (0..5).map(agent_id).collect());
+    assert_eq!((sum.survivors, world.opened().attempt), ((1..5).map(agent_id).collect(), 2));
+}
+
+/// Shares that don't join to what their owner committed to end a sum; the next one is made without the owner.
+#[tokio::test]
+async fn the_owner_of_wrong_shares_is_left_out_of_the_next_attempt() {
+    let mut world = World::new(1);
+    world.wrong = Some(2);
+    let sum = summed(world.run(&[]).await);
+    let left = [0, 1, 3, 4, 5];
+    assert_eq!(sum.survivors, left.into_iter().map(agent_id).collect());
+    assert_eq!((sum.values, world.opened().attempt), (world.plain(&left, 2), 2));
+}
+
+#[tokio::test]
+async fn a_complaint_is_taken_in_its_step_from_those_who_owe_a_vector() {
+    let world = World::new(1);
+    let id = world.subject.expected.collection;
+    let digest = Digest::of(&world.opened().to_bytes());
+    let complain = |who: usize, about: usize, descriptor| {
+        let complaint = Complaint { descriptor, seat: world.seat(who), about: world.seat(about) };
+        world.test.mesh.sums.reply(id, &agent_id(who), Reply::Complaint(complaint), Op::delete("outbox/none"))
+    };
+    // Resumed, so that it is open; no vector is due yet.
+    let mesh = Arc::clone(&world.test.mesh);
+    let waiting = tokio::spawn(async move { sums::run(&mesh, id).await });
+    let mut refused = complain(0, 1, digest).unwrap_err();
+    for _ in 0..200 {
+        if !matches!(refused, sums::Refused::NotDue { got: Step::Advertise }) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        refused = complain(0, 1, digest).unwrap_err();
+    }
+    assert!(matches!(refused, sums::Refused::NotDue { got: Step::Mask }), "{refused}");
+    waiting.abort();
 }

@@ -10,7 +10,8 @@ use thiserror::Error;
 
 use crate::id::{AgentId, CollectionId, Digest, PlanDigest};
 use crate::secagg::message::{
-    Advert, AdvertList, Consent, Consents, Delivery, Opened, Reveal, RevealList, Shares, Step, Survivors,
+    Advert, AdvertList, Complaint, Consent, Consents, Delivery, Opened, Reveal, RevealList, Shares, Step,
+    Survivors,
 };
 use crate::secagg::roster::Seat;
 use tabmesh_privacy::budget::Rho;
@@ -147,6 +148,8 @@ pub enum Reply {
     Consent(Consent),
     /// Its shares of what unmasks the sum.
     Opened(Opened),
+    /// Why it sends no vector: another agent's shares for it don't open.
+    Complaint(Complaint),
 }
 
 impl Reply {
@@ -159,6 +162,7 @@ impl Reply {
             Self::Shares(shares) => shares.seat,
             Self::Consent(consent) => consent.seat,
             Self::Opened(opened) => opened.seat,
+            Self::Complaint(complaint) => complaint.seat,
         }
     }
 

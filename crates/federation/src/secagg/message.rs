@@ -183,6 +183,20 @@ pub struct Opened {
     pub keys: BTreeMap<Seat, Share>,
 }
 
+/// Agent, phase 3, in place of a masked vector: what another agent sealed for it doesn't open, so it can't go on.
+///
+/// It says nothing but who: nobody's rows, keys or shares are in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Complaint {
+    /// Digest of the descriptor.
+    pub descriptor: Digest,
+    /// The agent.
+    pub seat: Seat,
+    /// Whose sealed shares don't open.
+    pub about: Seat,
+}
+
 /// The steps an agent answers, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

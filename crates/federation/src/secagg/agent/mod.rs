@@ -198,6 +198,17 @@ pub enum Refusal {
     },
 }
 
+impl Refusal {
+    /// Who sealed something for this agent that doesn't open, if that is the reason.
+    #[must_use]
+    pub fn unopened(&self) -> Option<Seat> {
+        match self {
+            Self::Key(KeyError::Sealed { from, .. }) | Self::Share { from, .. } => Some(*from),
+            _ => None,
+        }
+    }
+}
+
 /// A counter that only goes up, one for each agent over all its sums. An agent takes part in one sum at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
