@@ -53,8 +53,11 @@ pub(super) fn audit<R: RngCore + CryptoRng>(epsilon: f64, pairs: usize, rng: &mu
         }
         let claim = claim.context("at least one release")?;
         all.push(Guesses::of_pairs(("which of two corpora", subject), &claim, (above, pairs)));
-        let alarms = upper_rate(alarms, pairs, FAILURE);
-        all.push(Guesses::of_secrets(("found at 1 % false alarms", subject), &claim, (hits, pairs), alarms));
+        if subject != Subject::TenthNoise {
+            let alarms = upper_rate(alarms, pairs, FAILURE);
+            let test = ("found at 1 % false alarms", subject);
+            all.push(Guesses::of_secrets(test, &claim, (hits, pairs), alarms));
+        }
     }
     Ok(all)
 }
@@ -106,11 +109,11 @@ mod tests {
     #[test]
     fn nobody_is_found_in_a_corpus_more_often_than_its_claim_allows_and_every_control_is_caught() {
         let found = audit(3.0, 200, &mut ChaCha20Rng::seed_from_u64(23)).unwrap();
-        assert_eq!(found.len(), 6);
+        assert_eq!(found.len(), 5);
         for guesses in &found {
             assert!(guesses.as_it_must(), "{guesses:?}");
         }
         // The attack has power: without noise it is right nearly always, with the shipped noise more often than a coin.
-        assert!(found[4].rate > 0.95 && found[0].interval[0] > 0.5, "{found:?}");
+        assert!(found[3].rate > 0.95 && found[0].interval[0] > 0.5, "{found:?}");
     }
 }

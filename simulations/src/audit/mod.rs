@@ -82,7 +82,7 @@ pub enum Audit {
         #[arg(long, default_value_t = 3.0, value_parser = plan_epsilon)]
         epsilon: f64,
         /// Corpora with and corpora without the unit, for each row of the result; as many again set the threshold.
-        #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(200..=100_000))]
+        #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(400..=100_000))]
         trials: u32,
     },
     /// The adapter that all rounds of a plan make: can one who has it tell whether a row was trained on?
