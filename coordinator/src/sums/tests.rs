@@ -388,3 +388,42 @@ async fn a_part_of_the_order_that_is_missing_ends_a_ring() {
     assert!(aborted.cause.contains("reveal its part"), "{}", aborted.cause);
     assert_eq!((aborted.left.len(), aborted.charged()), (agents - 1, false));
 }
+
+/// Complaints outlive restarts: nobody who complained is waited for, and the one they are about is left out.
+#[tokio::test]
+async fn complaints_are_kept_and_end_the_wait_for_those_who_complain() {
+    let (world, disk) = (World::new(), Disk::new());
+    disk.started(NOW_MS).open(world.id, &world.opened, Vec::new()).unwrap();
+    let mut agents = BTreeMap::new();
+    for _ in [Step::Advertise, Step::Share] {
+        (0..AGENTS).for_each(|i| answer(&world, &disk, &mut agents, i));
+        assert!(closed(&world, &disk, NOW_MS).await.is_none());
+    }
+    let descriptor = NamedDigest::of(world.opened.opening.descriptor.as_bytes());
+    let seat = |i: u16| Seat::new(i);
+    let complain = |from: u16, about: u16, descriptor: NamedDigest| {
+        let sums = disk.started(NOW_MS);
+        sums.resume(world.id).unwrap();
+        let complaint = Complaint { descriptor, seat: seat(from), about: seat(about) };
+        sums.reply(world.id, &agent_id(from.into()), Reply::Complaint(complaint), nothing())
+    };
+    let other = complain(0, 3, NamedDigest::of(b"another"));
+    assert!(matches!(other, Err(Refused::Rejected(Rejection::WrongDescriptor { .. }))), "{other:?}");
+    for about in [0, 4] {
+        let nobody = complain(0, about, descriptor);
+        assert!(matches!(nobody, Err(Refused::Rejected(Rejection::NotExpected { .. }))), "{nobody:?}");
+    }
+    // Twice: a lost receipt is asked for again.
+    for from in [0, 1, 2, 0, 1] {
+        complain(from, 3, descriptor).unwrap();
+    }
+    answer(&world, &disk, &mut agents, 3);
+    let answered = complain(3, 0, descriptor);
+    assert!(matches!(answered, Err(Refused::Rejected(Rejection::NotExpected { .. }))), "{answered:?}");
+    let end = closed(&world, &disk, NOW_MS).await;
+    let Some(AttemptEnd::Aborted(aborted)) = end else { panic!("{end:?}") };
+    assert_eq!((aborted.step, aborted.left), (Step::Mask, (0..3).map(agent_id).collect()));
+    disk.started(NOW_MS).discard(world.id).unwrap();
+    let kept = disk.records.scan_all(b"sum/").unwrap();
+    assert!(kept.iter().all(|(key, _)| !String::from_utf8_lossy(key).contains("complaint")), "{kept:?}");
+}
