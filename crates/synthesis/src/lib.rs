@@ -12,12 +12,12 @@
 //! 2. **Structure.** Further stages release each feature with the label, and coarse 2-way counts of all pairs of
 //!    features. [`tree::pair_scores`] takes the L1 distance of each pair from the product of the released 1-way marginals,
 //!    less what noise alone adds; [`selection::structure`] builds the maximum spanning forest of those that noise can't
-//!    have made.
+//!    have made, and where a plan wants it a junction tree with more of these edges, in cliques of bounded size.
 //! 3. **Tree.** The last stage releases the counts that [`selection::marginals`] names: (feature, label) for each
 //!    feature, (feature, parent) for each edge, all three at once where that many cells bear the noise.
 //! 4. **Fit.** [`fit()`] reconciles all tables by generalised least squares ([`marginal::reconcile`]), draws each pair
 //!    towards independence by as much as noise can have made of it ([`signal`]), and puts the pairs together as
-//!    P(label) · Π P(feature | parent, label) with the largest entropy.
+//!    P(label) · Π P(feature | parents, label), each with the largest entropy.
 //! 5. **Rows.** [`draw`] samples cells, [`decode`] turns them into numbers and level codes, using the fine
 //!    histograms within merged levels and bins.
 //! 6. **Quality.** [`measure`] gives total variation distances from the noisy tables beside the noise floor.
@@ -32,6 +32,10 @@
 //!   discrete Gaussian for differential privacy* (CKS20), arXiv 2004.00010. This crate only uses its variance.
 //! - The model, a tree over the features with the label as parent of all: Friedman, Geiger & Goldszmidt, *Bayesian
 //!   network classifiers* (TAN), Machine Learning 29, 1997; spanning trees as structure: Chow & Liu, 1968.
+//! - Junction trees: Lauritzen & Spiegelhalter, *Local computations with probabilities on graphical structures and their
+//!   application to expert systems*, JRSS B 50, 1988; over noisy marginals: McKenna, Sheldon & Miklau, *Graphical-model based
+//!   estimation and inference for differential privacy*, 2019, arXiv 1901.09136, which fits all cliques at once where this crate
+//!   goes from the root down.
 //! - Consistency of overlapping marginals: Hay et al. 2010; Qardaji, Yang & Li, *PriView*, 2014.
 //!
 //! # Promises
