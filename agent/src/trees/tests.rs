@@ -232,3 +232,35 @@ fn what_does_not_fit_is_refused() {
     short.columns.push(TypedColumn::Categorical(vec![0; 3]));
     assert!(matches!(fitted.logits(&short), Err(TreeError::Length { expected: 20, got: 3, .. })));
 }
+
+/// All own rows stay, and corpus rows weigh together what they did before.
+#[test]
+fn a_part_of_the_corpus_weighs_as_much_as_the_whole() {
+    let chance = |number: f64, _| if number > 0.0 { 0.8 } else { 0.3 };
+    let whole = Sample::new(&rows(100, 1, chance), Some(&rows(600, 2, chance)));
+    let of_corpus = |sample: &Sample| sample.weights(0.5).iter().skip(100).sum::<f64>();
+    let part = whole.with_corpus_rows(150);
+    assert_eq!((part.own, part.labels.len()), (100, 250));
+    assert_eq!(part.labels, whole.labels[..250]);
+    assert!((of_corpus(&whole) - 50.0).abs() < 1e-9 && (of_corpus(&part) - 50.0).abs() < 1e-9);
+    assert_eq!(whole.with_corpus_rows(10_000).labels, whole.labels);
+    assert_eq!(whole.with_corpus_rows(0).labels.len(), 100);
+}
+
+/// Labels by a coin: the held-out loss soon only rises. Few rows are fitted to the end all the same.
+#[test]
+fn a_fold_that_loses_stops_unless_rows_are_few() {
+    let rounds = |count: usize| {
+        let sample = Sample::new(&rows(count, 3, |_, _| 0.5), None);
+        let (fit, held): (Vec<usize>, Vec<usize>) = (0..count).partition(|row| row % 5 > 0);
+        let settings = Settings { rounds: 200, ..Settings::DEFAULT };
+        let coded = Coded::fit(settings, &sample, &fit, &binary(), 0);
+        let table = coded.coder.apply(&sample.batch.take(&held));
+        let labels: Vec<f64> = held.iter().map(|row| sample.labels[*row]).collect();
+        let held = Some((&table, labels.as_slice()));
+        let booster = settings::boost(&coded.fitted, &sample, &fit, settings, 0, held).unwrap();
+        booster.evaluation_history.unwrap().data.len()
+    };
+    assert_eq!(rounds(300), 200);
+    assert!(rounds(1_000) < 200);
+}
