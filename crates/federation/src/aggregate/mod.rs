@@ -510,14 +510,14 @@ mod tests {
                 }
                 let mean = run(&rule, &updates, divisor, &totals).unwrap();
                 if matches!(rule, Rule::GeometricMedian(_)) {
-                    // No step in any direction comes nearer to all.
+                    // No step in any direction comes nearer to all, but for rounding: of one agent all distances are rounding.
                     let least = reach(&mean, &vectors, &each);
                     let size = least / vectors.len() as f64;
                     for j in 0..mean.len() {
                         for step in [-0.01 * size, 0.01 * size] {
                             let mut moved = mean.clone();
                             moved[j] += step;
-                            prop_assert!(reach(&moved, &vectors, &each) >= least * (1.0 - 1e-6), "{mean:?}");
+                            prop_assert!(reach(&moved, &vectors, &each) >= least * (1.0 - 1e-6) - 1e-9, "{mean:?}");
                         }
                     }
                 } else {
