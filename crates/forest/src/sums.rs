@@ -1,0 +1,112 @@
+//! A domain's part in a round: clipped sums over its units in the leaves of the round's trees.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use tabmesh_contract::batch::{TypedBatch, UnitKey};
+use tabmesh_privacy::clip::quantize_clipped;
+
+use crate::error::ForestError;
+use crate::forest::Forest;
+
+/// A domain's labelled rows, sorted into leaves once for all rounds. Private; has no wire form.
+#[derive(Debug)]
+pub struct Rows {
+    trees: usize,
+    leaf_count: usize,
+    /// Leaf in each tree, row by row.
+    leaves: Vec<u16>,
+    ones: Vec<bool>,
+    /// Rows of each unit.
+    units: Vec<Vec<usize>>,
+}
+
+impl Rows {
+    /// Sorts rows, in the forest's columns, into leaves; those without a label are left out.
+    ///
+    /// # Errors
+    /// [`ForestError::Rows`] if they have other columns.
+    pub fn new(forest: &Forest, rows: &TypedBatch) -> Result<Self, ForestError> {
+        let labelled: Vec<usize> = (0..rows.rows()).filter(|&row| rows.labels[row].is_some()).collect();
+        let rows = rows.take(&labelled);
+        let mut units: BTreeMap<UnitKey, Vec<usize>> = BTreeMap::new();
+        for (row, unit) in rows.units.iter().enumerate() {
+            units.entry(*unit).or_default().push(row);
+        }
+        let shape = forest.shape();
+        Ok(Self {
+            trees: shape.trees,
+            leaf_count: shape.leaves(),
+            leaves: forest.leaves(&rows)?,
+            ones: rows.labels.iter().map(|label| *label == Some(1)).collect(),
+            units: units.into_values().collect(),
+        })
+    }
+
+    /// Number of units.
+    #[must_use]
+    pub fn units(&self) -> usize {
+        self.units.len()
+    }
+
+    /// For each leaf of some trees, the sums over units of `y − p` and of `p (1 − p)`, side by side and in integer steps.
+    ///
+    /// The vector has `2 · 2^depth` entries a tree, whatever the rows are. A unit's rows are summed first; its vector is then clipped
+    /// to L2 norm `clip` and truncated toward zero, so one unit changes the sum by at most ⌊`clip · scale`⌋ in L2 norm when
+    /// it comes or goes. `taken` says which units count in this round.
+    ///
+    /// # Errors
+    /// [`ForestError::Shape`] for trees that the forest hasn't, or another forest than the rows were sorted by;
+    /// [`ForestError::Clip`] for a clip norm or a scale out of range.
+    pub fn sums(
+        &self,
+        forest: &Forest,
+        trees: Range<usize>,
+        (clip, scale): (f64, u64),
+        mut taken: impl FnMut() -> bool,
+    ) -> Result<Vec<i64>, ForestError> {
+        let shape = forest.shape();
+        if shape.trees != self.trees || shape.leaves() != self.leaf_count {
+            let expected = format!("{} trees of {} leaves", self.trees, self.leaf_count);
+            return Err(ForestError::shape("shape", expected, format!("{shape:?}")));
+        }
+        if trees.start >= trees.end || trees.end > self.trees {
+            let expected = format!("some of {}", self.trees);
+            return Err(ForestError::shape("trees of a round", expected, format!("{trees:?}")));
+        }
+        let mut total = vec![0_i64; 2 * self.leaf_count * trees.len()];
+        let mut unit = vec![0_f32; total.len()];
+        for rows in &self.units {
+            if !taken() {
+                continue;
+            }
+            unit.fill(0.0);
+            for &row in rows {
+                let leaves = &self.leaves[row * self.trees..(row + 1) * self.trees];
+                let p = 1.0 / (1.0 + (-forest.logit(leaves)).exp());
+                let gradient = f64::from(u8::from(self.ones[row])) - p;
+                for (at, &leaf) in leaves[trees.clone()].iter().enumerate() {
+                    let first = 2 * (at * self.leaf_count + usize::from(leaf));
+                    unit[first] += gradient as f32;
+                    unit[first + 1] += (p * (1.0 - p)) as f32;
+                }
+            }
+            for (sum, value) in total.iter_mut().zip(quantize_clipped(&unit, clip, scale)?) {
+                *sum = sum.saturating_add(value);
+            }
+        }
+        Ok(total)
+    }
+}
+
+/// L2 norm that a unit of one row has at most, over so many trees: √trees.
+///
+/// A row adds `y − p` and `p (1 − p)` to one leaf of each tree, and `(y − p)² + p² (1 − p)² ≤ 1` for all `p` in `[0, 1]` and `y` in
+/// `{0, 1}`: with `q = |y − p|` it is `q² (1 + (1 − q)²)`, which grows up to 1 at `q = 1`.
+#[must_use]
+pub fn row_norm(trees: usize) -> f64 {
+    (trees as f64).sqrt()
+}
+
+#[cfg(test)]
+mod tests;
