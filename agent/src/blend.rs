@@ -95,7 +95,7 @@ fn onto_simplex(point: &[f64]) -> Vec<f64> {
 }
 
 /// Weight of the pull to the shipped weights, in rows.
-pub const PULL: f64 = 30.0;
+pub const PULL: f64 = 200.0;
 /// Weight below which a model isn't served: it costs its time and moves nothing.
 pub const LEAST_WEIGHT: f64 = 0.02;
 const MOST_STEPS: usize = 500;

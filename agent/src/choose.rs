@@ -1,7 +1,7 @@
 //! The agent's own choice of what to serve: a blend of its trees and of the published model, weighed on the gate rows.
 //!
-//! Members of the blend are trees on own rows, trees on own and corpus rows, the base on own rows, and one variant of the
-//! published model. Their weights are learnt on gate rows, which no fit and no context has seen, and stay near shipped ones
+//! Members of the blend are trees on own rows, trees on own and corpus rows, the base on own rows, one variant of the
+//! published model, and the forest of the rounds where there is one. Their weights are learnt on gate rows, which no fit and no context has seen, and stay near shipped ones
 //! while these rows are few;
 //! below a least number of minority units at the gate the shipped weights are served as they are. The whole procedure,
 //! choice of the variant included, is judged on held-out folds of the gate rows: what is served now is replaced only if
@@ -17,7 +17,7 @@ use tabmesh_federation::id::Digest;
 use crate::blend;
 use crate::calibrate::{Calibration, mean_and_error};
 use crate::config::PromotionSection;
-use crate::promote::{Candidate, Loaded, Rows, Tokens, Weights};
+use crate::promote::{Candidate, Loaded, Offer, Rows, Tokens, Weights};
 use crate::trees::Settings;
 use crate::work::WorkError;
 
@@ -31,6 +31,8 @@ pub enum Member {
     TreesAndCorpus,
     /// The base before the plan with own rows in its context, coded by own rows alone: nothing of a release is in it.
     OwnBase,
+    /// The forest that the rounds learnt with every domain of the cohort.
+    Forest,
     /// A variant of the published model.
     Model(Candidate),
 }
@@ -41,6 +43,7 @@ impl std::fmt::Display for Member {
             Self::Trees => f.write_str("trees on own rows"),
             Self::TreesAndCorpus => f.write_str("trees on own and corpus rows"),
             Self::OwnBase => f.write_str("base on own rows"),
+            Self::Forest => f.write_str("forest of the rounds"),
             Self::Model(candidate) => candidate.fmt(f),
         }
     }
@@ -76,22 +79,31 @@ impl Blend {
 
     /// What is served without evidence for anything else, by the number of own labelled minority rows.
     ///
-    /// With `m` of them, trees on own rows get [`MOST_OWN`]` · m² / (m² + `[`HALF_MINORITY`]`²)` and the base on own rows
-    /// [`MOST_OWN`]` · m / (m + `[`HALF_BASE`]`)`: it learns from a handful. What they leave goes in two parts to trees that also
+    /// With `m` of them, trees on own rows get [`MOST_TREES`]` · m² / (m² + `[`HALF_MINORITY`]`²)` and the base on own rows
+    /// [`MOST_BASE`]` · m / (m + `[`HALF_BASE`]`)`: it learns from a handful. What they leave goes in two parts to trees that also
     /// see the corpus and in one to the published model, tuned, with own and corpus rows in its context and the adapter
-    /// of the rounds where there is one. Without `local`, that model alone.
+    /// of the rounds where there is one. A forest of the rounds takes [`FOREST`] of everything before it is shared out, and then one of
+    /// three equal parts of what is left. Without `local`, the published model alone, or beside the forest in equal parts.
     #[must_use]
-    pub fn default_for(minority: usize, adapter: bool, local: bool) -> Self {
-        let model = Member::Model(default_variant(adapter));
+    pub fn default_for(minority: usize, offer: Offer, local: bool) -> Self {
+        let model = Member::Model(default_variant(offer.adapter));
         if !local {
-            return Self::of(model);
+            let both = [Member::Forest, model];
+            let weights = if offer.forest { [0.5, 0.5] } else { [0.0, 1.0] };
+            return Self::weighed(&both, &weights, &BTreeMap::new());
         }
         let m = minority as f64;
-        let trees = MOST_OWN * m.powi(2) / (m.powi(2) + HALF_MINORITY.powi(2));
-        let base = MOST_OWN * m / (m + HALF_BASE);
+        let trees = MOST_TREES * m.powi(2) / (m.powi(2) + HALF_MINORITY.powi(2));
+        let base = MOST_BASE * m / (m + HALF_BASE);
         let third = (1.0 - trees - base) / 3.0;
-        let members = [Member::Trees, Member::TreesAndCorpus, Member::OwnBase, model];
-        Self::weighed(&members, &[trees, 2.0 * third, base, third], &BTreeMap::new())
+        let members = [Member::Trees, Member::TreesAndCorpus, Member::OwnBase, Member::Forest, model];
+        let shared = |weight: f64| (1.0 - FOREST) * weight;
+        let weights = if offer.forest {
+            [shared(trees), shared(third), shared(base), FOREST + shared(third), shared(third)]
+        } else {
+            [trees, 2.0 * third, base, 0.0, third]
+        };
+        Self::weighed(&members, &weights, &BTreeMap::new())
     }
 
     /// The weight of a member, 0 if it has none.
@@ -201,7 +213,7 @@ pub fn choose(
     section: PromotionSection,
 ) -> Result<Choice, WorkError> {
     let counts = class_counts(&[training, gate]);
-    let default = Blend::default_for(counts[0].min(counts[1]), loaded.has_adapter(), section.trees);
+    let default = Blend::default_for(counts[0].min(counts[1]), loaded.offer(), section.trees);
     let labelled: Vec<usize> = (0..gate.rows()).filter(|&row| gate.labels[row].is_some()).collect();
     let gate = gate.take(&labelled);
     let gate_minority = rarer_units(&gate);
@@ -222,6 +234,9 @@ pub fn choose(
             logits.insert(member, trees.logits(&gate)?);
         }
         logits.insert(Member::OwnBase, loaded.own_base(training)?.logits(&gate)?);
+    }
+    if let Some(forest) = loaded.forest() {
+        logits.insert(Member::Forest, forest.logits(&gate)?);
     }
     for candidate in loaded.candidates() {
         logits.insert(Member::Model(candidate), loaded.build(candidate, training)?.logits(&gate)?);
@@ -393,12 +408,17 @@ fn rarer_units(gate: &TypedBatch) -> usize {
     units.iter().map(std::collections::BTreeSet::len).min().unwrap_or(0)
 }
 
-/// Weight that trees on own rows and the base on own rows come near, each, with many of them.
-pub const MOST_OWN: f64 = 1.0 / 3.0;
+/// Weight that trees on own rows come near, with many of them.
+pub const MOST_TREES: f64 = 0.4;
+/// Weight that the base on own rows comes near.
+pub const MOST_BASE: f64 = 0.25;
 /// Own minority rows at which trees get half of it.
 pub const HALF_MINORITY: f64 = 40.0;
 /// Own minority rows at which the base gets half of it.
 pub const HALF_BASE: f64 = 2.0;
+
+/// Weight of the rounds' forest before the rest is shared out.
+pub const FOREST: f64 = 0.2;
 
 /// How much further from the label rate a blend's logit goes, at most: members of equal weight come to a slope of 1.3.
 pub const SHARPENING: f64 = 0.45;

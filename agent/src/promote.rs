@@ -6,6 +6,7 @@ use ring::hmac;
 use serde::{Deserialize, Serialize};
 use tabmesh_contract::batch::{TypedBatch, UnitKey};
 use tabmesh_federation::manifest::Manifest;
+use tabmesh_forest::Forest;
 use tabmesh_tfm::adapter::Adapter;
 use tabmesh_tfm::context::Context;
 use tabmesh_tfm::error::TfmError;
@@ -98,6 +99,15 @@ impl std::fmt::Display for Candidate {
     }
 }
 
+/// What the rounds of a publication gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offer {
+    /// An adapter of the model.
+    pub adapter: bool,
+    /// A forest beside it.
+    pub forest: bool,
+}
+
 /// A publication loaded for one domain.
 pub struct Loaded {
     schema: FeatureSchema,
@@ -105,6 +115,7 @@ pub struct Loaded {
     base: Model,
     tuned: Model,
     adapter: Option<Adapter>,
+    forest: Option<Forest>,
     corpus: TypedBatch,
     own: FeatureSchema,
     sizes: ContextSection,
@@ -132,7 +143,25 @@ pub struct Served {
 /// What answers for a member of a blend.
 enum Part {
     Trees(Trees),
+    Forest(Box<SharedForest>),
     Variant(Box<Variant>),
+}
+
+/// The forest of the rounds, for rows of the domain's own columns. It holds no row.
+pub struct SharedForest {
+    forest: Forest,
+    shared: FeatureSchema,
+    own: FeatureSchema,
+}
+
+impl SharedForest {
+    /// Logits of class 1 of rows in the domain's own columns.
+    ///
+    /// # Errors
+    /// [`WorkError::Forest`] if rows and forest don't fit.
+    pub fn logits(&self, rows: &TypedBatch) -> Result<Vec<f64>, WorkError> {
+        Ok(self.forest.logits(&onto(rows, &self.own, &self.shared))?)
+    }
 }
 
 impl Loaded {
@@ -155,6 +184,7 @@ impl Loaded {
             preprocessing: artefacts.preprocessing(&manifest.preprocessing)?,
             base: artefacts.model(&manifest.base)?,
             adapter: manifest.adapter.map(adapter).transpose()?,
+            forest: manifest.forest.map(|digest| artefacts.forest(&digest)).transpose()?,
             tuned,
             corpus: artefacts.corpus(&manifest.corpus, &manifest.schema)?,
             own: own.clone(),
@@ -208,6 +238,19 @@ impl Loaded {
     #[must_use]
     pub fn has_adapter(&self) -> bool {
         self.adapter.is_some()
+    }
+
+    /// What the rounds gave beside the tuned model.
+    #[must_use]
+    pub fn offer(&self) -> Offer {
+        Offer { adapter: self.adapter.is_some(), forest: self.forest.is_some() }
+    }
+
+    /// The forest of the rounds, if they learnt one.
+    #[must_use]
+    pub fn forest(&self) -> Option<SharedForest> {
+        let (shared, own) = (self.schema.clone(), self.own.clone());
+        self.forest.clone().map(|forest| SharedForest { forest, shared, own })
     }
 
     /// Variants of the model that this publication offers.
@@ -322,6 +365,7 @@ impl Loaded {
             parts.push(match share.member {
                 Member::Model(candidate) => Part::Variant(Box::new(self.build(candidate, rows)?)),
                 Member::OwnBase => Part::Variant(Box::new(self.own_base(rows)?)),
+                Member::Forest => Part::Forest(Box::new(self.forest().ok_or(WorkError::NoForest)?)),
                 Member::Trees | Member::TreesAndCorpus => {
                     let trees = self.trees(share.member == Member::TreesAndCorpus, rows, share.settings)?;
                     share.settings = Some(trees.settings());
@@ -398,6 +442,7 @@ impl Served {
         for (part, Share { weight, .. }) in self.parts.iter().zip(&self.blend.shares) {
             let logits = match part {
                 Part::Trees(trees) => trees.logits(rows)?,
+                Part::Forest(forest) => forest.logits(rows)?,
                 Part::Variant(variant) => variant.logits(rows)?,
             };
             sum.iter_mut().zip(logits).for_each(|(to, logit)| *to += weight * logit);

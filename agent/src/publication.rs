@@ -13,6 +13,7 @@ use tabmesh_federation::documents::{
 };
 use tabmesh_federation::id::Digest;
 use tabmesh_federation::manifest::{Manifest, ManifestError, SignedManifest, Trust};
+use tabmesh_forest::{Forest, ForestError, MAX_FOREST_BYTES};
 use tabmesh_privacy::signature::VerifyingKey;
 use tabmesh_proto::client::{ClientError, MeshClient};
 use tabmesh_store::{BlobStore, StoreError};
@@ -41,6 +42,9 @@ pub enum ArtefactError {
     /// The model or adapter file is refused.
     #[error(transparent)]
     Model(#[from] TfmError),
+    /// The forest is refused.
+    #[error(transparent)]
+    Forest(#[from] ForestError),
     /// The signature's text is no signature.
     #[error("signature of the publication does not parse: {reason}")]
     Signature {
@@ -109,14 +113,18 @@ impl Artefacts {
         self.fetch(client, &publication.manifest).await?;
         let manifest = self.verified(&publication)?;
         let artefacts = [manifest.base, manifest.tuned, manifest.preprocessing, manifest.corpus];
-        for digest in artefacts.iter().chain(&manifest.adapter) {
+        for digest in artefacts.iter().chain(&manifest.adapter).chain(&manifest.forest) {
             self.fetch(client, digest).await?;
         }
         // Parsed once before it counts as current: what can't be loaded is never pointed at.
         self.model(&manifest.base)?;
         let tuned = self.model(&manifest.tuned)?;
         self.preprocessing(&manifest.preprocessing)?;
-        self.corpus(&manifest.corpus, &manifest.schema)?;
+        let corpus = self.corpus(&manifest.corpus, &manifest.schema)?;
+        if let Some(digest) = &manifest.forest {
+            // A forest of other columns would fail at the first prediction only.
+            self.forest(digest)?.logits(&corpus.take(&[0]))?;
+        }
         manifest.adapter.map(|digest| self.adapter(&digest, &manifest.tuned, &tuned)).transpose()?;
         crate::files::replace(&self.pointer, document).map_err(|error| self.broken(&error))?;
         Ok(manifest)
@@ -177,6 +185,17 @@ impl Artefacts {
     /// [`ArtefactError`] if it is missing, damaged or no adapter of this base.
     pub fn adapter(&self, digest: &Digest, base: &Digest, model: &Model) -> Result<Adapter, ArtefactError> {
         Ok(Adapter::from_safetensors(&self.blobs.get(&named(digest))?, &base.to_string(), model)?)
+    }
+
+    /// The forest of the rounds.
+    ///
+    /// # Errors
+    /// [`ArtefactError`] if it is missing, damaged or no forest.
+    pub fn forest(&self, digest: &Digest) -> Result<Forest, ArtefactError> {
+        let bytes = self.blobs.get(&named(digest))?;
+        let forest: Forest = documents::read("forest", &bytes, MAX_FOREST_BYTES)?;
+        forest.check()?;
+        Ok(forest)
     }
 
     fn broken(&self, error: &std::io::Error) -> ArtefactError {

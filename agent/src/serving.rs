@@ -184,6 +184,7 @@ impl Serving {
             digest: self.keyed("version", &choice),
             base: manifest.tuned.to_string(),
             adapter: manifest.adapter.map(|digest| digest.to_string()),
+            forest: manifest.forest.map(|digest| digest.to_string()),
             promoted_at_ms: held.promoted_ms,
             published_at_ms: manifest.created_ms,
         };

@@ -225,6 +225,7 @@ impl StudentService {
             digest: record.student.to_string(),
             base: record.manifest.to_string(),
             adapter: None,
+            forest: None,
             promoted_at_ms: record.distilled_ms,
             published_at_ms: record.published_ms,
         };

@@ -1,4 +1,5 @@
-//! One domain's part in a round: per-unit gradients of the adapter on the query path, clipped and summed.
+//! One domain's part in a round: per-unit gradients of the adapter on the query path, or sums in a forest's leaves, clipped and
+//! summed.
 //!
 //! Context, coding and weights come from published artefacts, which are differentially private already; the domain's own
 //! rows enter as queries only. Whatever the rows are, the result has the descriptor's length.
@@ -11,6 +12,7 @@ use tabmesh_contract::schema::FeatureSchema;
 use tabmesh_federation::descriptor::RoundDescriptor;
 use tabmesh_federation::id::Digest;
 use tabmesh_federation::plan::{AdapterSpec, Plan};
+use tabmesh_forest::{Forest, Rows, Shape};
 use tabmesh_tfm::adapter::{Adapter, Kind};
 use tabmesh_tfm::context::Context;
 use tabmesh_tfm::error::TfmError;
@@ -23,12 +25,23 @@ use crate::work::WorkError;
 /// Everything of a plan's rounds that doesn't change from round to round.
 pub struct Trainer {
     artefacts: [Digest; 3],
+    learner: Learner,
+    sampling_rate: f64,
+}
+
+/// What the plan's rounds train, with the domain's rows as it reads them.
+enum Learner {
+    Adapter(Box<Gradients>),
+    Forest { forest: Forest, rows: Rows },
+}
+
+/// An adapter of the model.
+struct Gradients {
     context: Context,
     /// The plan's kind of adapter on the frozen model; rounds differ in its values.
     adapter: Adapter,
     rows: PreparedRows,
     units: Vec<UnitGroup>,
-    sampling_rate: f64,
 }
 
 impl Trainer {
@@ -45,6 +58,73 @@ impl Trainer {
         rows: &TypedBatch,
         coding: Coding,
     ) -> Result<Self, WorkError> {
+        let learner = match kind_of(plan.rounds.adapter) {
+            Trained::Adapter(kind) => {
+                let gradients = Gradients::new(artefacts, descriptor, plan, shared, rows, (kind, coding))?;
+                Learner::Adapter(Box::new(gradients))
+            }
+            Trained::Forest(shape) => {
+                let forest = artefacts.forest(&descriptor.context)?;
+                let expected = Shape { trees: shape.trees * plan.rounds.count as usize, ..shape };
+                if forest.shape() != expected {
+                    let (expected, got) = (format!("{expected:?}"), format!("{:?}", forest.shape()));
+                    return Err(TfmError::mismatch("forest of the plan", expected, got).into());
+                }
+                Learner::Forest { rows: Rows::new(&forest, rows)?, forest }
+            }
+        };
+        Ok(Self {
+            artefacts: [descriptor.base, descriptor.context, descriptor.preprocessing],
+            learner,
+            sampling_rate: plan.rounds.sampling_rate,
+        })
+    }
+
+    /// Whether it was made from a descriptor's artefacts.
+    #[must_use]
+    pub fn fits(&self, descriptor: &RoundDescriptor) -> bool {
+        self.artefacts == [descriptor.base, descriptor.context, descriptor.preprocessing]
+    }
+
+    /// The sum over units of clipped, integer gradients at the descriptor's adapter, and the weighted counts of units within
+    /// the clip norm and beyond where the descriptor has any; of a forest, the sums in the leaves of the round's trees. Under a plan
+    /// that samples, over the units that `draws` picks for this round.
+    ///
+    /// # Errors
+    /// [`WorkError::Model`] or [`WorkError::Forest`] if the descriptor's values aren't of the plan's kind.
+    pub fn clipped_sum(
+        &self,
+        descriptor: &RoundDescriptor,
+        draws: &mut impl Rng,
+    ) -> Result<Vec<i64>, WorkError> {
+        match &self.learner {
+            Learner::Adapter(gradients) => gradients.clipped_sum(descriptor, self.sampling_rate, draws),
+            Learner::Forest { forest, rows } => {
+                let forest = forest.clone().with_values(descriptor.adapter_values.clone())?;
+                let each = descriptor.leaf_sums as usize / 2 / forest.shape().leaves();
+                let first = descriptor.index as usize * each;
+                // Nobody drawn is a sum like any other: zeros, which get the same noise.
+                let drawn = || self.sampling_rate >= 1.0 || draws.random::<f64>() < self.sampling_rate;
+                Ok(rows.sums(
+                    &forest,
+                    first..first + each,
+                    (descriptor.clip_norm, descriptor.scale),
+                    drawn,
+                )?)
+            }
+        }
+    }
+}
+
+impl Gradients {
+    fn new(
+        artefacts: &Artefacts,
+        descriptor: &RoundDescriptor,
+        plan: &Plan,
+        shared: &FeatureSchema,
+        rows: &TypedBatch,
+        (kind, coding): (Kind, Coding),
+    ) -> Result<Self, WorkError> {
         let model = artefacts.model(&descriptor.base)?;
         let preprocessing = artefacts.preprocessing(&descriptor.preprocessing)?;
         let corpus = artefacts.corpus(&descriptor.context, shared)?;
@@ -57,32 +137,16 @@ impl Trainer {
         for (row, unit) in rows.units.iter().enumerate() {
             units.entry(*unit).or_default().push(row);
         }
-        let adapter = Adapter::initial(kind_of(plan.rounds.adapter), &model, context.column_keys())?;
+        let adapter = Adapter::initial(kind, &model, context.column_keys())?;
         let rows = context.prepare(&preprocessing.encode(&rows, coding)?, &adapter)?;
-        Ok(Self {
-            artefacts: [descriptor.base, descriptor.context, descriptor.preprocessing],
-            units: units.into_values().map(|rows| UnitGroup { rows }).collect(),
-            context,
-            adapter,
-            rows,
-            sampling_rate: plan.rounds.sampling_rate,
-        })
+        let units = units.into_values().map(|rows| UnitGroup { rows }).collect();
+        Ok(Self { context, adapter, rows, units })
     }
 
-    /// Whether it was made from a descriptor's artefacts.
-    #[must_use]
-    pub fn fits(&self, descriptor: &RoundDescriptor) -> bool {
-        self.artefacts == [descriptor.base, descriptor.context, descriptor.preprocessing]
-    }
-
-    /// The sum over units of clipped, integer gradients at the descriptor's adapter, and the weighted counts of units within
-    /// the clip norm and beyond where the descriptor has any. Under a plan that samples, over the units that `draws` picks for this round.
-    ///
-    /// # Errors
-    /// [`WorkError::Model`] if the descriptor's adapter isn't of the plan's kind on this model.
-    pub fn clipped_sum(
+    fn clipped_sum(
         &self,
         descriptor: &RoundDescriptor,
+        sampling_rate: f64,
         draws: &mut impl Rng,
     ) -> Result<Vec<i64>, WorkError> {
         let layout = self.adapter.layout();
@@ -94,9 +158,9 @@ impl Trainer {
         }
         let adapter = self.adapter.with_values(descriptor.adapter_values.clone())?;
         let clip = Clip::new(descriptor.clip_norm, descriptor.scale as f64)?;
-        let sum = if self.sampling_rate < 1.0 {
+        let sum = if sampling_rate < 1.0 {
             // Nobody drawn is a sum like any other: zeros, which get the same noise.
-            let (rows, units) = self.rows.only(&poisson(&self.units, self.sampling_rate, draws));
+            let (rows, units) = self.rows.only(&poisson(&self.units, sampling_rate, draws));
             self.context.clipped_sum(&rows, &adapter, &units, clip)?
         } else {
             self.context.clipped_sum(&self.rows, &adapter, &self.units, clip)?
@@ -118,15 +182,23 @@ fn poisson(units: &[UnitGroup], rate: f64, draws: &mut impl Rng) -> Vec<UnitGrou
     units.iter().filter(|_| draws.random::<f64>() < rate).cloned().collect()
 }
 
-/// The model's name for what a plan trains.
-fn kind_of(spec: AdapterSpec) -> Kind {
-    match spec {
+/// What a plan trains, by the name of its crate; a forest with the trees of one round.
+enum Trained {
+    Adapter(Kind),
+    Forest(Shape),
+}
+
+fn kind_of(spec: AdapterSpec) -> Trained {
+    Trained::Adapter(match spec {
         AdapterSpec::FeatureTokens => Kind::FeatureTokens,
         AdapterSpec::Head => Kind::Head,
         AdapterSpec::Lora { rank } => Kind::Lora { rank: rank as usize },
         AdapterSpec::FrozenLora { rank, seed } => Kind::FrozenLora { rank: rank as usize, seed },
         AdapterSpec::Core { rank } => Kind::Core { rank: rank as usize },
-    }
+        AdapterSpec::Forest { trees, depth } => {
+            return Trained::Forest(Shape { trees: trees as usize, depth: depth as usize });
+        }
+    })
 }
 
 /// Rows of the domain's own schema in the columns of the shared one; features it lacks are missing.

@@ -16,6 +16,7 @@ use tabmesh_federation::id::PlanDigest;
 use tabmesh_federation::plan::{Plan, PlanError};
 use tabmesh_federation::release_plan::{QueryRefusal, check_query};
 use tabmesh_federation::witness::WitnessRequest;
+use tabmesh_forest::ForestError;
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::{DebitReceipt, LedgerError, Purpose, RefusalRule};
 use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, MechanismError};
@@ -93,12 +94,18 @@ pub enum WorkError {
     /// The model refuses.
     #[error(transparent)]
     Model(#[from] TfmError),
+    /// The rounds' forest refuses.
+    #[error(transparent)]
+    Forest(#[from] ForestError),
     /// Trees refuse.
     #[error(transparent)]
     Trees(#[from] TreeError),
     /// Neither the domain nor the corpus has a row to put into a context.
     #[error("there is no labelled row for a context, neither in the domain nor in the corpus")]
     NoContext,
+    /// A blend with a forest over a publication that has none.
+    #[error("the publication has no forest, and what was promoted names one; run the agent to choose anew")]
+    NoForest,
     /// Nothing is in service yet.
     #[error("no model has been promoted yet; run the agent until the coordinator has published")]
     NotPromoted,

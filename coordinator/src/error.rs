@@ -72,6 +72,9 @@ pub enum CoordinatorError {
         /// Names of the rules.
         rules: String,
     },
+    /// A forest can't be grown or read.
+    #[error(transparent)]
+    Forest(#[from] tabmesh_forest::ForestError),
     /// The plan's adapter has no place on the base.
     #[error("rounds.adapter: {adapter} does not fit the base model: {reason}")]
     Adapter {

@@ -85,7 +85,7 @@ fn processes_over_sockets_publish_the_adapter_of_one_process() {
     ran(root.path(), "one", &[]);
     ran(root.path(), "real", &["--real"]);
     let read = |run: &str, file: &str| std::fs::read(root.path().join(run).join(file)).unwrap();
-    let adapter = "adapters/made_up.0000.ours.safetensors";
+    let adapter = "adapters/made_up.0000.ours.json";
     assert!(read("one", adapter).len() > 100);
     assert_eq!(read("one", adapter), read("real", adapter), "the adapters differ");
     assert_eq!(read("one", "results.jsonl"), read("real", "results.jsonl"), "the figures differ");
@@ -96,5 +96,5 @@ fn processes_over_sockets_publish_the_adapter_of_one_process() {
         .unwrap();
     ran(root.path(), "two", &[]);
     assert_eq!(read("two", adapter), read("one", adapter));
-    assert_ne!(read("two", "adapters/made_up.0001.ours.safetensors"), read("one", adapter));
+    assert_ne!(read("two", "adapters/made_up.0001.ours.json"), read("one", adapter));
 }

@@ -102,8 +102,10 @@ pub struct ServedVersion {
     pub digest: String,
     /// What base model it stands on.
     pub base: String,
-    /// The adapter on top, if one was promoted.
+    /// The adapter that the publication names, if any.
     pub adapter: Option<String>,
+    /// The forest of the rounds that the publication names, if any.
+    pub forest: Option<String>,
     /// When this agent promoted it, ms since the Unix epoch.
     pub promoted_at_ms: i64,
     /// When the coordinator published it, ms since the Unix epoch; the age in answers counts from here.

@@ -331,6 +331,7 @@ fn properties(version: ServedVersion) -> BTreeMap<&'static str, String> {
         ("published_at_ms", version.published_at_ms.to_string()),
     ]);
     properties.extend(version.adapter.map(|adapter| ("adapter", adapter)));
+    properties.extend(version.forest.map(|forest| ("forest", forest)));
     properties
 }
 

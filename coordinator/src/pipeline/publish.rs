@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tabmesh_federation::documents::Publication;
 use tabmesh_federation::job::{Job, JobEvent};
 use tabmesh_federation::manifest::{MANIFEST_VERSION, Manifest, PrivacyFacts, Taint};
+use tabmesh_federation::plan::AdapterSpec;
 use tabmesh_privacy::budget::{Delta, Epsilon, Rho};
 use tabmesh_proto::message::AssignmentKind;
 use tabmesh_store::Kind;
@@ -25,17 +26,19 @@ pub(super) fn run(mesh: &Arc<Mesh>, submitted: &Submitted, job: &Job) -> Result<
     let corpus = products.corpus.ok_or_else(|| missing("corpus of plan"))?;
     let preprocessing = products.preprocessing.ok_or_else(|| missing("preprocessing of plan"))?;
     let now_ms = mesh.now_ms();
-    let adapter = match products.adapter {
-        None => None,
-        Some(state) => {
-            let state: AdapterState = mesh.get_json(stored(state), "adapter state")?;
-            let state = state.caught_up(job)?;
-            let digest = mesh.blobs.put(&state.artefact(&tuned.to_string())?)?;
-            mesh.share(&digest)?;
+    let (mut adapter, mut forest) = (None, None);
+    if let Some(state) = products.adapter {
+        let state: AdapterState = mesh.get_json(stored(state), "adapter state")?;
+        if matches!(plan.rounds.adapter, AdapterSpec::Forest { .. }) {
+            let digest = mesh.blobs.put(&state.forest(mesh)?)?;
+            mesh.register(Kind::Adapter, digest, Vec::new())?;
+            forest = Some(named(digest));
+        } else {
+            let digest = mesh.blobs.put(&state.caught_up(job)?.artefact(&tuned.to_string())?)?;
             mesh.register(Kind::Adapter, digest, vec![stored(tuned)])?;
-            Some(named(digest))
+            adapter = Some(named(digest));
         }
-    };
+    }
     let budget = plan.budget()?;
     let used = used(&budget, &Released::load(mesh, submitted, job)?, products.rounds_published);
     let figure = |error: tabmesh_privacy::budget::BudgetError| CoordinatorError::Step(error.to_string());
@@ -47,6 +50,7 @@ pub(super) fn run(mesh: &Arc<Mesh>, submitted: &Submitted, job: &Job) -> Result<
         preprocessing,
         corpus,
         adapter,
+        forest,
         schema: schema_of(mesh, plan, job.roster())?,
         created_ms: now_ms,
         taint: if mesh.tainted(job.roster())? { Taint::ReproducibleNotPrivate } else { Taint::Private },
@@ -65,9 +69,8 @@ pub(super) fn run(mesh: &Arc<Mesh>, submitted: &Submitted, job: &Job) -> Result<
         .map_err(|error| CoordinatorError::Step(format!("the manifest can't be signed: {error}")))?;
     let digest = mesh.blobs.put(&signed.bytes)?;
     mesh.share(&digest)?;
-    for artefact in
-        [Some(manifest.base), Some(tuned), Some(preprocessing), Some(corpus), adapter].into_iter().flatten()
-    {
+    let always = [manifest.base, tuned, preprocessing, corpus];
+    for artefact in always.into_iter().chain(adapter).chain(forest) {
         mesh.share(&stored(artefact))?;
     }
     let publication = Publication { manifest: named(digest), signature: signed.signature.to_string() };

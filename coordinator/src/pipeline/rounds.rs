@@ -1,5 +1,7 @@
 //! Federated rounds: descriptor out, noised gradients in, one server step, durable at each turn.
 
+mod forest;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
@@ -36,9 +38,12 @@ use crate::sums::{SumEnd, Summed};
 /// The adapter between rounds: kind, keys, current iterate, optimiser, clip norm.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct AdapterState {
-    /// States from before there was a choice have the default kind.
+    /// States from before there was a choice have the default kind; so have those of a forest, to which it means nothing.
     #[serde(default)]
     kind: Kind,
+    /// A forest's trees, whose leaf values these are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    trees: Option<NamedDigest>,
     pub(crate) keys: Vec<String>,
     pub(crate) width: usize,
     #[serde(with = "packed")]
@@ -53,7 +58,12 @@ impl AdapterState {
         let Layout { kind, keys, width } = layout;
         let optimiser = ServerOptimiser::new(plan.rounds.optimiser, plan.rounds.count, values.len());
         let values = values.iter().map(|v| f64::from(*v)).collect();
-        Self { kind, keys, width, values, clip_norm, optimiser }
+        Self { kind, trees: None, keys, width, values, clip_norm, optimiser }
+    }
+
+    /// The forest at its leaf values, as published.
+    pub(super) fn forest(&self, mesh: &Mesh) -> Result<Vec<u8>, CoordinatorError> {
+        forest::artefact(mesh, self)
     }
 
     /// The state after the abandoned rounds too: the schedule goes on, the iterate stays.
@@ -90,7 +100,7 @@ pub(super) async fn open(
         index,
         attempt: 1,
         base: products.tuned.ok_or_else(|| missing("tuned model of plan"))?,
-        context: products.corpus.ok_or_else(|| missing("corpus of plan"))?,
+        context: state.trees.or(products.corpus).ok_or_else(|| missing("corpus of plan"))?,
         preprocessing: products.preprocessing.ok_or_else(|| missing("preprocessing of plan"))?,
         adapter_keys: state.keys.clone(),
         width: u32::try_from(state.width).unwrap_or(u32::MAX),
@@ -196,7 +206,7 @@ async fn run_sum(
         divisor,
         totals: &none,
     };
-    let result = step(mesh, &submitted.plan, &updates, &descriptor, &before)?;
+    let result = step(mesh, &submitted.plan, &updates, survivors.len(), &descriptor, &before)?;
     Ok(JobEvent::RoundPublished { index, adapter: result })
 }
 
@@ -285,22 +295,27 @@ pub(crate) fn finish(
         divisor,
         totals: &totals,
     };
-    let result = step(mesh, plan, &updates, descriptor, before)?;
+    let result = step(mesh, plan, &updates, collection.values().len(), descriptor, before)?;
     mesh.collections.apply(id, [RoundEvent::Aggregated { result }, RoundEvent::Published { result }])?;
     Ok(result)
 }
 
-/// Turns updates into a gradient and takes the server's step; gives the digest of the adapter's new state.
+/// Turns the updates of so many agents into a gradient and takes the server's step; gives the digest of the adapter's new state.
 fn step(
     mesh: &Mesh,
     plan: &Plan,
     updates: &Updates<'_>,
+    agents: usize,
     descriptor: &RoundDescriptor,
     before: &AdapterState,
 ) -> Result<NamedDigest, CoordinatorError> {
     let failed = |error: String| CoordinatorError::Step(error);
     let rule = Rule::new(plan.rounds.aggregation, plan.rounds.trim);
     let mut gradient = rule.mean(updates).map_err(|error| failed(error.to_string()))?;
+    if descriptor.leaf_sums > 0 {
+        let values = forest::values(&gradient, updates.divisor, agents, descriptor, before)?;
+        return kept(mesh, AdapterState { values, ..before.clone() });
+    }
     let mut clip_norm = before.clip_norm;
     if let (ClipNorm::Adaptive(clip), true) = (plan.rounds.clip_norm, descriptor.count_weight > 0) {
         // The last values are no gradient: noisy numbers of units, over one divisor.
@@ -312,7 +327,11 @@ fn step(
         .optimiser
         .step(&before.values, &gradient, descriptor.clip_norm)
         .map_err(|error| failed(error.to_string()))?;
-    let after = AdapterState { values, optimiser, clip_norm, ..before.clone() };
+    kept(mesh, AdapterState { values, optimiser, clip_norm, ..before.clone() })
+}
+
+/// Stores a state, and keeps it at hand for the next round.
+fn kept(mesh: &Mesh, after: AdapterState) -> Result<NamedDigest, CoordinatorError> {
     let digest = mesh.put_json(&after)?;
     mesh.adapters.keep(digest, after);
     Ok(named(digest))
@@ -370,10 +389,11 @@ async fn state(
 /// The plan's adapter as it starts, with the clip norm of the plan or a quantile of gradient norms on corpus rows.
 fn initial(mesh: &Mesh, submitted: &Submitted, job: &Job) -> Result<AdapterState, CoordinatorError> {
     let rounds = &submitted.plan.rounds;
+    let Some(kind) = kind_of(rounds.adapter) else { return forest::initial(mesh, submitted, job) };
     let tuned = job.products().tuned.ok_or_else(|| CoordinatorError::Step("no tuned model".to_owned()))?;
     let (model, _) = Model::from_safetensors(&mesh.blobs.get(&stored(tuned))?)?;
     let encoded = corpus::encoded(mesh, submitted, job)?;
-    let adapter = Adapter::initial(kind_of(rounds.adapter), &model, &encoded.column_keys)?;
+    let adapter = Adapter::initial(kind, &model, &encoded.column_keys)?;
     let on_corpus = match rounds.clip_norm {
         ClipNorm::Fixed(norm) | ClipNorm::Adaptive(AdaptiveClip { initial: Some(norm), .. }) => Err(norm),
         ClipNorm::Adaptive(clip) => Ok(clip.quantile),
@@ -393,15 +413,16 @@ fn initial(mesh: &Mesh, submitted: &Submitted, job: &Job) -> Result<AdapterState
     Ok(AdapterState::initial(adapter.layout().clone(), adapter.values(), clip_norm, &submitted.plan))
 }
 
-/// The model's name for what a plan trains.
-fn kind_of(spec: AdapterSpec) -> Kind {
-    match spec {
+/// The model's name for what a plan trains; none for a forest, which stands beside the model.
+fn kind_of(spec: AdapterSpec) -> Option<Kind> {
+    Some(match spec {
         AdapterSpec::FeatureTokens => Kind::FeatureTokens,
         AdapterSpec::Head => Kind::Head,
         AdapterSpec::Lora { rank } => Kind::Lora { rank: rank as usize },
         AdapterSpec::FrozenLora { rank, seed } => Kind::FrozenLora { rank: rank as usize, seed },
         AdapterSpec::Core { rank } => Kind::Core { rank: rank as usize },
-    }
+        AdapterSpec::Forest { .. } => return None,
+    })
 }
 
 /// Refuses an adapter that the base has no room for, or whose values don't fit into a round.
@@ -415,7 +436,8 @@ pub(crate) fn check_adapter(mesh: &Mesh, adapter: AdapterSpec) -> Result<(), Coo
 }
 
 fn fits(adapter: AdapterSpec, config: &ModelConfig) -> Result<(), String> {
-    let layout = Layout::of(kind_of(adapter), config, &[]).map_err(|error| error.to_string())?;
+    let Some(kind) = kind_of(adapter) else { return Ok(()) };
+    let layout = Layout::of(kind, config, &[]).map_err(|error| error.to_string())?;
     let got = layout.dimension();
     if got <= MAX_ADAPTER_VALUES {
         Ok(())
@@ -494,7 +516,7 @@ mod tests {
         let test = TestMesh::new(0);
         let parsed = |clip: &str| {
             let text = format!(
-                "kind: TabmeshPlan\nname: p\ntarget: a.y\nrounds: {{clip_norm: {clip}}}\nprivacy: {{epsilon: 8}}\n"
+                "kind: TabmeshPlan\nname: p\ntarget: a.y\nrounds: {{adapter: feature_tokens, clip_norm: {clip}}}\nprivacy: {{epsilon: 8}}\n"
             );
             Plan::parse(text.as_bytes(), "p").unwrap()
         };
@@ -533,7 +555,7 @@ mod tests {
             let contributions = Contributions::SumOnly(&sum);
             let scale = descriptor.scale as f64;
             let updates = Updates { contributions, scale, divisor: 1_000.0, totals: &none };
-            let digest = step(&test.mesh, &plan, &updates, &descriptor, &before).unwrap();
+            let digest = step(&test.mesh, &plan, &updates, 3, &descriptor, &before).unwrap();
             read(&test.mesh, stored(digest)).unwrap()
         };
         let fixed = stepped("2", 0.0);

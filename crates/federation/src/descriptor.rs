@@ -86,7 +86,7 @@ pub struct RoundDescriptor {
     pub attempt: u32,
     /// The frozen model.
     pub base: Digest,
-    /// The synthetic rows in the model's context.
+    /// The synthetic rows in the model's context; of a forest, its trees.
     pub context: Digest,
     /// Bins, codes and scaling.
     pub preprocessing: Digest,
@@ -97,6 +97,10 @@ pub struct RoundDescriptor {
     /// The current adapter: `adapter_keys.len() · width` values, feature by feature.
     #[serde(with = "packed")]
     pub adapter_values: Vec<f32>,
+    /// Integers of an update where they aren't one for each adapter value: two sums for each leaf of the trees that a forest learns
+    /// in this round. 0 for every other kind.
+    #[serde(default, skip_serializing_if = "nothing")]
+    pub leaf_sums: u64,
     /// L2 norm one unit's gradient is clipped to.
     pub clip_norm: f64,
     /// Integer steps per unit of gradient, a power of two.
@@ -138,7 +142,7 @@ pub struct RoundInputs {
     pub attempt: u32,
     /// The frozen model.
     pub base: Digest,
-    /// The synthetic rows in the model's context.
+    /// The synthetic rows in the model's context; of a forest, its trees.
     pub context: Digest,
     /// Bins, codes and scaling.
     pub preprocessing: Digest,
@@ -184,6 +188,7 @@ impl RoundDescriptor {
             adapter_keys: inputs.adapter_keys,
             width: inputs.width,
             adapter_values: inputs.adapter_values,
+            leaf_sums: plan.rounds.adapter.leaf_sums(),
             clip_norm: inputs.clip_norm,
             scale,
             rho,
@@ -232,7 +237,18 @@ impl RoundDescriptor {
         same("round index within the plan", &true, &in_range)?;
         same("attempt above zero", &true, &(self.attempt > 0))?;
         self.check_adapter()?;
-        if let ClipNorm::Fixed(norm) = rounds.clip_norm {
+        same("leaf sums", &rounds.adapter.leaf_sums(), &self.leaf_sums)?;
+        // Leaves are learnt round by round: the values are those of all rounds.
+        if self.leaf_sums > 0 {
+            let all = u64::from(rounds.count) * self.leaf_sums / 2;
+            same("leaf values", &all, &(self.adapter_values.len() as u64))?;
+        }
+        let known = match rounds.clip_norm {
+            ClipNorm::Fixed(norm) => Some(norm),
+            ClipNorm::Auto(_) => rounds.adapter.row_norm(),
+            ClipNorm::Adaptive(_) => None,
+        };
+        if let Some(norm) = known {
             same("clip norm", &norm, &self.clip_norm)?;
         }
         let norm = integer_norm(self.clip_norm, self.scale)?;
@@ -255,10 +271,12 @@ impl RoundDescriptor {
         same("divisor above zero", &true, &(self.divisor > 0))
     }
 
-    /// Length of an update: one integer per adapter value, and both counts where there are any.
+    /// Length of an update: one integer per adapter value, or the sums of a forest's leaves, and both counts where there are any.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.adapter_values.len() + 2 * usize::from(self.count_weight > 0)
+        let sums = usize::try_from(self.leaf_sums).unwrap_or(usize::MAX);
+        let values = if sums > 0 { sums } else { self.adapter_values.len() };
+        values + 2 * usize::from(self.count_weight > 0)
     }
 
     /// Whether there is nothing to train.

@@ -126,8 +126,11 @@ pub struct Manifest {
     pub preprocessing: Digest,
     /// The synthetic corpus.
     pub corpus: Digest,
-    /// The adapter; none if no round had a result.
+    /// The adapter; none if no round had a result, or rounds learn a forest.
     pub adapter: Option<Digest>,
+    /// The forest that the rounds learnt; none if they learnt something else, or nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forest: Option<Digest>,
     /// Features and target, in canonical order.
     pub schema: FeatureSchema,
     /// When it was made, UTC milliseconds.
@@ -258,6 +261,7 @@ mod tests {
             preprocessing: digest("bins"),
             corpus: digest("corpus"),
             adapter: Some(digest("adapter")),
+            forest: None,
             schema: FeatureSchema::new(vec![feature], target).unwrap(),
             created_ms: 1_700_000_000_000,
             taint,

@@ -3,6 +3,7 @@
 mod adapter;
 mod bounds;
 mod corpus;
+mod forest;
 mod guess;
 mod inversion;
 mod mechanism;
@@ -97,6 +98,18 @@ pub enum Audit {
         #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(60..=100_000))]
         trials: u32,
     },
+    /// The noised sums of all rounds that learn a forest: can one who sees them all and knows everybody else tell whether a unit was there?
+    ///
+    /// Exit code 0 if the shipped code keeps its claim and every control (half the noise, no clip, no noise) is caught; 1 otherwise.
+    /// The attack is the strongest there is and comes close to the claim.
+    Forest {
+        /// ε of the plan, at δ = 1e-5; its rounds have half of the budget.
+        #[arg(long, default_value_t = 3.0, value_parser = plan_epsilon)]
+        epsilon: f64,
+        /// Pairs of forests with and without the unit, for each row of the result.
+        #[arg(long, default_value_t = 4_000, value_parser = clap::value_parser!(u32).range(200..=100_000))]
+        trials: u32,
+    },
     /// One vector with many units in or out by a coin, counts and gradients: how many guesses about it are right?
     ///
     /// Exit code 0 if the shipped code keeps its claim and every control (less noise, no bound on the rows of a unit, no clip,
@@ -163,6 +176,9 @@ pub fn run(audit: Audit, output: Output, record: Option<&Path>) -> anyhow::Resul
         }
         Audit::Adapter { epsilon, trials } => {
             guessed(output, "adapter", &adapter::audit(epsilon, trials as usize, &mut rng)?)?
+        }
+        Audit::Forest { epsilon, trials } => {
+            guessed(output, "forest", &forest::audit(epsilon, trials as usize, &mut rng)?)?
         }
         Audit::Inversion { epsilon, trials } => {
             guessed(output, "inversion", &inversion::audit(epsilon, trials as usize, &mut rng)?)?

@@ -171,7 +171,7 @@ impl Default for PlanChoices {
             deadline_s: 60,
             corpus_rows: 12_000,
             pretrain_steps: 150,
-            rounds: 10,
+            rounds: 20,
             adapter: None,
             secure_sum: false,
         }
@@ -615,7 +615,7 @@ mod tests {
         assert_eq!((plan.cohort.min_agents, plan.cohort.max_agents), (5, 5));
         assert!(plan.cohort.tags.is_empty());
         assert_eq!(plan.target.as_str(), TARGET);
-        assert_eq!(plan.rounds.adapter, AdapterSpec::FeatureTokens);
+        assert_eq!(plan.rounds.adapter, AdapterSpec::Forest { trees: 4, depth: 4 });
         let adapter = Some("{kind: lora, rank: 2}".to_owned());
         let (plan, _) = Plan::parse(plan_yaml(&PlanChoices { adapter, ..choices }).as_bytes(), "p").unwrap();
         assert_eq!(plan.rounds.adapter, AdapterSpec::Lora { rank: 2 });

@@ -1,6 +1,6 @@
 //! What a run leaves behind: a folder with the scenario, a manifest, one file of rows a task, and all rows together.
 //!
-//! Beside them lie the answers on test rows, if a scenario keeps them, and the adapters that flows published. A
+//! Beside them lie the answers on test rows, if a scenario keeps them, and the adapters and forests that flows published. A
 //! task's file appears whole or not at all, so a run that was killed goes on where it was; the manifest names scenario,
 //! program, base model and tables by digest, and rows of another scenario, program or data are never mixed in. Times aren't
 //! in rows: equal scenario, seed and program give equal bytes.
@@ -14,6 +14,7 @@ use tabmesh_federation::id::Digest;
 
 use super::answers::{self, Answered};
 use super::document::Scenario;
+use crate::utility::federation::Learnt;
 
 /// One figure.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -282,12 +283,12 @@ impl RunFolder {
         Ok(all)
     }
 
-    /// Stores the adapter that a flow published; to be done before its rows are stored.
+    /// Stores the adapter or forest that a flow published; to be done before its rows are stored.
     ///
     /// # Errors
     /// The file can't be written.
-    pub fn store_adapter(&self, task: &str, bytes: &[u8]) -> Result<()> {
-        write(&self.kept("adapters").join(format!("{task}.safetensors")), bytes)
+    pub(crate) fn store_adapter(&self, task: &str, learnt: &Learnt) -> Result<()> {
+        write(&self.kept("adapters").join(format!("{task}.{}", learnt.ending)), &learnt.bytes)
     }
 
     /// A task's rows.

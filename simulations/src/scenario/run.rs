@@ -378,8 +378,8 @@ impl Prepared {
             runtime.block_on(federation::run(root.path(), setting))?
         };
         runtime.shutdown_background();
-        if let Some(adapter) = &federated.adapter {
-            self.folder.store_adapter(&task.id, adapter)?;
+        if let Some(learnt) = &federated.learnt {
+            self.folder.store_adapter(&task.id, learnt)?;
         }
         let scoring = Scoring { federated: &federated, members, seed: place.seed, also: &flow.also, tell };
         let tables = members.iter().map(Member::tables).collect::<Result<Vec<_>>>()?;

@@ -170,7 +170,7 @@ fn flows_with_faults_come_to_their_end_and_every_part_has_its_figures() {
         "duplicates: true\nkeep_answers: true\nrivals: [local_trees, local_logistic, local_base, pooled_base]\n\
          tampering: [{share: 0.17, kind: {kind: label_shift, rate: 0.3}}]\n\
          flows:\n  - name: faulty\n    corpus_rows: 300\n    pretrain_steps: 0\n    rounds: 1\n\
-         \x20   also: [corpus_local, own_label_kept, rounds_untuned, picked, shipped_blend]\n\
+         \x20   also: [corpus_local, own_label_kept, picked, shipped_blend]\n\
          \x20   faults: {late: 1, short_budget: 1, byzantine: {share: 0.17, attack: {kind: collusion_within_bound}}}\n\
          \x20 - {name: no_rounds, corpus_rows: 300, pretrain_steps: 0, rounds: 0, noise_placement: secure_sum}\n\
          targets:\n  aims:\n    - {kind: non_inferior, flow: no_rounds, margin: 0.5}\n",
@@ -181,19 +181,19 @@ fn flows_with_faults_come_to_their_end_and_every_part_has_its_figures() {
         rows.iter().filter(of).map(|row| row.value).collect()
     };
     // The liar serves nothing; who came late or had no budget serves and has spent nothing.
-    for method in ["served", "rounds", "base", "corpus_local", "own_label_kept", "picked", "shipped_blend"] {
+    for method in ["served", "forest", "base", "corpus_local", "own_label_kept", "picked", "shipped_blend"] {
         assert_eq!(values("faulty", method, "auc").len(), 5, "{method}");
     }
     let spent = values("faulty", "served", "epsilon");
     assert_eq!(spent.len(), 3);
     assert!(spent.iter().all(|epsilon| *epsilon > 1.0 && *epsilon <= 3.0), "{spent:?}");
-    assert!(root.path().join("out/adapters/made_up.0000.faulty.safetensors").is_file());
-    // Without rounds there is no adapter, and the release has the budget.
+    assert!(root.path().join("out/adapters/made_up.0000.faulty.json").is_file());
+    // Without rounds there is no forest, and the release has the budget.
     assert_eq!(
-        (values("no_rounds", "served", "auc").len(), values("no_rounds", "rounds", "auc").len()),
+        (values("no_rounds", "served", "auc").len(), values("no_rounds", "forest", "auc").len()),
         (6, 0)
     );
-    assert!(!root.path().join("out/adapters/made_up.0000.no_rounds.safetensors").exists());
+    assert!(!root.path().join("out/adapters/made_up.0000.no_rounds.json").exists());
     // Shares of noise are rounded up, so some of the budget stays.
     let spent = values("no_rounds", "served", "epsilon");
     assert_eq!(spent.len(), 6);
@@ -228,7 +228,7 @@ fn a_liar_keeps_to_the_protocol_and_changes_nothing_but_values() {
             "metrics: [auc]\nflows:\n  - {{name: f, epsilon: 8, corpus_rows: 300, pretrain_steps: 0, rounds: 1, faults: {{{faults}}}}}\n"
         );
         let (root, _folder) = ran_on(&["a", "b", "c", "d"], &text);
-        std::fs::read(root.path().join("out/adapters/made_up.0000.f.safetensors")).unwrap()
+        std::fs::read(root.path().join("out/adapters/made_up.0000.f.json")).unwrap()
     };
     let honest = adapter("");
     assert_eq!(adapter("byzantine: {share: 0.25, attack: {kind: scaling, factor: 1}}"), honest);
@@ -238,23 +238,33 @@ fn a_liar_keeps_to_the_protocol_and_changes_nothing_but_values() {
 /// Under a seed, so that equal settings give equal bytes: what is drawn and counted changes what is published.
 #[test]
 fn sampled_rounds_and_norms_that_follow_a_quantile_come_to_their_end() {
-    let adapter = |settings: &str| {
+    let learnt = |ending: &str, settings: &str| {
         let text = format!(
             "metrics: [auc]\nflows:\n  - {{name: f, epsilon: 8, corpus_rows: 300, pretrain_steps: 0, rounds: 2, {settings}}}\n"
         );
-        let (root, _folder) = ran_on(&["a", "b", "c", "d"], &text);
-        std::fs::read(root.path().join("out/adapters/made_up.0000.f.safetensors")).unwrap()
+        let (root, folder) = ran_on(&["a", "b", "c", "d"], &text);
+        let methods: BTreeSet<String> =
+            folder.all_rows().unwrap().into_iter().map(|row| row.method).collect();
+        (std::fs::read(root.path().join(format!("out/adapters/made_up.0000.f.{ending}"))).unwrap(), methods)
     };
-    let (plain, again) = (adapter("clip_norm: 1"), adapter("clip_norm: 1, sampling_rate: 1"));
-    assert_eq!(plain, again);
-    let sampled = adapter("clip_norm: 1, sampling_rate: 0.5");
-    let followed = adapter("clip_norm: {quantile: 0.5, initial: 1}");
-    let summed =
-        adapter("clip_norm: {quantile: 0.5, initial: 1}, sampling_rate: 0.5, noise_placement: secure_sum");
-    let all = [plain, sampled, followed, summed];
-    for (i, one) in all.iter().enumerate() {
-        assert!(all.iter().skip(i + 1).all(|other| other != one && other.len() == one.len()), "{i}");
+    let tokens = |settings: &str| {
+        let text = format!("adapter: {{kind: feature_tokens}}, also: [rounds_untuned], {settings}");
+        let (bytes, methods) = learnt("safetensors", &text);
+        assert!(
+            methods.contains("rounds") && methods.contains("rounds_untuned") && !methods.contains("forest")
+        );
+        bytes
+    };
+    let forest = |settings: &str| learnt("json", settings).0;
+    for kind in [&tokens as &dyn Fn(&str) -> Vec<u8>, &forest] {
+        let plain = kind("clip_norm: 1");
+        assert_eq!(plain, kind("clip_norm: 1, sampling_rate: 1"));
+        assert_ne!(plain, kind("clip_norm: 1, sampling_rate: 0.5"));
     }
+    let followed = tokens("clip_norm: {quantile: 0.5, initial: 1}");
+    let summed =
+        tokens("clip_norm: {quantile: 0.5, initial: 1}, sampling_rate: 0.5, noise_placement: secure_sum");
+    assert!(followed != summed && followed.len() == summed.len());
 }
 
 /// Tables of one's own, by contracts whose sources are relative to them, go through rivals, rounds and a flow.

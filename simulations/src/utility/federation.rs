@@ -53,8 +53,15 @@ pub(crate) struct Federated {
     pub(crate) pki: PkiFolder,
     /// How it ended for each member, in their order.
     pub(crate) ends: Vec<End>,
-    /// The published adapter's bytes, if rounds gave one.
-    pub(crate) adapter: Option<Vec<u8>>,
+    /// What the rounds published, if anything.
+    pub(crate) learnt: Option<Learnt>,
+}
+
+/// An adapter or a forest, as published.
+pub(crate) struct Learnt {
+    pub(crate) bytes: Vec<u8>,
+    /// Ending of such a file's name.
+    pub(crate) ending: &'static str,
 }
 
 /// How a federation ended for a member.
@@ -190,8 +197,8 @@ pub(crate) async fn run(root: &Path, setting: Setting<'_>) -> Result<Federated> 
         ends.push(End { serving: serving.filter(|_| stays(part)) });
     }
     coordinator.await??;
-    let adapter = adapter(&layout, &pki, &staying)?;
-    Ok(Federated { layout, pki, ends, adapter })
+    let learnt = learnt(&layout, &pki, &staying)?;
+    Ok(Federated { layout, pki, ends, learnt })
 }
 
 /// Runs a plan to its end with a process for the coordinator and for each agent, over sockets.
@@ -244,8 +251,8 @@ pub(crate) async fn run_real(root: &Path, setting: Setting<'_>, program: &Path) 
         ensure!(serving.restore()?, "{} serves nothing", member.domain);
         ends.push(End { serving: Some(serving) });
     }
-    let adapter = adapter(&layout, &pki, &staying)?;
-    Ok(Federated { layout, pki, ends, adapter })
+    let learnt = learnt(&layout, &pki, &staying)?;
+    Ok(Federated { layout, pki, ends, learnt })
 }
 
 /// An agent of this process.
@@ -346,17 +353,21 @@ async fn chosen(layout: &Layout, members: &[&Member]) -> Result<()> {
     Ok(())
 }
 
-/// The published adapter's bytes, from the coordinator's store.
-fn adapter(layout: &Layout, pki: &PkiFolder, members: &[&Member]) -> Result<Option<Vec<u8>>> {
+/// What the rounds published, from the coordinator's store.
+fn learnt(layout: &Layout, pki: &PkiFolder, members: &[&Member]) -> Result<Option<Learnt>> {
     let member = members.first().context("nobody is there at the end")?;
     let key = std::fs::read(pki.signing_public_key(&Role::Coordinator))?;
     let key: [u8; 32] = key.try_into().ok().context("the coordinator's public key has not 32 bytes")?;
     let data_dir = layout.domain(&member.name()).join("data");
     let artefacts = Artefacts::open(&data_dir, VerifyingKey::from_bytes(key), Trust::InsecureDev)?;
     let (_, manifest) = artefacts.current()?.context("nothing was published")?;
-    let Some(digest) = manifest.adapter else { return Ok(None) };
+    let (digest, ending) = match (manifest.adapter, manifest.forest) {
+        (Some(adapter), _) => (adapter, "safetensors"),
+        (None, Some(forest)) => (forest, "json"),
+        (None, None) => return Ok(None),
+    };
     let blobs = BlobStore::open(&layout.coordinator().join("data").join("blobs"))?;
-    Ok(Some(blobs.get(&Digest::from_bytes(*digest.as_bytes()))?))
+    Ok(Some(Learnt { bytes: blobs.get(&Digest::from_bytes(*digest.as_bytes()))?, ending }))
 }
 
 /// How long admissions or a choice may take.

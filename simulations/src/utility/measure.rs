@@ -235,6 +235,9 @@ pub(crate) fn ours(scoring: &Scoring<'_>, tables: &[Tables]) -> Result<Vec<Ours>
         if let Some(of_all) = by_corpus.as_ref().and_then(|all| all.get(at)) {
             answers.insert("corpus_logistic", of_all.clone());
         }
+        if let Some(forest) = ours.forest() {
+            answers.insert("forest", forest.logits(test)?.into_iter().map(probability).collect());
+        }
         if ours.has_adapter() {
             answers.insert("rounds", as_is(Weights::Tuned, Rows::Mixed, Tokens::On)?);
         }
@@ -255,7 +258,7 @@ pub(crate) fn ours(scoring: &Scoring<'_>, tables: &[Tables]) -> Result<Vec<Ours>
                 }
                 Also::ShippedBlend => {
                     let counts = class_counts(train);
-                    let shipped = Blend::default_for(counts[0].min(counts[1]), ours.has_adapter(), true);
+                    let shipped = Blend::default_for(counts[0].min(counts[1]), ours.offer(), true);
                     let sharpened = shipped.sharpened(counts);
                     ones(&ours.serve(shipped, sharpened, &context)?.predict(test)?)
                 }
@@ -293,7 +296,7 @@ fn picked(layout: &Layout, member: &Member, ours: &Loaded, train: &TypedBatch) -
     let promotion: Promotion = serde_json::from_str(last).context("a promotion")?;
     let best = promotion.log_loss.iter().min_by(|a, b| a.1.total_cmp(&b.1)).map(|(name, _)| name);
     let models = Candidate::all(ours.has_adapter()).into_iter().map(BlendMember::Model);
-    let named = [BlendMember::Trees, BlendMember::TreesAndCorpus, BlendMember::OwnBase]
+    let named = [BlendMember::Trees, BlendMember::TreesAndCorpus, BlendMember::OwnBase, BlendMember::Forest]
         .into_iter()
         .chain(models)
         .find(|known| best == Some(&known.to_string()));
@@ -301,7 +304,7 @@ fn picked(layout: &Layout, member: &Member, ours: &Loaded, train: &TypedBatch) -
         return Ok(named);
     }
     let counts = class_counts(train);
-    let shipped = Blend::default_for(counts[0].min(counts[1]), ours.has_adapter(), true);
+    let shipped = Blend::default_for(counts[0].min(counts[1]), ours.offer(), true);
     let largest = shipped.shares.iter().max_by(|a, b| a.weight.total_cmp(&b.weight));
     Ok(largest.context("an empty blend")?.member)
 }
@@ -379,7 +382,7 @@ pub(crate) fn newcomer(
                 let settings = match share.member {
                     BlendMember::Trees => Some(own_trees.settings()),
                     BlendMember::TreesAndCorpus => Some(corpus_trees.settings()),
-                    BlendMember::OwnBase | BlendMember::Model(_) => None,
+                    BlendMember::OwnBase | BlendMember::Forest | BlendMember::Model(_) => None,
                 };
                 share.settings = share.settings.or(settings);
             }
@@ -389,7 +392,7 @@ pub(crate) fn newcomer(
                 let of_all = by_corpus_alone(&ours, std::slice::from_ref(&tables), seed)?;
                 by_corpus = of_all.into_iter().next().map(|all| all[..kept.len()].to_vec());
             }
-            let by_name = BTreeMap::from([
+            let mut by_name = BTreeMap::from([
                 ("local_trees", own_trees.probabilities(&test)?),
                 ("local_logistic", logistic::fit_predict(&own, &test, schema, seed)?),
                 ("local_trees_corpus", corpus_trees.probabilities(&test)?),
@@ -398,6 +401,9 @@ pub(crate) fn newcomer(
                 ("base", ones(&alone(&ours, base, &own)?.predict(&test)?)),
                 ("served", ones(&served.predict(&test)?)),
             ]);
+            if let Some(forest) = ours.forest() {
+                by_name.insert("forest", forest.logits(&test)?.into_iter().map(probability).collect());
+            }
             let scored = figures(&by_name, labels, metrics::roc_auc);
             if scored.len() < by_name.len() {
                 continue;
@@ -455,6 +461,10 @@ fn with_codes(
 /// A blend's weights by member.
 fn weights(blend: &Blend) -> BTreeMap<String, f64> {
     blend.shares.iter().map(|share| (share.member.to_string(), share.weight)).collect()
+}
+
+fn probability(logit: f64) -> f64 {
+    1.0 / (1.0 + (-logit).exp())
 }
 
 fn ones(answers: &[Vec<f32>]) -> Vec<f64> {

@@ -12,6 +12,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde::Serialize;
 use tabmesh_federation::plan::Plan;
+use tabmesh_federation::secagg::roster::MIN_MEMBERS;
 
 use super::contracts::Declared;
 use super::federation::{self, Federated, Setting};
@@ -42,9 +43,29 @@ pub struct Args {
     /// Rounds of the plan.
     #[arg(long, default_value_t = PlanChoices::default().rounds)]
     rounds: u32,
+    /// Who adds the noise: `secure-sum`, each agent a share under a mask that only the sum over the cohort is free of (one colluder and
+    /// one dropout assumed; with fewer than 4 members each adds all of it), or `local`, each agent all of it.
+    #[arg(long, value_enum, default_value_t = Placement::SecureSum)]
+    noise: Placement,
     /// Steps of pre-training on the corpus.
     #[arg(long, default_value_t = PlanChoices::default().pretrain_steps)]
     pretrain_steps: u32,
+}
+
+/// Who adds the noise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Placement {
+    /// Each agent a share.
+    SecureSum,
+    /// Each agent all of it.
+    Local,
+}
+
+impl Placement {
+    /// Whether a federation of so many members sums securely.
+    fn is_secure(self, members: usize) -> bool {
+        self == Self::SecureSum && members >= MIN_MEMBERS
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -220,7 +241,11 @@ fn measured(args: &Args) -> Result<Outcome> {
         delta: PlanChoices::default().delta,
         seeds: args.seeds,
         unit: if set.by_entity { "entity" } else { "row" },
-        noise: "local: every agent noises alone",
+        noise: if args.noise.is_secure(set.domains.len().saturating_sub(1)) {
+            "secure_sum: every agent adds a share, for 1 dropout and 1 colluder; the coordinator sees sums alone"
+        } else {
+            "local: every agent noises alone"
+        },
         declarations: "ranges and levels stand in for the owners' and come from pooled training rows, outside the claim",
         macro_mean: Macro { auc, log_loss, served_calibration: calibration },
         macro_standard_error: Macro {
@@ -266,6 +291,7 @@ fn one(
         rounds: args.rounds,
         pretrain_steps: args.pretrain_steps,
         deadline_s: 3600,
+        secure_sum: args.noise.is_secure(members.len()),
         ..PlanChoices::default()
     };
     let (plan, _) = Plan::parse(deployment::plan_yaml(&choices).as_bytes(), "plan.yaml")?;
@@ -412,6 +438,7 @@ mod tests {
             epsilon: 3.0,
             seeds: 1,
             draws: 1,
+            noise: Placement::Local,
             rounds: 1,
             pretrain_steps: 1,
         };
@@ -435,7 +462,7 @@ mod tests {
             "base",
             "base_mixed",
             "corpus",
-            "rounds",
+            "forest",
             "served",
             "best_local",
             "best_pooled",
@@ -443,6 +470,7 @@ mod tests {
             "newcomer_local_base",
             "newcomer_local_trees_corpus",
             "newcomer_corpus_logistic",
+            "newcomer_forest",
             "newcomer_served",
         ];
         for name in names {

@@ -32,7 +32,7 @@ pub(crate) async fn until(operator: &OperatorClient, id: &Id, detail: &str) -> P
     last.unwrap()
 }
 
-/// Digests of what was published: base, corpus-tuned weights, adapter, corpus.
+/// Digests of what was published: base, corpus-tuned weights, adapter or forest, corpus.
 pub(crate) type Published = Vec<Option<String>>;
 
 pub(crate) fn published(deployment: &Deployment) -> Published {
@@ -41,7 +41,8 @@ pub(crate) fn published(deployment: &Deployment) -> Published {
     let key = VerifyingKey::from_bytes(key.try_into().unwrap());
     let artefacts = Artefacts::open(&data, key, Trust::InsecureDev).unwrap();
     let (_, manifest) = artefacts.current().unwrap().unwrap();
-    assert!(manifest.adapter.is_some(), "the rounds gave an adapter");
-    let named = [Some(manifest.base), Some(manifest.tuned), manifest.adapter, Some(manifest.corpus)];
+    let learnt = manifest.adapter.or(manifest.forest);
+    assert!(learnt.is_some(), "the rounds gave an adapter or a forest");
+    let named = [Some(manifest.base), Some(manifest.tuned), learnt, Some(manifest.corpus)];
     named.iter().map(|digest| digest.map(|digest| digest.to_string())).collect()
 }

@@ -192,7 +192,7 @@ async fn metadata_health_and_readiness_follow_the_promotion() {
     assert_eq!(running.get("/v2/health/ready").await.ok(), json!({"ready": true, "live": true}));
     metadata["versions"] = json!([DIGEST]);
     metadata["properties"] = json!({
-        "mode": "domain", "version_name": "fraud-v1 round 7", "base": "nano 3f", "adapter": "tokens 7",
+        "mode": "domain", "version_name": "fraud-v1 round 7", "base": "nano 3f", "adapter": "tokens 7", "forest": "trees 7",
         "promoted_at_ms": "1749999995000", "published_at_ms": "1749999909500",
     });
     assert_eq!(running.get("/v2/models/fraud").await.ok(), metadata);

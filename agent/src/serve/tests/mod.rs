@@ -196,6 +196,7 @@ fn version(digest: &str) -> ServedVersion {
         digest: digest.into(),
         base: "nano 3f".into(),
         adapter: Some("tokens 7".into()),
+        forest: Some("trees 7".into()),
         promoted_at_ms: NOW_MS - 5_000,
         published_at_ms: NOW_MS - 90_500,
     }

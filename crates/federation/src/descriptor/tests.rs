@@ -7,7 +7,12 @@ use rand_chacha::ChaCha20Rng;
 
 use super::*;
 
-fn plan(text: &str) -> (Plan, PlanDigest) {
+/// A plan that trains feature tokens; `rounds` are further fields of its rounds.
+fn plan(rounds: &str) -> (Plan, PlanDigest) {
+    parsed(&format!("rounds: {{count: 12, adapter: feature_tokens, {rounds}}}"))
+}
+
+fn parsed(text: &str) -> (Plan, PlanDigest) {
     let text = format!("kind: TabmeshPlan\nname: p\ntarget: a.y\n{text}\n");
     Plan::parse(text.as_bytes(), "p.yaml").unwrap()
 }
@@ -80,7 +85,7 @@ type Attack = (&'static str, fn(&mut RoundDescriptor));
 
 #[test]
 fn descriptors_that_do_not_follow_from_the_plan_are_refused_by_name() {
-    let (plan, digest) = plan("rounds: {clip_norm: 0.75}");
+    let (plan, digest) = plan("clip_norm: 0.75");
     let good = RoundDescriptor::new(inputs(), &plan, digest).unwrap();
     let attacks: &[Attack] = &[
         ("plan: expected", |d| d.plan = PlanDigest::of(b"other")),
@@ -156,8 +161,13 @@ fn adapter_values_are_limited() {
 #[test]
 fn in_a_secure_sum_each_agents_noise_is_a_share() {
     let agents = |n: u8| (0..n).map(|i| AgentId::new(format!("agent-{i}")).unwrap()).collect();
-    let (local, local_digest) = plan("cohort: {min_agents: 4}");
-    let (secure, digest) = plan("cohort: {min_agents: 4}\nprivacy: {noise_placement: secure_sum}");
+    let with = |privacy: &str| {
+        parsed(&format!(
+            "cohort: {{min_agents: 4}}\nrounds: {{count: 12, adapter: feature_tokens}}\nprivacy: {{{privacy}}}"
+        ))
+    };
+    let (local, local_digest) = with("noise_placement: local");
+    let (secure, digest) = with("noise_placement: secure_sum");
     let whole =
         RoundDescriptor::new(RoundInputs { roster: agents(5), ..inputs() }, &local, local_digest).unwrap();
     let descriptor =
@@ -183,9 +193,9 @@ fn in_a_secure_sum_each_agents_noise_is_a_share() {
 /// A round whose norm follows a quantile has two more values, of which a unit moves one, and noise for all together.
 #[test]
 fn a_count_is_paid_for_in_the_noise_of_the_round() {
-    let (plain, digest) = plan("rounds: {clip_norm: 0.75}");
+    let (plain, digest) = plan("clip_norm: 0.75");
     let plain = RoundDescriptor::new(inputs(), &plain, digest).unwrap();
-    let (plan, digest) = plan("rounds: {clip_norm: {quantile: 0.5}}");
+    let (plan, digest) = plan("clip_norm: {quantile: 0.5}");
     let counted = RoundDescriptor::new(inputs(), &plan, digest).unwrap();
     assert_eq!((plain.len(), plain.count_weight), (6, 0));
     // 49152 and a tenth of it: the hypotenuse is 49397.2.
@@ -215,10 +225,51 @@ fn a_count_is_paid_for_in_the_noise_of_the_round() {
 fn a_sampled_round_is_divided_by_the_units_it_expects_and_costs_what_a_full_one_does() {
     let (all, digest) = plan("");
     let all = RoundDescriptor::new(inputs(), &all, digest).unwrap();
-    let (plan, digest) = plan("rounds: {sampling_rate: 0.1}");
+    let (plan, digest) = plan("sampling_rate: 0.1");
     let sampled = RoundDescriptor::new(inputs(), &plan, digest).unwrap();
     assert_eq!((all.divisor, sampled.divisor), (5_001, 501));
     // By chance all of an agent's units may be drawn, and amplification isn't claimed.
     assert_eq!((sampled.max_units, sampled.rho), (all.max_units, all.rho));
     assert_eq!(sampled.sigma_squared, all.sigma_squared);
+}
+
+/// Three rounds of two trees with four leaves: a round's answer has two sums for each of eight leaves, its descriptor the values of
+/// all 24. The norm is that of a row, √2, unless the plan says another.
+#[test]
+fn a_forests_round_is_answered_by_the_sums_of_its_leaves() {
+    let text =
+        |more: &str| format!("rounds: {{count: 3, adapter: {{kind: forest, trees: 2, depth: 2}}{more}}}");
+    let inputs = || RoundInputs {
+        adapter_keys: (0..6).map(|tree| format!("tree.{tree}")).collect(),
+        width: 4,
+        adapter_values: vec![0.25; 24],
+        clip_norm: 2.0_f64.sqrt(),
+        index: 2,
+        ..inputs()
+    };
+    let (plan, digest) = parsed(&text(""));
+    let descriptor = RoundDescriptor::new(inputs(), &plan, digest).unwrap();
+    assert_eq!((descriptor.leaf_sums, descriptor.len()), (16, 16));
+    let quorum = Quorum::AtLeast { updates: 3 };
+    let announcement = descriptor.announcement(Digest::of(&descriptor.to_bytes()), quorum, &plan).unwrap();
+    assert_eq!(announcement.limits.len, 16);
+    assert_eq!(RoundDescriptor::from_bytes(&descriptor.to_bytes()).unwrap(), descriptor);
+    let attacks: [Attack; 4] = [
+        ("leaf sums: expected 16, got 0", |d| d.leaf_sums = 0),
+        ("leaf sums: expected 16, got 18", |d| d.leaf_sums = 18),
+        ("leaf values: expected 24, got 20", |d| {
+            d.adapter_values.truncate(20);
+            d.adapter_keys.truncate(5);
+        }),
+        ("clip norm", |d| d.clip_norm = 1.5),
+    ];
+    for (words, spoil) in attacks {
+        let mut spoilt = descriptor.clone();
+        spoil(&mut spoilt);
+        let refused = spoilt.check(&plan, &digest).unwrap_err().to_string();
+        assert!(refused.starts_with(words), "{refused}");
+    }
+    let (fixed, digest) = parsed(&text(", clip_norm: 1.25"));
+    let of = |clip_norm| RoundDescriptor::new(RoundInputs { clip_norm, ..inputs() }, &fixed, digest);
+    assert!(of(1.25).is_ok() && of(2.0_f64.sqrt()).is_err());
 }

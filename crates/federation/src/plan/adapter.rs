@@ -1,7 +1,7 @@
 //! What rounds train: the kinds of adapter that a plan can name, with their figures.
 //!
 //! A kind without figures may be written as its name alone, as in `adapter: feature_tokens`; with figures it is a map, as in
-//! `adapter: {kind: lora, rank: 2}`. All kinds act on query rows only.
+//! `adapter: {kind: lora, rank: 2}`. All kinds but the forest change what the model does with query rows; the forest stands beside it.
 
 use std::fmt;
 
@@ -12,11 +12,10 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 /// What rounds train.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema, Validate)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, Validate)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum AdapterSpec {
-    /// One vector per feature, added to that feature's cells. The default.
-    #[default]
+    /// One vector per feature, added to that feature's cells.
     FeatureTokens,
     /// Gain and bias of the final norm and the decoder's last layer.
     Head,
@@ -45,6 +44,46 @@ pub enum AdapterSpec {
         #[garde(range(min = 1, max = MAX_ADAPTER_RANK))]
         rank: u32,
     },
+    /// Leaf values of random trees, beside the model: each round learns some of them by a Newton step on noisy sums. Their splits are
+    /// drawn from the corpus. The default.
+    Forest {
+        /// Trees that a round learns, 1 to 32. Default 4.
+        #[serde(default = "default_trees")]
+        #[garde(range(min = 1, max = MAX_ROUND_TREES))]
+        trees: u32,
+        /// Splits between root and leaf, 1 to 8. Default 4.
+        #[serde(default = "default_depth")]
+        #[garde(range(min = 1, max = MAX_TREE_DEPTH))]
+        depth: u32,
+    },
+}
+
+impl Default for AdapterSpec {
+    fn default() -> Self {
+        Self::Forest { trees: default_trees(), depth: default_depth() }
+    }
+}
+
+impl AdapterSpec {
+    /// Integers of a round's answer where they aren't one for each adapter value: two sums for each leaf of a forest's trees of the
+    /// round. 0 for other kinds.
+    #[must_use]
+    pub fn leaf_sums(&self) -> u64 {
+        match *self {
+            Self::Forest { trees, depth } => (2 * u64::from(trees)) << depth.min(MAX_TREE_DEPTH),
+            _ => 0,
+        }
+    }
+
+    /// Largest L2 norm of a row's part in a forest's sums: √trees, as `tabmesh-forest` shows. `None` for other kinds, whose gradients
+    /// have no such bound.
+    #[must_use]
+    pub fn row_norm(&self) -> Option<f64> {
+        match *self {
+            Self::Forest { trees, .. } => Some(f64::from(trees).sqrt()),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for AdapterSpec {
@@ -55,6 +94,7 @@ impl fmt::Display for AdapterSpec {
             Self::Lora { rank } => write!(f, "lora of rank {rank}"),
             Self::FrozenLora { rank, seed } => write!(f, "frozen_lora of rank {rank}, seed {seed}"),
             Self::Core { rank } => write!(f, "core of rank {rank}"),
+            Self::Forest { trees, depth } => write!(f, "forest of {trees} trees a round, depth {depth}"),
         }
     }
 }
@@ -105,6 +145,7 @@ pub(super) enum AdapterName {
     Lora,
     FrozenLora,
     Core,
+    Forest,
 }
 
 fn default_rank() -> u32 {
@@ -115,5 +156,17 @@ fn default_core_rank() -> u32 {
     8
 }
 
+fn default_trees() -> u32 {
+    4
+}
+
+fn default_depth() -> u32 {
+    4
+}
+
+/// Most trees that a round learns.
+pub const MAX_ROUND_TREES: u32 = 32;
+/// Most splits between root and leaf.
+pub const MAX_TREE_DEPTH: u32 = 8;
 /// Largest rank of an adapter.
 pub const MAX_ADAPTER_RANK: u32 = 64;

@@ -19,9 +19,10 @@ use crate::adaptive_clip::{self, AdaptiveClip, LARGEST_NORM, SMALLEST_NORM};
 use crate::aggregate::Aggregation;
 use crate::aggregate::optimiser::OptimiserSpec;
 use crate::checks;
+use crate::descriptor::MAX_ADAPTER_VALUES;
 use crate::id::PlanDigest;
 
-pub use adapter::{AdapterSpec, MAX_ADAPTER_RANK};
+pub use adapter::{AdapterSpec, MAX_ADAPTER_RANK, MAX_ROUND_TREES, MAX_TREE_DEPTH};
 pub use budget::{PlanBudget, STAGES};
 pub use document::{Fault, Faults, PlanError, read_document};
 pub use placement::{MAX_RETRIES, MAX_SUM_AGENTS, NoisePlacement, SUM_STEPS, SecureSumSpec};
@@ -242,7 +243,7 @@ impl Default for PretrainSpec {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
 #[serde(deny_unknown_fields, default)]
 pub struct RoundsSpec {
-    /// Number of rounds, 0 to 200; without rounds the release has the whole budget. Default 12.
+    /// Number of rounds, 0 to 200; without rounds the release has the whole budget. Default 20.
     #[garde(range(max = MAX_ROUNDS))]
     pub count: u32,
     /// Seconds each round is open. Default 60.
@@ -255,7 +256,7 @@ pub struct RoundsSpec {
     /// It saves computing where tables are large; privacy is charged as if all took part. Default 1, which has the least noise.
     #[garde(custom(checks::between(SMALLEST_RATE, 1.0)))]
     pub sampling_rate: f64,
-    /// Norm one unit's gradient is clipped to: `auto` (95th percentile on the corpus), a number in [0.0001, 10000], or a map with
+    /// Norm one unit's gradient is clipped to: `auto` (95th percentile on the corpus; of a forest, the largest that a row has), a number in [0.0001, 10000], or a map with
     /// the `quantile` of the units' norms that it follows from round to round, by noisy counts. Default `auto`.
     #[garde(custom(clip_norm_in_range))]
     pub clip_norm: ClipNorm,
@@ -274,7 +275,7 @@ pub struct RoundsSpec {
     /// Default 0.1.
     #[garde(custom(checks::below_half))]
     pub trim: f64,
-    /// What is trained: a kind's name, or a map with `kind` and its figures. Default `feature_tokens`.
+    /// What is trained: a kind's name, or a map with `kind` and its figures. Default `forest`.
     #[serde(deserialize_with = "adapter::name_or_map")]
     #[schemars(with = "adapter::NameOrMap")]
     #[garde(dive)]
@@ -287,7 +288,7 @@ pub struct RoundsSpec {
 impl Default for RoundsSpec {
     fn default() -> Self {
         Self {
-            count: 12,
+            count: 20,
             deadline_s: 60,
             grace_s: 10,
             sampling_rate: 1.0,
@@ -391,11 +392,39 @@ impl Plan {
         if expected != got {
             found.push(("rounds.aggregation", format!("goes with optimiser {expected} only, got {got}")));
         }
+        found.extend(self.forest_contradictions());
         found.extend(self.placement_contradictions());
         if found.is_empty()
             && let Err((path, message)) = PlanBudget::of(self)
         {
             found.push((path, message));
+        }
+        found
+    }
+
+    /// What doesn't go with a forest: its step is its own, and its rows' norm is known.
+    fn forest_contradictions(&self) -> Vec<(&'static str, String)> {
+        let mut found = Vec::new();
+        if !matches!(self.rounds.adapter, AdapterSpec::Forest { .. }) {
+            return found;
+        }
+        if self.rounds.optimiser != OptimiserSpec::default() {
+            let message = "a forest takes a Newton step and has no optimiser: leave it out".to_owned();
+            found.push(("rounds.optimiser", message));
+        }
+        if matches!(self.rounds.clip_norm, ClipNorm::Adaptive(_)) {
+            let message =
+                "the norm of a forest's rows is known, none has to be followed: use auto or a number"
+                    .to_owned();
+            found.push(("rounds.clip_norm", message));
+        }
+        let values = u64::from(self.rounds.count) * self.rounds.adapter.leaf_sums() / 2;
+        if values > MAX_ADAPTER_VALUES as u64 {
+            let message = format!(
+                "{} rounds of {} make {values} leaf values, at most {MAX_ADAPTER_VALUES} fit into a round",
+                self.rounds.count, self.rounds.adapter
+            );
+            found.push(("rounds.adapter", message));
         }
         found
     }

@@ -27,14 +27,14 @@ release:
 corpus: {rows: 12000}
 pretrain: {steps: 300, tables_per_step: 4, learning_rate: 5.0e-4, prior_replay: 0.25}
 rounds:
-  count: 12
+  count: 20
   deadline_s: 60
   grace_s: 10
   clip_norm: auto
   optimiser: {kind: sgd, learning_rate: 4.0, momentum: 0.9}
   aggregation: fedsgd
   trim: 0.1
-  adapter: feature_tokens
+  adapter: {kind: forest, trees: 4, depth: 4}
   context_rows: 384
 ";
 
@@ -83,6 +83,8 @@ fn an_adapter_is_a_name_or_a_map_with_its_figures() {
             AdapterSpec::FrozenLora { rank: 1, seed: u64::MAX },
         ),
         ("core", AdapterSpec::Core { rank: 8 }),
+        ("forest", AdapterSpec::Forest { trees: 4, depth: 4 }),
+        ("{kind: forest, depth: 8}", AdapterSpec::Forest { trees: 4, depth: 8 }),
     ] {
         assert_eq!(read(text), expected, "{text}");
     }
@@ -94,8 +96,14 @@ fn an_adapter_is_a_name_or_a_map_with_its_figures() {
     }
     let found = faults(&with("{kind: lora, rank: 65}"));
     assert_eq!((found[0].path.as_str(), found[0].line), ("rounds.adapter.rank", 5));
+    for (figures, path) in
+        [("trees: 33", "trees"), ("trees: 0", "trees"), ("depth: 9", "depth"), ("depth: 0", "depth")]
+    {
+        let found = faults(&with(&format!("{{kind: forest, {figures}}}")));
+        assert_eq!(found[0].path, format!("rounds.adapter.{path}"), "{figures}");
+    }
     let properties = &Plan::json_schema()["properties"]["rounds"];
-    assert_eq!(properties["default"]["adapter"]["kind"], "feature_tokens");
+    assert_eq!(properties["default"]["adapter"]["kind"], "forest");
 }
 
 #[test]
@@ -252,11 +260,11 @@ fn limits_hold_at_one_too_many() {
         ("rounds: {clip_norm: ", "10000}", "10001}"),
         ("rounds: {clip_norm: ", "0.0001}", "0.00009}"),
         ("rounds: {clip_norm: ", "1}", ".inf}"),
-        ("rounds: {clip_norm: {quantile: ", "0.99}}", "1}}"),
-        ("rounds: {clip_norm: {quantile: ", "0.01}}", "0}}"),
-        ("rounds: {clip_norm: {quantile: 0.5, learning_rate: ", "2}}", "2.01}}"),
-        ("rounds: {clip_norm: {quantile: 0.5, learning_rate: ", "0.01}}", "0.009}}"),
-        ("rounds: {clip_norm: {quantile: 0.5, initial: ", "10000}}", "10001}}"),
+        ("rounds: {adapter: head, clip_norm: {quantile: ", "0.99}}", "1}}"),
+        ("rounds: {adapter: head, clip_norm: {quantile: ", "0.01}}", "0}}"),
+        ("rounds: {adapter: head, clip_norm: {quantile: 0.5, learning_rate: ", "2}}", "2.01}}"),
+        ("rounds: {adapter: head, clip_norm: {quantile: 0.5, learning_rate: ", "0.01}}", "0.009}}"),
+        ("rounds: {adapter: head, clip_norm: {quantile: 0.5, initial: ", "10000}}", "10001}}"),
         ("rounds: {sampling_rate: ", "1}", "1.01}"),
         ("rounds: {sampling_rate: ", "0.0001}", "0.00009}"),
         ("rounds: {noise_multiplier: ", "10000}", "10001}"),
@@ -269,8 +277,12 @@ fn limits_hold_at_one_too_many() {
         ("rounds: {context_rows: ", "16}", "15}"),
         ("rounds: {deadline_s: ", "604800}", "604801}"),
         ("rounds: {grace_s: ", "86400}", "86401}"),
-        ("rounds: {optimiser: {kind: sgd, momentum: ", "0}}", "1}}"),
-        ("rounds: {aggregation: fedadam, optimiser: {kind: adam, learning_rate: ", "1000}}", "1001}}"),
+        ("rounds: {adapter: head, optimiser: {kind: sgd, momentum: ", "0}}", "1}}"),
+        (
+            "rounds: {adapter: head, aggregation: fedadam, optimiser: {kind: adam, learning_rate: ",
+            "1000}}",
+            "1001}}",
+        ),
     ];
     for (field, good, bad) in cases {
         let with = |value: &str| format!("{MINIMAL}{field}{value}\n");
@@ -302,7 +314,11 @@ fn contradictions_are_found() {
         ("cohort: {min_agents: 9, max_agents: 8}", "cohort.min_agents"),
         ("release: {fine_bins: 16, bins: 17}", "release.bins"),
         ("release: {bins: 4, coarse_bins: 5}", "release.coarse_bins"),
-        ("rounds: {optimiser: {kind: adam}}", "rounds.aggregation"),
+        ("rounds: {adapter: head, optimiser: {kind: adam}}", "rounds.aggregation"),
+        ("rounds: {optimiser: {kind: sgd, learning_rate: 1}}", "rounds.optimiser"),
+        ("rounds: {clip_norm: {quantile: 0.5}}", "rounds.clip_norm"),
+        // 200 rounds of 32 trees with 16 leaves are 102,400 values, with 32 leaves twice as many.
+        ("rounds: {count: 200, adapter: {kind: forest, trees: 32, depth: 5}}", "rounds.adapter"),
         ("rounds: {aggregation: fedadam}", "rounds.aggregation"),
         ("rounds: {noise_multiplier: 0.1}", "rounds.noise_multiplier"),
         ("privacy: {epsilon: 1.0e-9, delta: 1.0e-12}", "privacy.epsilon"),
@@ -328,7 +344,7 @@ fn budget_shares_never_exceed_the_whole() {
     let (_, budget) = check("");
     // All of it is given out but for rounding: one unit a share.
     assert!(budget.per_stage.iter().map(|rho| rho.units()).sum::<u64>() + 4 >= budget.release.units());
-    assert!(budget.per_round.units() * 12 + 12 > budget.rounds.units());
+    assert!(budget.per_round.units() * 20 + 20 > budget.rounds.units());
     check("privacy: {epsilon: 0.037, delta: 1.0e-9, release_share: 0.3337}");
     check("rounds: {count: 199}");
     // Without rounds the release has it all, whatever their figures say.
@@ -382,5 +398,5 @@ fn the_json_schema_knows_every_field_and_forbids_others() {
     for key in full.as_object().unwrap().keys() {
         assert!(schema["properties"].get(key).is_some(), "{key}");
     }
-    assert_eq!(schema["properties"]["rounds"]["default"]["count"], 12);
+    assert_eq!(schema["properties"]["rounds"]["default"]["count"], 20);
 }
