@@ -262,7 +262,7 @@ fn step_name(group: &str) -> &'static str {
         "release" => "2 release: noisy counts in four stages",
         "corpus" => "3 corpus: tree model fitted, rows drawn",
         "pretrain" => "4 pre-train: base tuned on the corpus",
-        "round" => "5 rounds: noised adapter gradients",
+        "round" => "5 rounds: noised sums from every member",
         _ => "6 publish: manifest signed and sent",
     }
 }
