@@ -17,8 +17,8 @@ pub enum ForestError {
         /// What was found.
         got: String,
     },
-    /// No column can be split.
-    #[error("by the counts no column has two cells with enough rows: there is nothing to split")]
+    /// There is no column with a cell.
+    #[error("there is no column to split")]
     NothingToSplit,
     /// Rows don't fit the columns that the forest was grown on.
     #[error("rows do not fit the forest: {what}, expected {expected}, got {got}")]

@@ -17,7 +17,7 @@ pub struct Shape {
 
 impl Shape {
     /// Most trees.
-    pub const MAX_TREES: usize = 4096;
+    pub const MAX_TREES: usize = 6_400;
     /// Most splits between root and leaf.
     pub const MAX_DEPTH: usize = 8;
 

@@ -41,11 +41,12 @@ impl Forest {
     /// Draws the splits of a forest; its leaves say nothing yet.
     ///
     /// A tree's columns differ from each other while there are columns left. How much a split tells is the variance of the label that
-    /// it explains by the counts, less what noise alone would explain. A column is drawn in proportion to a power of what its best
+    /// it explains by the counts, less what noise alone would explain; where nearly all rows answer alike a split isn't asked, unless that is
+    /// so of all. A column is drawn in proportion to a power of what its best
     /// split tells (0.7), a split of the column likewise; each keeps a small chance.
     ///
     /// # Errors
-    /// [`ForestError`] for a shape out of range, counts that don't fit their cells, or columns without anything to split.
+    /// [`ForestError`] for a shape out of range, counts that don't fit their cells, or no columns.
     pub fn grow(columns: &[Column], shape: Shape, seed: [u8; 32]) -> Result<Self, ForestError> {
         shape.check()?;
         let mut choices = Vec::new();
@@ -55,6 +56,10 @@ impl Forest {
                 let best = splits.iter().map(|(_, told)| *told).fold(0.0, f64::max);
                 choices.push(Choice { splits, best });
             }
+        }
+        if choices.is_empty() {
+            // Counts drowned in noise say nothing: what they cost is spent, and rounds may still find something.
+            choices = columns.iter().map(Column::untold).filter(|choice| !choice.splits.is_empty()).collect();
         }
         if choices.is_empty() {
             return Err(ForestError::NothingToSplit);
@@ -129,11 +134,20 @@ impl Column {
         if !known || !self.variance.is_finite() {
             return Err(ForestError::shape("counts of a column", "numbers", "one that is none"));
         }
-        let sides = match &self.cells {
+        Ok(self.sides().into_iter().filter_map(|(split, yes)| Some((split, self.told(&yes)?))).collect())
+    }
+
+    /// Every question of the column, with the cells whose answer is yes.
+    fn sides(&self) -> Vec<(Split, Vec<usize>)> {
+        match &self.cells {
             Cells::Bins(edges) => self.cuts(edges),
             Cells::Levels(levels) => self.subsets(levels),
-        };
-        Ok(sides.into_iter().filter_map(|(split, yes)| Some((split, self.told(&yes)?))).collect())
+        }
+    }
+
+    /// Every question of the column, all alike.
+    fn untold(&self) -> Choice {
+        Choice { splits: self.sides().into_iter().map(|(split, _)| (split, 0.0)).collect(), best: 0.0 }
     }
 
     /// Every edge, and whether a number is missing; with the cells whose answer is yes.

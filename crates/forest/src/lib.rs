@@ -11,7 +11,7 @@
 //! 2. **Sum.** In each round [`Rows::sums`] gives, for every leaf of the round's trees, the sums over a domain's units of `y − p` and
 //!    of `p (1 − p)`, where `p` is what the forest says so far. A unit's vector is clipped, so the noise has a norm to go by.
 //! 3. **Step.** [`Step::values`] makes leaf values of the noisy sums: one Newton step, drawn towards zero by as much as noise and few
-//!    rows call for, damped, and shared among the round's trees.
+//!    rows call for, and shared among the round's trees.
 //!
 //! # Where it comes from
 //!

@@ -2,7 +2,7 @@
 
 use tabmesh_federation::descriptor::RoundDescriptor;
 use tabmesh_federation::job::Job;
-use tabmesh_federation::plan::{AdapterSpec, ClipNorm};
+use tabmesh_federation::plan::{AdapterSpec, ClipNorm, MAX_ROUND_TREES, MAX_ROUNDS, MAX_TREE_DEPTH};
 use tabmesh_forest::{Cells, Column, Forest, Shape, Step, row_norm};
 use tabmesh_privacy::release::{Attribute, Binning};
 use tabmesh_synthesis::marginal::{best_marginal, reconcile};
@@ -13,6 +13,12 @@ use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, named, stored};
 use crate::pipeline::release::Released;
 use crate::plans::Submitted;
+
+// No plan's forest is larger than a forest may be: it would fail when the release is paid for.
+const _: () = assert!(
+    MAX_ROUNDS as usize * MAX_ROUND_TREES as usize <= Shape::MAX_TREES
+        && MAX_TREE_DEPTH as usize <= Shape::MAX_DEPTH
+);
 
 /// The plan's forest before its first round, every leaf at zero; one key a tree. Its trees are stored for the agents.
 pub(super) fn initial(

@@ -45,7 +45,7 @@ pub enum AdapterSpec {
         rank: u32,
     },
     /// Leaf values of random trees, beside the model: each round learns some of them by a Newton step on noisy sums. Their splits are
-    /// drawn from the corpus. The default.
+    /// drawn from the released counts. The default.
     Forest {
         /// Trees that a round learns, 1 to 32. Default 4.
         #[serde(default = "default_trees")]

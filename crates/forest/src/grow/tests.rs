@@ -1,3 +1,5 @@
+//! Forests from small tables by hand.
+
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 use super::*;
 
@@ -73,23 +75,39 @@ fn noise_is_taken_off_what_a_split_tells() {
     assert!(told(&column) <= 0.0);
 }
 
-/// A side with less than a hundredth of the rows, or a negative one, is no side.
+/// A side with less than a hundredth of the rows, or a negative one, is no side: such questions aren't asked beside others.
 #[test]
 fn questions_that_nearly_all_rows_answer_alike_are_not_asked() {
-    let column = |small: f64| Column {
-        position: 0,
+    let column = |position: u32, small: f64| Column {
+        position,
         cells: Cells::Bins(vec![1.0]),
         counts: vec![[500.0, 500.0 - small], [small, 0.0], [0.0, 0.0]],
         variance: 0.0,
     };
-    let grown = |small| Forest::grow(&[column(small)], Shape { trees: 1, depth: 1 }, [0; 32]);
-    assert_eq!(grown(9.0), Err(ForestError::NothingToSplit));
-    assert_eq!(grown(-50.0), Err(ForestError::NothingToSplit));
-    assert_eq!(grown(11.0).unwrap().trees(), [[Split::AtLeast { column: 0, threshold: 1.0 }]]);
-    let mut gaps = column(0.0);
+    let asked = |small| {
+        let columns = [column(0, 300.0), column(1, small)];
+        let forest = Forest::grow(&columns, Shape { trees: 200, depth: 1 }, [0; 32]).unwrap();
+        forest.trees().iter().any(|tree| tree[0].column() == 1)
+    };
+    assert!(!asked(9.0) && !asked(-50.0) && asked(11.0));
+    let mut gaps = column(0, 0.0);
     gaps.counts = vec![[300.0, 300.0], [0.0, 0.0], [300.0, 100.0]];
     let forest = Forest::grow(&[gaps], Shape { trees: 30, depth: 1 }, [0; 32]).unwrap();
     assert!(forest.trees().contains(&vec![Split::Missing { column: 0 }]));
+}
+
+/// Counts that noise has made negative as a whole leave every question open instead of ending the plan whose budget they took.
+#[test]
+fn counts_drowned_in_noise_still_give_a_forest() {
+    let mut drowned = columns();
+    for count in drowned.iter_mut().flat_map(|column| &mut column.counts) {
+        *count = [-1_000.0, -2_000.0];
+    }
+    let forest = Forest::grow(&drowned, SHAPE, [4; 32]).unwrap();
+    forest.check().unwrap();
+    let asked: std::collections::BTreeSet<u32> = forest.trees().iter().flatten().map(Split::column).collect();
+    assert_eq!(asked.len(), 3);
+    assert!(forest.start().abs() < 1e-12);
 }
 
 #[test]

@@ -1,3 +1,5 @@
+//! Sums of a handful of rows by hand, and what one unit can do to them.
+
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 use tabmesh_contract::batch::TypedColumn;
 
