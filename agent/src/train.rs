@@ -12,7 +12,7 @@ use tabmesh_contract::schema::FeatureSchema;
 use tabmesh_federation::descriptor::RoundDescriptor;
 use tabmesh_federation::id::Digest;
 use tabmesh_federation::plan::{AdapterSpec, Plan};
-use tabmesh_forest::{Forest, Rows, Shape};
+use tabmesh_forest::{Rows, Shape};
 use tabmesh_tfm::adapter::{Adapter, Kind};
 use tabmesh_tfm::context::Context;
 use tabmesh_tfm::error::TfmError;
@@ -32,7 +32,7 @@ pub struct Trainer {
 /// What the plan's rounds train, with the domain's rows as it reads them.
 enum Learner {
     Adapter(Box<Gradients>),
-    Forest { forest: Forest, rows: Rows },
+    Forest { rows: Rows, leaves: usize },
 }
 
 /// An adapter of the model.
@@ -70,7 +70,7 @@ impl Trainer {
                     let (expected, got) = (format!("{expected:?}"), format!("{:?}", forest.shape()));
                     return Err(TfmError::mismatch("forest of the plan", expected, got).into());
                 }
-                Learner::Forest { rows: Rows::new(&forest, rows)?, forest }
+                Learner::Forest { rows: Rows::new(&forest, rows)?, leaves: shape.leaves() }
             }
         };
         Ok(Self {
@@ -99,14 +99,13 @@ impl Trainer {
     ) -> Result<Vec<i64>, WorkError> {
         match &self.learner {
             Learner::Adapter(gradients) => gradients.clipped_sum(descriptor, self.sampling_rate, draws),
-            Learner::Forest { forest, rows } => {
-                let forest = forest.clone().with_values(descriptor.adapter_values.clone())?;
-                let each = descriptor.leaf_sums as usize / 2 / forest.shape().leaves();
+            Learner::Forest { rows, leaves } => {
+                let each = descriptor.leaf_sums as usize / 2 / leaves;
                 let first = descriptor.index as usize * each;
                 // Nobody drawn is a sum like any other: zeros, which get the same noise.
                 let drawn = || self.sampling_rate >= 1.0 || draws.random::<f64>() < self.sampling_rate;
                 Ok(rows.sums(
-                    &forest,
+                    &descriptor.adapter_values,
                     first..first + each,
                     (descriptor.clip_norm, descriptor.scale),
                     drawn,

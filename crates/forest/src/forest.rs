@@ -159,17 +159,16 @@ impl Forest {
         if rows.rows() == 0 {
             return Ok(Vec::new());
         }
-        let leaves = self.leaves(rows)?;
-        Ok(leaves.chunks_exact(self.trees.len().max(1)).map(|row| self.logit(row)).collect())
+        let (leaves, leaf_count) = (self.leaves(rows)?, self.shape().leaves());
+        let rows = leaves.chunks_exact(self.trees.len().max(1));
+        Ok(rows.map(|row| self.start + said(row, &self.values, leaf_count)).collect())
     }
+}
 
-    /// The logit of a row by its leaves.
-    pub(crate) fn logit(&self, leaves: &[u16]) -> f64 {
-        let trees = self.values.chunks_exact(self.shape().leaves());
-        let of =
-            |(leaf, values): (&u16, &[f32])| values.get(usize::from(*leaf)).copied().map_or(0.0, f64::from);
-        self.start + leaves.iter().zip(trees).map(of).sum::<f64>()
-    }
+/// What trees of so many leaves say of a row by its leaves, all together.
+pub(crate) fn said(leaves: &[u16], values: &[f32], leaf_count: usize) -> f64 {
+    let of = |(leaf, values): (&u16, &[f32])| values.get(usize::from(*leaf)).copied().map_or(0.0, f64::from);
+    leaves.iter().zip(values.chunks_exact(leaf_count)).map(of).sum()
 }
 
 /// Largest file of a forest, bytes.

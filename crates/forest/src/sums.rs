@@ -7,11 +7,13 @@ use tabmesh_contract::batch::{TypedBatch, UnitKey};
 use tabmesh_privacy::clip::quantize_clipped;
 
 use crate::error::ForestError;
-use crate::forest::Forest;
+use crate::forest::{Forest, said};
 
 /// A domain's labelled rows, sorted into leaves once for all rounds. Private; has no wire form.
 #[derive(Debug)]
 pub struct Rows {
+    /// Logit before any tree.
+    start: f64,
     trees: usize,
     leaf_count: usize,
     /// Leaf in each tree, row by row.
@@ -35,6 +37,7 @@ impl Rows {
         }
         let shape = forest.shape();
         Ok(Self {
+            start: forest.start(),
             trees: shape.trees,
             leaf_count: shape.leaves(),
             leaves: forest.leaves(&rows)?,
@@ -55,20 +58,24 @@ impl Rows {
     /// to L2 norm `clip` and truncated toward zero, so one unit changes the sum by at most ⌊`clip · scale`⌋ in L2 norm when
     /// it comes or goes. `taken` says which units count in this round.
     ///
+    /// `values` are the forest's leaf values so far, tree by tree.
+    ///
     /// # Errors
-    /// [`ForestError::Shape`] for trees that the forest hasn't, or another forest than the rows were sorted by;
+    /// [`ForestError::Shape`] for trees that the forest hasn't, or values that aren't one number a leaf;
     /// [`ForestError::Clip`] for a clip norm or a scale out of range.
     pub fn sums(
         &self,
-        forest: &Forest,
+        values: &[f32],
         trees: Range<usize>,
         (clip, scale): (f64, u64),
         mut taken: impl FnMut() -> bool,
     ) -> Result<Vec<i64>, ForestError> {
-        let shape = forest.shape();
-        if shape.trees != self.trees || shape.leaves() != self.leaf_count {
-            let expected = format!("{} trees of {} leaves", self.trees, self.leaf_count);
-            return Err(ForestError::shape("shape", expected, format!("{shape:?}")));
+        let expected = self.trees * self.leaf_count;
+        if values.len() != expected {
+            return Err(ForestError::shape("leaf values", expected, values.len()));
+        }
+        if values.iter().any(|value| !value.is_finite()) {
+            return Err(ForestError::shape("leaf values", "numbers", "one that is none"));
         }
         if trees.start >= trees.end || trees.end > self.trees {
             let expected = format!("some of {}", self.trees);
@@ -83,7 +90,8 @@ impl Rows {
             unit.fill(0.0);
             for &row in rows {
                 let leaves = &self.leaves[row * self.trees..(row + 1) * self.trees];
-                let p = 1.0 / (1.0 + (-forest.logit(leaves)).exp());
+                let logit = self.start + said(leaves, values, self.leaf_count);
+                let p = 1.0 / (1.0 + (-logit).exp());
                 let gradient = f64::from(u8::from(self.ones[row])) - p;
                 for (at, &leaf) in leaves[trees.clone()].iter().enumerate() {
                     let first = 2 * (at * self.leaf_count + usize::from(leaf));

@@ -25,7 +25,7 @@ fn rows(values: &[f64], labels: &[u16], units: &[u8]) -> TypedBatch {
 const SCALE: u64 = 1 << 12;
 
 fn sums(forest: &Forest, rows: &TypedBatch, trees: Range<usize>, clip: f64) -> Vec<f64> {
-    let sums = Rows::new(forest, rows).unwrap().sums(forest, trees, (clip, SCALE), || true).unwrap();
+    let sums = Rows::new(forest, rows).unwrap().sums(forest.values(), trees, (clip, SCALE), || true).unwrap();
     sums.into_iter().map(|value| value as f64 / SCALE as f64).collect()
 }
 
@@ -66,7 +66,7 @@ fn one_unit_moves_the_sum_by_no_more_than_the_clip_norm() {
     after.append(&rows(&[0.0; 50], &[1; 50], &[9; 50]));
     let clip = row_norm(2);
     let counted = |table: &TypedBatch| {
-        Rows::new(&forest(), table).unwrap().sums(&forest(), 0..2, (clip, SCALE), || true).unwrap()
+        Rows::new(&forest(), table).unwrap().sums(forest().values(), 0..2, (clip, SCALE), || true).unwrap()
     };
     let moved: i64 = counted(&before).iter().zip(counted(&after)).map(|(a, b)| (a - b) * (a - b)).sum();
     let bound = (clip * SCALE as f64).floor();
@@ -85,27 +85,31 @@ fn units_that_are_not_taken_are_in_no_sum_and_none_at_all_gives_zeros() {
     assert_eq!(sorted.units(), 2);
     let mut turn = 0;
     let second = sorted
-        .sums(&forest(), 0..1, (10.0, SCALE), || {
+        .sums(forest().values(), 0..1, (10.0, SCALE), || {
             turn += 1;
             turn == 2
         })
         .unwrap();
     assert_eq!(second, [0, 0, -(SCALE as i64) / 2, SCALE as i64 / 4]);
-    assert_eq!(sorted.sums(&forest(), 0..3, (10.0, SCALE), || false).unwrap(), [0; 12]);
+    assert_eq!(sorted.sums(forest().values(), 0..3, (10.0, SCALE), || false).unwrap(), [0; 12]);
     let none = Rows::new(&forest(), &rows(&[], &[], &[])).unwrap();
-    assert_eq!(none.sums(&forest(), 0..1, (10.0, SCALE), || true).unwrap(), [0; 4]);
+    assert_eq!(none.sums(forest().values(), 0..1, (10.0, SCALE), || true).unwrap(), [0; 4]);
 }
 
 #[test]
 fn what_does_not_fit_is_refused() {
     let sorted = Rows::new(&forest(), &rows(&[0.0], &[1], &[1])).unwrap();
-    let small = Forest::bare(0.0, vec![vec![Split::Missing { column: 0 }]], Shape { trees: 1, depth: 1 });
-    assert!(matches!(sorted.sums(&small, 0..1, (1.0, 1), || true), Err(ForestError::Shape { .. })));
-    for trees in [0..0, 2..4, 3..4] {
-        assert!(sorted.sums(&forest(), trees, (1.0, 1), || true).is_err());
+    for values in [&[0.0; 5][..], &[0.0; 7], &[f32::NAN; 6]] {
+        assert!(matches!(sorted.sums(values, 0..1, (1.0, 1), || true), Err(ForestError::Shape { .. })));
     }
-    assert!(matches!(sorted.sums(&forest(), 0..1, (f64::NAN, 1), || true), Err(ForestError::Clip(_))));
-    assert!(matches!(sorted.sums(&forest(), 0..1, (1.0, 3), || true), Err(ForestError::Clip(_))));
+    for trees in [0..0, 2..4, 3..4] {
+        assert!(sorted.sums(forest().values(), trees, (1.0, 1), || true).is_err());
+    }
+    assert!(matches!(
+        sorted.sums(forest().values(), 0..1, (f64::NAN, 1), || true),
+        Err(ForestError::Clip(_))
+    ));
+    assert!(matches!(sorted.sums(forest().values(), 0..1, (1.0, 3), || true), Err(ForestError::Clip(_))));
 }
 
 /// Without noise, rounds of Newton steps find an interaction that no single column shows: class 1 where two bits differ.
@@ -122,7 +126,7 @@ fn rounds_learn_what_two_columns_say_together() {
     };
     let sorted = Rows::new(&forest, &table).unwrap();
     for round in 0..3 {
-        let sums = sorted.sums(&forest, round..round + 1, (row_norm(1), SCALE), || true).unwrap();
+        let sums = sorted.sums(forest.values(), round..round + 1, (row_norm(1), SCALE), || true).unwrap();
         let sums: Vec<f64> = sums.into_iter().map(|value| value as f64 / SCALE as f64).collect();
         let learnt = Step { trees: 1, noise: 0.0 }.values(&sums).unwrap();
         let mut values = forest.values().to_vec();
