@@ -39,4 +39,4 @@ pub use forest::{Forest, MAX_FOREST_BYTES, Shape};
 pub use grow::{Cells, Column};
 pub use split::Split;
 pub use step::Step;
-pub use sums::{Rows, row_norm};
+pub use sums::Rows;

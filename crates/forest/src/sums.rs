@@ -107,14 +107,5 @@ impl Rows {
     }
 }
 
-/// L2 norm that a unit of one row has at most, over so many trees: √trees.
-///
-/// A row adds `y − p` and `p (1 − p)` to one leaf of each tree, and `(y − p)² + p² (1 − p)² ≤ 1` for all `p` in `[0, 1]` and `y` in
-/// `{0, 1}`: with `q = |y − p|` it is `q² (1 + (1 − q)²)`, which grows up to 1 at `q = 1`.
-#[must_use]
-pub fn row_norm(trees: usize) -> f64 {
-    (trees as f64).sqrt()
-}
-
 #[cfg(test)]
 mod tests;

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use rand::{CryptoRng, RngCore};
 use tabmesh_agent::publication::Artefacts;
 use tabmesh_agent::train::Trainer;
@@ -19,7 +19,7 @@ use tabmesh_federation::descriptor::{RoundDescriptor, RoundInputs};
 use tabmesh_federation::id::{AgentId, CollectionId, Digest, PlanDigest};
 use tabmesh_federation::manifest::Trust;
 use tabmesh_federation::plan::Plan;
-use tabmesh_forest::{Cells, Column, Forest, Shape, Step, row_norm};
+use tabmesh_forest::{Cells, Column, Forest, Shape, Step};
 use tabmesh_privacy::budget::{Delta, Rho};
 use tabmesh_privacy::mechanism::{DiscreteGaussian, Noise};
 use tabmesh_store::BlobStore;
@@ -90,7 +90,7 @@ impl Setting {
             adapter_keys: (0..shape.trees).map(|tree| format!("tree.{tree}")).collect(),
             width: u32::try_from(shape.leaves())?,
             adapter_values: forest.values().to_vec(),
-            clip_norm: row_norm(TREES as usize),
+            clip_norm: plan.rounds.adapter.row_norm().context("a forest's rows have a norm")?,
             roster: BTreeSet::from([AgentId::new("spiffe://audit/agent")?]),
             opened_ms: OPENED_MS,
             noisy_total: 1_000.0,

@@ -3,7 +3,7 @@
 use tabmesh_federation::descriptor::RoundDescriptor;
 use tabmesh_federation::job::Job;
 use tabmesh_federation::plan::{AdapterSpec, ClipNorm, MAX_ROUND_TREES, MAX_ROUNDS, MAX_TREE_DEPTH};
-use tabmesh_forest::{Cells, Column, Forest, Shape, Step, row_norm};
+use tabmesh_forest::{Cells, Column, Forest, Shape, Step};
 use tabmesh_privacy::release::{Attribute, Binning};
 use tabmesh_synthesis::marginal::{best_marginal, reconcile};
 use tabmesh_tfm::adapter::{Kind, Layout};
@@ -36,9 +36,11 @@ pub(super) fn initial(
     let stored = mesh.put_json(&forest)?;
     mesh.share(&stored)?;
     let clip_norm = match rounds.clip_norm {
-        ClipNorm::Fixed(norm) => norm,
-        ClipNorm::Auto(_) | ClipNorm::Adaptive(_) => row_norm(trees as usize),
+        ClipNorm::Fixed(norm) => Some(norm),
+        ClipNorm::Auto(_) | ClipNorm::Adaptive(_) => rounds.adapter.row_norm(),
     };
+    let clip_norm =
+        clip_norm.ok_or_else(|| CoordinatorError::Step("a forest's rows have a norm".to_owned()))?;
     let keys = (0..shape.trees).map(|tree| format!("tree.{tree}")).collect();
     let layout = Layout { kind: Kind::default(), keys, width: shape.leaves() };
     let state = AdapterState::initial(layout, forest.values(), clip_norm, &submitted.plan);

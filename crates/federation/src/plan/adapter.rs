@@ -75,8 +75,10 @@ impl AdapterSpec {
         }
     }
 
-    /// Largest L2 norm of a row's part in a forest's sums: √trees, as `tabmesh-forest` shows. `None` for other kinds, whose gradients
-    /// have no such bound.
+    /// Largest L2 norm of a row's part in a forest's sums: √trees. `None` for other kinds, whose gradients have no such bound.
+    ///
+    /// A row adds `y − p` and `p (1 − p)` to one leaf of each tree, and `(y − p)² + p² (1 − p)² ≤ 1` for all `p` in `[0, 1]` and `y` in
+    /// `{0, 1}`: with `q = |y − p|` it is `q² (1 + (1 − q)²)`, which grows up to 1 at `q = 1`.
     #[must_use]
     pub fn row_norm(&self) -> Option<f64> {
         match *self {

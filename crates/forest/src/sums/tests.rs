@@ -50,7 +50,7 @@ fn later_trees_see_what_earlier_ones_say() {
     assert!((got[0] - (1.0 - p)).abs() < 1e-3 && (got[1] - p * (1.0 - p)).abs() < 1e-3, "{got:?}");
 }
 
-/// No row's vector is longer than [`row_norm`]; a unit of many rows is cut to the clip norm, whatever its rows are.
+/// No row's vector is longer than √trees, the norm that plans clip to; a unit of many rows is cut to the clip norm, whatever its rows are.
 #[test]
 fn one_unit_moves_the_sum_by_no_more_than_the_clip_norm() {
     for logit in [-60.0, -3.0, -0.5, 0.0, 1.0, 60.0] {
@@ -58,13 +58,13 @@ fn one_unit_moves_the_sum_by_no_more_than_the_clip_norm() {
             let certain = forest().with_values(vec![logit; 6]).unwrap();
             let norm = sums(&certain, &rows(&[9.0], &[label], &[1]), 0..3, 100.0);
             let norm = norm.iter().map(|v| v * v).sum::<f64>().sqrt();
-            assert!(norm <= row_norm(3) + 1e-9, "{logit} {label}: {norm}");
+            assert!(norm <= 3.0_f64.sqrt() + 1e-9, "{logit} {label}: {norm}");
         }
     }
     let before = rows(&[0.0, 3.0], &[0, 1], &[1, 2]);
     let mut after = before.clone();
     after.append(&rows(&[0.0; 50], &[1; 50], &[9; 50]));
-    let clip = row_norm(2);
+    let clip = 2.0_f64.sqrt();
     let counted = |table: &TypedBatch| {
         Rows::new(&forest(), table).unwrap().sums(forest().values(), 0..2, (clip, SCALE), || true).unwrap()
     };
@@ -126,7 +126,7 @@ fn rounds_learn_what_two_columns_say_together() {
     };
     let sorted = Rows::new(&forest, &table).unwrap();
     for round in 0..3 {
-        let sums = sorted.sums(forest.values(), round..round + 1, (row_norm(1), SCALE), || true).unwrap();
+        let sums = sorted.sums(forest.values(), round..round + 1, (1.0, SCALE), || true).unwrap();
         let sums: Vec<f64> = sums.into_iter().map(|value| value as f64 / SCALE as f64).collect();
         let learnt = Step { trees: 1, noise: 0.0 }.values(&sums).unwrap();
         let mut values = forest.values().to_vec();
