@@ -147,13 +147,19 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     if let Some(code) = process::take_role(&args) {
         return code;
     }
-    let cli = match Cli::try_parse_from(args) {
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(error) => {
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
+    if matches!(
+        &cli.command,
+        Command::Run(_) | Command::Sweep(_) | Command::Bench { what: Bench::Utility(_), .. }
+    ) {
+        process::enter_long_work(&args);
+    }
     match dispatch(cli.command) {
         Ok(code) => code,
         Err(error) => {

@@ -33,6 +33,32 @@ pub fn take_role(args: &[OsString]) -> Option<ExitCode> {
     }
 }
 
+/// Starts this program anew in its own place, in the environment that long work of one process is fastest in, unless it is
+/// there already; goes on as it is where that can't be done.
+///
+/// Federations are computed side by side, so that a matrix product gains nothing from a second thread, and waits for
+/// it; and memory that a training step lets go of is the next step's.
+pub fn enter_long_work(args: &[OsString]) {
+    let missing: Vec<_> =
+        LONG_WORK.into_iter().filter(|(name, _)| std::env::var_os(name).is_none()).collect();
+    if missing.is_empty() {
+        return;
+    }
+    if let Ok(program) = std::env::current_exe() {
+        use std::os::unix::process::CommandExt;
+        let error = Command::new(program).args(args.iter().skip(1)).envs(missing).exec();
+        tracing::debug!(%error, "not started anew");
+    }
+}
+
+/// Threads of a matrix product; bytes from which the system's allocator asks the kernel, and that it keeps.
+const LONG_WORK: [(&str, &str); 4] = [
+    ("RAYON_NUM_THREADS", "1"),
+    ("MALLOC_MMAP_THRESHOLD_", "33554432"),
+    ("MALLOC_TRIM_THRESHOLD_", "1073741824"),
+    ("MALLOC_TOP_PAD_", "67108864"),
+];
+
 /// A running child.
 #[derive(Debug)]
 pub struct Process {

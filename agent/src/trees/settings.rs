@@ -205,6 +205,7 @@ pub(super) fn boost(
         .set_min_leaf_weight(MIN_LEAF_WEIGHT)
         .set_sample_method(SampleMethod::Random)
         .set_subsample(SUBSAMPLE)
+        .set_nbins(BINS)
         .set_colsample_bytree(settings.column_share.max(one_column).min(1.0))
         .set_initialize_base_score(true)
         .set_early_stopping_rounds(patience)
@@ -258,5 +259,7 @@ const MAX_ROUNDS: usize = 200;
 const LEARNING_RATE: f32 = 0.08;
 /// Least sum of `weight · p (1 - p)` in a leaf.
 const MIN_LEAF_WEIGHT: f32 = 0.3;
+/// Quantile bins of a numeric column: a quarter of the library's own number, for half the time.
+const BINS: u16 = 64;
 /// Share of rows each tree sees.
 const SUBSAMPLE: f32 = 0.8;

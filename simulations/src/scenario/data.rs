@@ -26,7 +26,7 @@ use tabmesh_contract::contract::Contract;
 use tabmesh_federation::id::Digest;
 
 use super::answers::entities;
-use super::document::{DataSpec, Partition, Scenario, Shipped};
+use super::document::{DataSpec, Newcomers, Partition, Scenario, Shipped};
 use super::learner::features::code;
 use super::rounds::VirtualDomain;
 use super::tampering;
@@ -34,6 +34,7 @@ use crate::quickstart::dataset;
 use crate::utility::contracts::Declared;
 use crate::utility::measure::union;
 use crate::utility::member::{Member, Tables};
+use crate::utility::newcomer::{Size, newcomer};
 use crate::utility::set::Set;
 
 /// The sets of a scenario.
@@ -65,6 +66,12 @@ pub(crate) struct World {
     _made: Vec<tempfile::TempDir>,
 }
 
+/// The domain that a scenario's seed leaves out.
+fn left_out(sizes: &[Size], rows: &[u32], seed: u64) -> usize {
+    let rows: Vec<usize> = rows.iter().map(|rows| *rows as usize).collect();
+    newcomer(sizes, &rows, seed)
+}
+
 impl Data {
     /// Finds the sets; `base` is the scenario's folder, `data` stands in for `data.folder`.
     ///
@@ -93,6 +100,14 @@ impl Data {
                 ensure!(
                     !set.name.is_empty() && set.name.chars().all(plain),
                     "{}: a set's name is made of letters, digits, '_' and '-', got {:?}",
+                    folder.display(),
+                    set.name
+                );
+                // A scenario speaks of sets by their folders, results by their names.
+                let named = spec.sets.is_empty() || folder.file_name().is_some_and(|name| *name == *set.name);
+                ensure!(
+                    named,
+                    "{}: the set in this folder calls itself {:?} in its dataset.json; name both alike",
                     folder.display(),
                     set.name
                 );
@@ -192,9 +207,13 @@ impl Source {
         };
         let mut members = all;
         let mut newcomer = None;
-        if scenario.newcomers.is_some() {
-            let at = usize::try_from(seed)? % members.len().max(1);
-            newcomer = Some(members.remove(at));
+        if let Some(Newcomers { rows, .. }) = &scenario.newcomers {
+            let size = |member: &Member| match self {
+                Self::Folder(set) => set.size(&member.train, &member.test),
+                Self::Own { .. } => member.size(),
+            };
+            let sizes = members.iter().map(size).collect::<Result<Vec<_>>>()?;
+            newcomer = Some(members.remove(left_out(&sizes, rows, seed)));
         }
         ensure!(
             members.len() >= 2,
@@ -221,9 +240,15 @@ fn members_of(
     dealt: Option<&tempfile::TempDir>,
 ) -> Result<Vec<Member>> {
     // Declarations know nothing of the newcomer, which the product wouldn't either.
-    let left_out = scenario.newcomers.is_some() && scenario.partition == Partition::Natural;
-    let left_out = left_out.then(|| usize::try_from(seed).unwrap_or(0) % set.domains.len());
-    let declaring = set.domains.iter().enumerate().filter(|(i, _)| Some(*i) != left_out).map(|(_, d)| d);
+    let new = match &scenario.newcomers {
+        Some(Newcomers { rows, .. }) if scenario.partition == Partition::Natural => {
+            let size = |domain: &String| set.size(&set.train(domain), &set.test(domain));
+            let sizes = set.domains.iter().map(size).collect::<Result<Vec<_>>>()?;
+            Some(left_out(&sizes, rows, seed))
+        }
+        _ => None,
+    };
+    let declaring = set.domains.iter().enumerate().filter(|(i, _)| Some(*i) != new).map(|(_, d)| d);
     let declared = Declared::from_rows(set, &set.pooled(declaring)?)?;
     let mut rng = ChaCha20Rng::seed_from_u64(seed ^ PARTITION);
     match (&scenario.partition, dealt) {

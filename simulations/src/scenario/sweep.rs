@@ -74,7 +74,8 @@ fn variants(document: &Value, sets: &[String]) -> Result<Vec<Variant>> {
                 let mut document = variant.document.clone();
                 *place(&mut document, key)? = parsed;
                 let shown = format!("{short}={}", shown(value));
-                let gap = if variant.name.is_empty() { "" } else { "," };
+                // A comma parts folders on other command lines.
+                let gap = if variant.name.is_empty() { "" } else { "+" };
                 next.push(Variant { name: format!("{}{gap}{shown}", variant.name), document });
             }
         }
@@ -137,7 +138,7 @@ mod tests {
         let all = variants(&document, &sets).unwrap();
         let names: Vec<&str> = all.iter().map(|variant| variant.name.as_str()).collect();
         let expected =
-            ["rounds=5,epsilon=1", "rounds=5,epsilon=8", "rounds=10,epsilon=1", "rounds=10,epsilon=8"];
+            ["rounds=5+epsilon=1", "rounds=5+epsilon=8", "rounds=10+epsilon=1", "rounds=10+epsilon=8"];
         assert_eq!(names, expected);
         assert_eq!(all[3].document["federations"][1]["rounds"], 10);
         assert_eq!(all[3].document["federations"][0]["privacy"]["epsilon"], 8);

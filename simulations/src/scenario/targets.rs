@@ -315,8 +315,11 @@ impl Sides {
             }
             Aim::Newcomers { flow, rows, over_trees, over_best } => {
                 let served = || self.of(flow, "served", Some(*rows));
+                // All or none: the best of some is not the best.
                 let of = |names: &[&str]| -> Vec<(String, &Figures)> {
-                    names.iter().filter_map(|name| self.of(flow, name, Some(*rows))).collect()
+                    let found: Option<Vec<_>> =
+                        names.iter().map(|name| self.of(flow, name, Some(*rows))).collect();
+                    found.unwrap_or_default()
                 };
                 let (trees, all) = (of(&["local_trees"]), of(&NEWCOMER_RIVALS));
                 let over = |rivals: &Vec<(String, &Figures)>| self.held(served(), &[rivals], gain);

@@ -7,6 +7,7 @@ use tabmesh_contract::batch::TypedBatch;
 use tabmesh_contract::contract::Contract;
 use tabmesh_contract::schema::FeatureSchema;
 
+use super::newcomer::Size;
 use crate::quickstart::measure::rows;
 
 /// A domain as its agent and its judge see it.
@@ -73,6 +74,16 @@ impl Member {
         let test = rows(&contract, &self.test, &schema)?;
         let labels = test.labels.iter().map(|label| u8::from(*label == Some(1))).collect();
         Ok(Tables { schema, train, test, labels })
+    }
+
+    /// What of it can be scored.
+    ///
+    /// # Errors
+    /// As [`Self::tables`].
+    pub(crate) fn size(&self) -> Result<Size> {
+        let Tables { train, labels, .. } = self.tables()?;
+        let ones = labels.iter().filter(|label| **label == 1).count();
+        Ok(Size { train: train.rows(), test: [labels.len() - ones, ones] })
     }
 }
 

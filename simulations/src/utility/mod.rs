@@ -11,6 +11,7 @@ mod liar;
 pub(crate) mod made_up;
 pub(crate) mod measure;
 pub(crate) mod member;
+pub(crate) mod newcomer;
 mod run;
 pub(crate) mod set;
 mod wire;

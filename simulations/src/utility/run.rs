@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anstream::println;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use comfy_table::{CellAlignment, Table, presets};
 use indicatif::ProgressBar;
 use serde::Serialize;
@@ -18,6 +18,7 @@ use super::contracts::Declared;
 use super::federation::{self, Federated, Setting};
 use super::measure::{self, DomainLine, Figures, NewcomerLine, Scoring};
 use super::member::Member;
+use super::newcomer::newcomer;
 use super::set::Set;
 use crate::cli::Output;
 use crate::process::now;
@@ -273,8 +274,10 @@ fn one(
     seed: u64,
     tell: &dyn Fn(&str),
 ) -> Result<(Vec<DomainLine>, Vec<NewcomerLine>)> {
-    let left_out = usize::try_from(seed)? % set.domains.len();
-    let newcomer = &set.domains[left_out];
+    let size = |domain: &String| set.size(&set.train(domain), &set.test(domain));
+    let sizes = set.domains.iter().map(size).collect::<Result<Vec<_>>>()?;
+    let left_out = newcomer(&sizes, &measure::NEWCOMER_ROWS, seed);
+    let newcomer = set.domains.get(left_out).context("no domain")?;
     let members: Vec<String> = set.domains.iter().filter(|domain| *domain != newcomer).cloned().collect();
     let declared = Declared::from_rows(set, &set.pooled(&members)?)?;
     let of = |domain: &String| -> Result<Member> {
@@ -405,7 +408,7 @@ const FLOW_STEPS: u64 = 10;
 /// Events of a round.
 const EVENTS_A_ROUND: u64 = 1;
 /// Rivals that use a domain's own rows alone.
-const LOCAL: &[&str] = &["local_trees", "local_logistic", "local_base", "base"];
+const LOCAL: &[&str] = &["local_trees", "local_logistic", "local_base"];
 /// Rivals that pool real rows, as nobody may.
 const POOLED: &[&str] = &["pooled_trees", "pooled_logistic", "pooled_base"];
 
@@ -486,7 +489,7 @@ mod tests {
         assert!((weights - 1.0).abs() < 1e-9 && outcome.served.len() >= 3, "{:?}", outcome.served);
         assert!(outcome.excluded.is_empty() && outcome.macro_mean.served_calibration["slope"] > 0.0);
         let best = outcome.macro_mean.auc["best_local"];
-        assert!(["local_trees", "local_logistic", "base"].iter().all(|n| outcome.macro_mean.auc[*n] <= best));
+        assert!(LOCAL.iter().all(|n| outcome.macro_mean.auc[*n] <= best));
     }
 
     /// With the coordinator gone, a restarted agent serves bit for bit what it served before: trees are fitted again.

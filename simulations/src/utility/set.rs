@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
+use super::newcomer::Size;
 use crate::bench::raw_table::{Description, RawTable};
 
 /// A described folder.
@@ -85,6 +86,16 @@ impl Set {
     /// The folder.
     pub(crate) fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// What of a domain with these tables can be scored.
+    ///
+    /// # Errors
+    /// A table can't be read.
+    pub(crate) fn size(&self, train: &Path, test: &Path) -> Result<Size> {
+        let (train, test) = (self.tables.rows(train)?, self.tables.rows(test)?);
+        let ones = test.labels.iter().filter(|label| **label == 1).count();
+        Ok(Size { train: train.labels.len(), test: [test.labels.len() - ones, ones] })
     }
 
     /// Training rows of some domains, one after the other, as cells.
