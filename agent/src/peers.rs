@@ -6,9 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use serde::{Deserialize, Serialize};
 use tabmesh_federation::id::AgentId;
-use tabmesh_federation::secagg::roster::{MAX_MEMBERS, Member, Roster, RosterError};
+use tabmesh_federation::peers::PeersFile;
+use tabmesh_federation::secagg::roster::{Member, Roster, RosterError};
 use tabmesh_privacy::signature::VerifyingKey;
 use tabmesh_proto::identity::SpiffeId;
 use thiserror::Error;
@@ -49,24 +49,6 @@ pub enum PeersError {
     Roster(#[from] RosterError),
 }
 
-/// One line of the file.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Peer {
-    /// SPIFFE id of the agent.
-    pub agent: AgentId,
-    /// Its Ed25519 public key, 64 hexadecimal digits.
-    pub signing_public_key: VerifyingKey,
-}
-
-/// The file: `peers: [{agent: …, signing_public_key: …}]`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PeersFile {
-    /// The agents; this domain's own may be among them.
-    pub peers: Vec<Peer>,
-}
-
 /// Keys by agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peers(BTreeMap<AgentId, VerifyingKey>);
@@ -84,18 +66,9 @@ impl Peers {
 
     fn parse(path: &Path, text: &str, own: (&AgentId, VerifyingKey)) -> Result<Self, PeersError> {
         let refused = |reason: String| PeersError::Refused { path: path.to_owned(), reason };
-        let file: PeersFile = serde_saphyr::from_str(text).map_err(|error| refused(error.to_string()))?;
-        if file.peers.len() > MAX_MEMBERS {
-            return Err(refused(format!("expected at most {MAX_MEMBERS} peers, got {}", file.peers.len())));
-        }
-        let mut keys = BTreeMap::new();
-        for Peer { agent, signing_public_key } in file.peers {
-            if agent == *own.0 && signing_public_key != own.1 {
-                return Err(refused(format!("{agent} is this agent, and has another key")));
-            }
-            if keys.insert(agent.clone(), signing_public_key).is_some() {
-                return Err(refused(format!("{agent} is listed twice")));
-            }
+        let mut keys = PeersFile::keys(text).map_err(|error| refused(error.to_string()))?;
+        if keys.get(own.0).is_some_and(|key| *key != own.1) {
+            return Err(refused(format!("{} is this agent, and has another key", own.0)));
         }
         keys.insert(own.0.clone(), own.1);
         Ok(Self(keys))

@@ -157,13 +157,21 @@ pub(crate) enum ReportAction {
     },
     /// Prints the JSON Schema of the text that a report signs (also docs/report.schema.json).
     Schema,
-    /// Verifies a report file (JSON or HTML) offline: signature, hash chains, recomputed totals.
+    /// Verifies a report file (JSON or HTML) offline: signature, hash chains, recomputed totals, audit log and who cosigned it.
     Verify {
         /// The file.
         file: PathBuf,
         /// File with the coordinator's 32-byte public key; without it anybody may have signed.
         #[arg(long)]
         key: Option<PathBuf>,
+        /// File with the agents' public keys (`peers:`, as agents are given it), from their operators and not from the
+        /// coordinator; without it a coordinator may have made agents up. Each ledger must end in a head signed by its
+        /// agent's key, and be in the audit log.
+        #[arg(long, requires = "key")]
+        agents: Option<PathBuf>,
+        /// How many of these agents must have cosigned the audit log's checkpoint. Default: all.
+        #[arg(long, requires = "agents")]
+        cosigners: Option<usize>,
         /// Form of the answer.
         #[arg(long, value_enum, default_value_t = Output::Text)]
         output: Output,
@@ -201,7 +209,7 @@ Examples:
   tabmesh-coordinator plan submit plan.yaml --client operator.yaml
   tabmesh-coordinator model import tabicl.ckpt --licence BSD-3-Clause --source https://example.org/tabicl.ckpt
   tabmesh-coordinator report write --client auditor.yaml --html report.html --json report.json
-  tabmesh-coordinator report verify report.html --key coordinator.pub";
+  tabmesh-coordinator report verify report.html --key coordinator.pub --agents peers.yaml";
 
 /// Runs the command line and gives the process's exit code: 0 done, 1 failed, 2 wrong usage.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {

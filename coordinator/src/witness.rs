@@ -17,7 +17,7 @@ use tabmesh_store::merkle::MerkleTree;
 use tabmesh_store::{Digest, Op, audit_origin};
 
 pub(crate) use self::proof::of_report;
-pub use self::proof::{AuditProofError, Witnessed, verify};
+pub use self::proof::{AuditProofError, Trust, Witnessed, verify};
 
 use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, locked, named, stored};

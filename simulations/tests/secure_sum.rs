@@ -247,6 +247,12 @@ fn sums_alone_are_kept(layout: &Layout, sums: &[Recorded], own_vectors: &[Vec<i6
         assert!(keeps(&files, &sum.values), "the sums must be found, or this sees nothing");
     }
     assert_eq!(own_vectors.len(), sums.iter().map(|sum| sum.survivors.len()).sum::<usize>());
+    // The search sees a vector in either of its forms, wherever in a file it stands.
+    for form in [words, digits] {
+        let own = own_vectors.first().unwrap();
+        let planted = [b"before ".as_slice(), &form(own), b" after"].concat();
+        assert!(keeps(&[planted], own), "a planted vector must be found");
+    }
     for own in own_vectors {
         assert!(!keeps(&files, own), "the coordinator keeps a domain's own vector");
     }
@@ -266,13 +272,19 @@ fn read_all(path: &Path, files: &mut Vec<Vec<u8>>) {
 /// Whether a file has the first of these values in a row, as 64-bit words or as digits.
 fn keeps(files: &[Vec<u8>], values: &[i64]) -> bool {
     let run = &values[..8];
-    let words: Vec<u8> = run.iter().flat_map(|value| value.to_le_bytes()).collect();
-    let digits = run.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     let has = |file: &[u8], wanted: &[u8]| {
         let starts = file.iter().enumerate().filter(|(_, byte)| **byte == wanted[0]);
         starts.into_iter().any(|(at, _)| file[at..].starts_with(wanted))
     };
-    files.iter().any(|file| has(file, &words) || has(file, digits.as_bytes()))
+    files.iter().any(|file| has(file, &words(run)) || has(file, &digits(run)))
+}
+
+fn words(values: &[i64]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn digits(values: &[i64]) -> Vec<u8> {
+    values.iter().map(ToString::to_string).collect::<Vec<_>>().join(",").into_bytes()
 }
 
 /// Stops every process of a deployment, so that its files can be opened.

@@ -1,9 +1,10 @@
 //! `plan cost`: what a plan would cost one privacy unit, step by step, before anything runs.
 //!
-//! Every stage and round is discrete Gaussian noise on the whole cohort, so losses are exact integers of ρ. Three
+//! Every stage and round is discrete Gaussian noise on the whole cohort, so losses are exact integers of ρ. Four
 //! figures of ε stand side by side, all cumulative and at the plan's one δ: the zCDP conversion (the claim, and what the
-//! agents' filters enforce), the closed form for continuous Gaussian noise (a little below it, for comparison) and Rényi
-//! DP over a fixed set of orders (the independent second figure, never below the claim's exact value).
+//! agents' filters enforce), the closed form for continuous Gaussian noise, and the two accountants of continuous noise
+//! in general, the privacy loss distribution (tight) and Rényi DP over a fixed set of orders (never below it). These two
+//! take the rounds as sampled where a plan samples units; the claim doesn't.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -16,7 +17,7 @@ use serde::Serialize;
 use tabmesh_federation::id::PlanDigest;
 use tabmesh_federation::plan::{Plan, PlanBudget, SecureSumSpec};
 use tabmesh_privacy::accountant::phase::{Adjacency, Phase, Step};
-use tabmesh_privacy::accountant::{gdp, rdp, zcdp};
+use tabmesh_privacy::accountant::{gdp, pld, rdp, zcdp};
 use tabmesh_privacy::budget::{Delta, Epsilon, Rho};
 
 use super::files::write;
@@ -30,6 +31,8 @@ struct Cost {
     adjacency: &'static str,
     /// Who adds the noise, and what the figures assume.
     noise_placement: String,
+    /// Share of units in a round; the claim is as if all took part.
+    sampling_rate: f64,
     epsilon_granted: f64,
     delta: f64,
     /// In order of execution.
@@ -57,7 +60,34 @@ struct StepCost {
 struct Figures {
     epsilon_zcdp: f64,
     epsilon_gaussian: f64,
+    epsilon_pld: f64,
     epsilon_rdp: f64,
+}
+
+/// Equal steps in a row.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Run {
+    rho: Rho,
+    /// Share of units that take part.
+    rate: f64,
+    count: u64,
+}
+
+impl Run {
+    fn phase(self) -> miette::Result<Phase> {
+        let sigma = noise_multiplier(self.rho);
+        let step = if self.rate < 1.0 {
+            Step::SampledGaussian { rate: self.rate, sigma }
+        } else {
+            Step::Gaussian { sigma }
+        };
+        Phase::new(step, self.count).into_diagnostic()
+    }
+}
+
+/// Standard deviation over sensitivity of Gaussian noise that costs ρ.
+fn noise_multiplier(rho: Rho) -> f64 {
+    (0.5 / rho.as_f64()).sqrt()
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -91,32 +121,31 @@ fn cost(plan: &Plan, digest: PlanDigest) -> miette::Result<Cost> {
     let budget = plan.budget()?;
     let delta = Delta::new(plan.privacy.delta).into_diagnostic()?;
     let mut steps: Vec<StepCost> = Vec::new();
-    let (mut spent, mut phases) = (Rho::ZERO, Vec::new());
-    for (step, rho) in parts(plan, &budget) {
+    let (mut spent, mut runs) = (Rho::ZERO, Vec::<Run>::new());
+    for (step, rho, rate) in parts(plan, &budget) {
         // What was spent can't overflow: the shares are parts of one ρ.
         spent = spent.checked_add(rho).ok_or_else(|| miette::miette!("rho of the plan is out of range"))?;
-        let sigma = (0.5 / rho.as_f64()).sqrt();
-        // Equal noise in a row is one phase: cheaper, and the same.
-        match phases.last_mut() {
-            Some((last, count)) if *last == rho => *count += 1,
-            _ => phases.push((rho, 1u64)),
+        match runs.last_mut() {
+            Some(last) if last.rho == rho && last.rate.total_cmp(&rate).is_eq() => last.count += 1,
+            _ => runs.push(Run { rho, rate, count: 1 }),
         }
         steps.push(StepCost {
             step,
             rho_units: rho.units(),
             rho: rho.as_f64(),
-            noise_multiplier: sigma,
+            noise_multiplier: noise_multiplier(rho),
             epsilon_alone: zcdp::epsilon(rho, delta).get(),
-            so_far: figures(&phases, spent, delta)?,
+            so_far: figures(&runs, spent, delta)?,
         });
     }
-    let figures = figures(&phases, spent, delta)?;
+    let figures = figures(&runs, spent, delta)?;
     let share_of_budget = spent.as_f64() / budget.total.as_f64();
     Ok(Cost {
         plan: plan.name.clone(),
         digest: digest.to_string(),
         adjacency: Adjacency::AddRemove.label(),
         noise_placement: placement(plan),
+        sampling_rate: plan.rounds.sampling_rate,
         epsilon_granted: plan.privacy.epsilon,
         delta: plan.privacy.delta,
         steps,
@@ -144,30 +173,31 @@ fn placement(plan: &Plan) -> String {
     )
 }
 
-fn parts(plan: &Plan, budget: &PlanBudget) -> Vec<(String, Rho)> {
+/// Steps in order, each with its ρ and the share of units in it.
+fn parts(plan: &Plan, budget: &PlanBudget) -> Vec<(String, Rho, f64)> {
     let stages = ["one-way counts", "label pairs", "structure", "tree"];
-    let release = stages.iter().zip(budget.per_stage).map(|(name, rho)| (format!("release: {name}"), rho));
-    let rounds = (1..=plan.rounds.count).map(|round| (format!("round {round}"), budget.per_round));
+    let release =
+        stages.iter().zip(budget.per_stage).map(|(name, rho)| (format!("release: {name}"), rho, 1.0));
+    let rate = plan.rounds.sampling_rate;
+    let rounds = (1..=plan.rounds.count).map(|round| (format!("round {round}"), budget.per_round, rate));
     release.chain(rounds).collect()
 }
 
-fn figures(phases: &[(Rho, u64)], spent: Rho, delta: Delta) -> miette::Result<Figures> {
-    let phases: Vec<Phase> = phases
-        .iter()
-        .map(|(rho, count)| Phase::new(Step::Gaussian { sigma: (0.5 / rho.as_f64()).sqrt() }, *count))
-        .collect::<Result<_, _>>()
-        .into_diagnostic()?;
+fn figures(runs: &[Run], spent: Rho, delta: Delta) -> miette::Result<Figures> {
+    let phases = runs.iter().map(|run| run.phase()).collect::<Result<Vec<_>, _>>()?;
+    let loss = pld::epsilon(&phases, Adjacency::AddRemove, delta).into_diagnostic()?;
     let renyi = rdp::epsilon(&phases, Adjacency::AddRemove, delta).into_diagnostic()?;
     Ok(Figures {
         epsilon_zcdp: zcdp::epsilon(spent, delta).get(),
         epsilon_gaussian: gdp::epsilon(spent, delta).get(),
+        epsilon_pld: Epsilon::get(loss),
         epsilon_rdp: Epsilon::get(renyi),
     })
 }
 
 fn text(cost: &Cost) -> String {
     let mut table = Table::new();
-    table.set_header(["step", "rho", "noise", "alone", "zCDP", "Gaussian", "RDP"]);
+    table.set_header(["step", "rho", "noise", "alone", "zCDP", "Gaussian", "PLD", "RDP"]);
     for step in &cost.steps {
         let figures = step.so_far;
         table.add_row([
@@ -177,6 +207,7 @@ fn text(cost: &Cost) -> String {
             format!("{:.4}", step.epsilon_alone),
             format!("{:.4}", figures.epsilon_zcdp),
             format!("{:.4}", figures.epsilon_gaussian),
+            format!("{:.4}", figures.epsilon_pld),
             format!("{:.4}", figures.epsilon_rdp),
         ]);
     }
@@ -193,11 +224,16 @@ fn text(cost: &Cost) -> String {
         // Writing to a String can't fail.
         let _ = writeln!(out, "{:width$} {bar}{rest} {epsilon:.3}", step.step);
     }
-    let Figures { epsilon_zcdp, epsilon_gaussian, epsilon_rdp } = cost.total.figures;
+    let Figures { epsilon_zcdp, epsilon_pld, epsilon_rdp, .. } = cost.total.figures;
+    let sampled = if cost.sampling_rate < 1.0 {
+        format!(" with a sample of {} in each round, which the claim doesn't count", cost.sampling_rate)
+    } else {
+        String::new()
+    };
     let _ = writeln!(
         out,
-        "\nin all: epsilon {epsilon_zcdp:.4} by zCDP (the claim), {epsilon_gaussian:.4} if the noise were continuous, \
-         {epsilon_rdp:.4} by Renyi DP; {:.1} % of the budget",
+        "\nin all: epsilon {epsilon_zcdp:.4} by zCDP (the claim); of continuous noise{sampled} {epsilon_pld:.4} by privacy loss \
+         distribution, {epsilon_rdp:.4} by Renyi DP; {:.1} % of the budget",
         cost.total.share_of_budget * 100.0
     );
     out
@@ -308,14 +344,36 @@ mod tests {
         let cost = priced("");
         let mut last = 0.0;
         for step in &cost.steps {
-            let Figures { epsilon_zcdp, epsilon_gaussian, epsilon_rdp } = step.so_far;
+            let Figures { epsilon_zcdp, epsilon_gaussian, epsilon_pld, epsilon_rdp } = step.so_far;
             assert!(
                 epsilon_gaussian < epsilon_zcdp && epsilon_zcdp <= epsilon_rdp * (1.0 + 1e-9),
+                "{step:?}"
+            );
+            // Without sampling the distribution has a closed form, which its discretisation rounds up.
+            assert!(
+                epsilon_pld >= epsilon_gaussian
+                    && epsilon_pld <= epsilon_gaussian * 1.001
+                    && epsilon_pld < epsilon_rdp,
                 "{step:?}"
             );
             assert!(epsilon_zcdp > last, "{step:?}");
             last = epsilon_zcdp;
         }
+    }
+
+    #[test]
+    fn a_sample_of_units_costs_less_by_both_accountants_and_the_claim_stays() {
+        let all = priced("rounds: {count: 20, sampling_rate: 1}\n");
+        let tenth = priced("rounds: {count: 20, sampling_rate: 0.1}\n");
+        let (all_figures, figures) = (all.total.figures, tenth.total.figures);
+        assert_eq!(figures.epsilon_zcdp.to_bits(), all_figures.epsilon_zcdp.to_bits());
+        assert!(figures.epsilon_pld < 0.95 * all_figures.epsilon_pld, "{figures:?} {all_figures:?}");
+        assert!(figures.epsilon_pld < figures.epsilon_rdp, "{figures:?}");
+        // The release isn't sampled.
+        let release = |cost: &Cost| cost.steps[3].so_far.epsilon_pld.to_bits();
+        assert_eq!(release(&tenth), release(&all));
+        assert!(text(&tenth).contains("a sample of 0.1 in each round"), "{}", text(&tenth));
+        assert!(!text(&all).contains("a sample of"));
     }
 
     #[test]

@@ -6,13 +6,14 @@ use std::process::ExitCode;
 
 use anstream::println;
 use miette::{IntoDiagnostic, WrapErr, miette};
+use tabmesh_federation::peers::PeersFile;
 use tabmesh_privacy::report::{Report, SignedReport, Verified, render_html, verify};
 use tabmesh_privacy::signature::VerifyingKey;
 use tabmesh_proto::client::AuditorClient;
 
 use super::files::{read, write};
 use crate::cli::{Output, ReportAction};
-use crate::witness::{self, Witnessed};
+use crate::witness::{self, Trust, Witnessed};
 
 /// Runs one of the report commands.
 pub(crate) async fn run(action: ReportAction) -> miette::Result<ExitCode> {
@@ -21,7 +22,7 @@ pub(crate) async fn run(action: ReportAction) -> miette::Result<ExitCode> {
             let auditor = AuditorClient::new(client.connect().await?);
             let bytes = auditor.report_input(product.as_deref()).await.into_diagnostic()?;
             let verified = verify(&bytes, None).into_diagnostic().wrap_err("the coordinator's report")?;
-            witness::verify(&verified.report, &verified.key).into_diagnostic()?;
+            witness::verify(&verified.report, &verified.key, None).into_diagnostic()?;
             if let Some(path) = &json {
                 write(path, &bytes)?;
             }
@@ -35,14 +36,17 @@ pub(crate) async fn run(action: ReportAction) -> miette::Result<ExitCode> {
             println!("{}", serde_json::to_string_pretty(&Report::json_schema()).into_diagnostic()?);
             Ok(ExitCode::SUCCESS)
         }
-        ReportAction::Verify { file, key, output } => check(&file, key.as_deref(), output),
+        ReportAction::Verify { file, key, agents, cosigners, output } => {
+            let trust = agents.map(|path| read_trust(&path, cosigners)).transpose()?;
+            check(&file, key.as_deref(), trust.as_ref(), output)
+        }
     }
 }
 
-fn check(file: &Path, key: Option<&Path>, output: Output) -> miette::Result<ExitCode> {
+fn check(file: &Path, key: Option<&Path>, trust: Option<&Trust>, output: Output) -> miette::Result<ExitCode> {
     let bytes = read(file)?;
     let pinned = key.map(read_key).transpose()?;
-    let outcome = whole(&bytes, pinned.as_ref());
+    let outcome = whole(&bytes, pinned.as_ref(), trust);
     match (&outcome, output) {
         (_, Output::Json) => println!("{}", summary(&outcome)),
         (Ok((verified, witnessed)), Output::Text) => {
@@ -57,6 +61,12 @@ fn check(file: &Path, key: Option<&Path>, output: Output) -> miette::Result<Exit
                     "no key was pinned: anybody could have signed; pass --key with the coordinator's public key"
                 );
             }
+            if trust.is_none() {
+                println!(
+                    "no agents' keys were given: the coordinator may have made agents up; pass --agents with the keys \
+                     that their operators gave you"
+                );
+            }
             if verified.report.reproducible {
                 println!("REPRODUCIBLE, NOT PRIVATE: noise was drawn from a fixed seed");
             }
@@ -69,9 +79,9 @@ fn check(file: &Path, key: Option<&Path>, output: Output) -> miette::Result<Exit
 type Whole = Result<(Verified, Option<Witnessed>), Box<dyn Error>>;
 
 /// Everything a report's file can prove: its own signature and figures, and its ledgers' place in the audit log.
-fn whole(file: &[u8], pinned: Option<&VerifyingKey>) -> Whole {
+fn whole(file: &[u8], pinned: Option<&VerifyingKey>, trust: Option<&Trust>) -> Whole {
     let verified = verify(file, pinned)?;
-    let witnessed = witness::verify(&verified.report, &verified.key)?;
+    let witnessed = witness::verify(&verified.report, &verified.key, trust)?;
     Ok((verified, witnessed))
 }
 
@@ -90,6 +100,11 @@ fn print_log(log: &Witnessed, report: &Report) {
             println!("  {}: {later} entries came after the checkpoint", ledger.agent);
         }
     }
+    for agent in &log.without_ledger {
+        println!(
+            "  {agent}: no ledger in this report: it released nothing, or was left out; ask its operator"
+        );
+    }
 }
 
 fn summary(outcome: &Whole) -> serde_json::Value {
@@ -100,11 +115,21 @@ fn summary(outcome: &Whole) -> serde_json::Value {
             "reproducible": verified.report.reproducible,
             "audit_log": witnessed.as_ref().map(|log| serde_json::json!({
                 "entries": log.size, "root": log.root.to_string(), "cosigned": log.cosigned,
-                "proven_entries": log.proven,
+                "proven_entries": log.proven, "without_ledger": log.without_ledger,
             })),
         }),
         Err(error) => serde_json::json!({ "verified": false, "error": error.to_string() }),
     }
+}
+
+fn read_trust(path: &Path, cosigners: Option<usize>) -> miette::Result<Trust> {
+    let text = String::from_utf8(read(path)?)
+        .map_err(|error| miette!("{}: expected text: {error}", path.display()))?;
+    let agents = PeersFile::keys(&text).map_err(|error| miette!("{}: {error}", path.display()))?;
+    if let Some(cosigners) = cosigners.filter(|cosigners| *cosigners > agents.len()) {
+        return Err(miette!("--cosigners {cosigners}: {} lists {} agents", path.display(), agents.len()));
+    }
+    Ok(Trust { agents, cosigners })
 }
 
 fn read_key(path: &Path) -> miette::Result<VerifyingKey> {

@@ -561,8 +561,8 @@ mod tests {
         let fixed = stepped("2", 0.0);
         assert!(fixed.values[0] > 0.0 && fixed.values[1] < 0.0);
         assert!((fixed.clip_norm - 2.0).abs() < f64::EPSILON);
-        for (share, expected) in [(0.5, 2.0), (1.0, 2.0 * (-0.1_f64).exp()), (0.0, 2.0 * 0.1_f64.exp())] {
-            let after = stepped("{quantile: 0.5, initial: 2}", share);
+        for (share, expected) in [(0.9, 2.0), (1.0, 2.0 * (-0.02_f64).exp()), (0.0, 2.0 * 0.18_f64.exp())] {
+            let after = stepped("{quantile: 0.9, initial: 2}", share);
             assert_eq!(after.values, fixed.values, "share {share}");
             assert!((after.clip_norm - expected).abs() < 1e-3, "share {share}: {}", after.clip_norm);
         }

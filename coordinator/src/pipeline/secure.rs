@@ -58,14 +58,15 @@ pub(super) async fn run(
             AttemptEnd::Abandoned(cause) => return Ok(SumEnd::Abandoned(cause)),
             AttemptEnd::Aborted(aborted) => aborted,
         };
-        if !again(mesh, submitted, subject, purpose, &aborted)? {
+        let is_over = || mesh.plans.get(submitted.digest).is_some_and(|(_, job)| job.is_over());
+        if is_over() || !again(mesh, submitted, subject, purpose, &aborted)? {
             return Ok(SumEnd::Abandoned(AbandonReason::SecureSum { cause: aborted.cause }));
         }
         let (number, left) = (aborted.attempt + 1, aborted.left.len());
         let told = format!("{what}: attempt {number} with {left} agents, after {}", aborted.cause);
         mesh.plans.tell(submitted.digest, mesh.now_ms(), told);
         // A plan that was cancelled in between has cancelled the attempts that there were then.
-        if mesh.plans.get(submitted.digest).is_some_and(|(_, job)| job.is_over()) {
+        if is_over() {
             mesh.sums.cancel_all("the plan's end");
         }
     }

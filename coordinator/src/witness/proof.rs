@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use tabmesh_federation::id::AgentId;
 use tabmesh_federation::witness::LedgerHead;
 use tabmesh_privacy::report::{AuditProof, LedgerRecord, ProvenHead, Report};
 use tabmesh_privacy::signature::VerifyingKey;
@@ -37,6 +38,15 @@ pub(crate) fn of_report(mesh: &Mesh, agents: &[SpiffeId]) -> Result<Option<Audit
     Ok(Some(AuditProof { note: note.to_string(), heads }))
 }
 
+/// Whom an auditor believes without asking the coordinator.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trust {
+    /// Agents' identity keys, as their operators handed them over.
+    pub agents: BTreeMap<AgentId, VerifyingKey>,
+    /// How many of them must have cosigned the log's checkpoint: all if none is said.
+    pub cosigners: Option<usize>,
+}
+
 /// What the audit log was found to prove.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Witnessed {
@@ -48,6 +58,8 @@ pub struct Witnessed {
     pub cosigned: Vec<String>,
     /// Ledger entries proven to be in the log, by agent, of those in the report.
     pub proven: BTreeMap<String, u64>,
+    /// Trusted agents without a ledger in the report: they released nothing, or were left out.
+    pub without_ledger: Vec<String>,
 }
 
 /// Why the audit proof of a report doesn't hold.
@@ -64,6 +76,32 @@ pub enum AuditProofError {
         /// What is wrong with the proof.
         source: ProofError,
     },
+    /// The report has no audit proof, and trusted agents are said to have cosigned one.
+    #[error(
+        "the report has no checkpoint of the audit log, which {expected} trusted agents should have cosigned"
+    )]
+    NoCheckpoint {
+        /// How many.
+        expected: usize,
+    },
+    /// The report lists an agent that the auditor doesn't know, or under another key.
+    #[error("ledger of {agent}: {reason}")]
+    Agent {
+        /// The agent.
+        agent: String,
+        /// What doesn't fit.
+        reason: &'static str,
+    },
+    /// Too few trusted agents cosigned.
+    #[error("{got} trusted agents cosigned the checkpoint, expected at least {expected}; missing: {missing}")]
+    Cosigners {
+        /// How many must.
+        expected: usize,
+        /// How many did.
+        got: usize,
+        /// Who didn't.
+        missing: String,
+    },
     /// A head isn't the one of the report's ledger.
     #[error("ledger head of {agent}: {reason}")]
     Head {
@@ -76,31 +114,96 @@ pub enum AuditProofError {
 
 /// Checks a report's audit proof with the key that signed the report; nothing for a report without one.
 ///
-/// The keys of witnesses are those by which the agents signed their ledgers' heads.
+/// Without `trust` the keys of witnesses are those by which the report says that agents signed their ledgers' heads: the
+/// report is then consistent, and a coordinator that makes up agents isn't found out. With it, every ledger must end in a
+/// head that its agent signed by the key the auditor has, and be in the log; and enough of these agents must have cosigned.
 ///
 /// # Errors
 /// [`AuditProofError`] naming the first thing that doesn't hold.
-pub fn verify(report: &Report, owner: &VerifyingKey) -> Result<Option<Witnessed>, AuditProofError> {
-    let Some(audit) = &report.audit else { return Ok(None) };
+pub fn verify(
+    report: &Report,
+    owner: &VerifyingKey,
+    trust: Option<&Trust>,
+) -> Result<Option<Witnessed>, AuditProofError> {
+    if let Some(trust) = trust {
+        report.ledgers.iter().try_for_each(|ledger| trust.knows(ledger))?;
+    }
+    let Some(audit) = &report.audit else {
+        return match trust {
+            Some(trust) => Err(AuditProofError::NoCheckpoint { expected: trust.needed() }),
+            None => Ok(None),
+        };
+    };
     let note = Note::parse(audit.note.as_bytes())?;
     let origin = Checkpoint::parse(note.text())?.origin;
     let owner = VerifierKey::new(&origin, KeyKind::Ed25519, *owner.as_bytes())?;
-    let mut witnesses = Vec::new();
-    for ledger in &report.ledgers {
-        if let Some(head) = &ledger.head {
-            let key = *head.public_key.as_bytes();
-            witnesses.push(VerifierKey::new(&ledger.agent, KeyKind::CosignatureV1, key)?);
+    let keys: Vec<(&str, &VerifyingKey)> = match trust {
+        Some(trust) => trust.agents.iter().map(|(agent, key)| (agent.as_str(), key)).collect(),
+        None => {
+            let heads = report.ledgers.iter().map(|ledger| (&ledger.agent, &ledger.head));
+            heads.filter_map(|(agent, head)| Some((agent.as_str(), &head.as_ref()?.public_key))).collect()
         }
-    }
+    };
+    let witnesses = keys
+        .iter()
+        .map(|(agent, key)| VerifierKey::new(agent, KeyKind::CosignatureV1, *key.as_bytes()))
+        .collect::<Result<Vec<_>, _>>()?;
     let (checkpoint, cosigned) = note.open(&owner, &witnesses.iter().collect::<Vec<_>>(), 0)?;
+    let cosigned: Vec<String> = cosigned.into_iter().map(|signed| signed.name).collect();
     let mut proven = BTreeMap::new();
     for head in &audit.heads {
         let ledger = report.ledgers.iter().find(|ledger| ledger.agent == head.agent);
         let entries = included(head, ledger, &checkpoint)?;
         proven.insert(head.agent.clone(), entries);
     }
-    let cosigned = cosigned.into_iter().map(|signed| signed.name).collect();
-    Ok(Some(Witnessed { size: checkpoint.size, root: checkpoint.root, cosigned, proven }))
+    let mut without_ledger = Vec::new();
+    if let Some(trust) = trust {
+        trust.enough(&cosigned)?;
+        if let Some(ledger) = report.ledgers.iter().find(|ledger| !proven.contains_key(&ledger.agent)) {
+            return Err(AuditProofError::Agent {
+                agent: ledger.agent.clone(),
+                reason: "it isn't in the audit log, which it enters at the end of a plan; fetch a report after that",
+            });
+        }
+        let has_ledger = |agent: &str| report.ledgers.iter().any(|ledger| ledger.agent == agent);
+        let without = trust.agents.keys().map(AgentId::as_str).filter(|agent| !has_ledger(agent));
+        without_ledger.extend(without.map(str::to_owned));
+    }
+    Ok(Some(Witnessed { size: checkpoint.size, root: checkpoint.root, cosigned, proven, without_ledger }))
+}
+
+impl Trust {
+    fn needed(&self) -> usize {
+        self.cosigners.unwrap_or(self.agents.len())
+    }
+
+    /// Whether a ledger ends in a head by its agent's key.
+    fn knows(&self, ledger: &LedgerRecord) -> Result<(), AuditProofError> {
+        let refused = |reason| AuditProofError::Agent { agent: ledger.agent.clone(), reason };
+        let known = self.agents.iter().find(|(agent, _)| agent.as_str() == ledger.agent);
+        let (_, key) = known.ok_or_else(|| refused("the agent is none of those given"))?;
+        let head = ledger.head.as_ref().ok_or_else(|| refused("no head that the agent signed"))?;
+        if head.public_key == *key {
+            Ok(())
+        } else {
+            Err(refused("its head is signed by another key than the one given"))
+        }
+    }
+
+    /// Whether enough of the trusted agents cosigned.
+    fn enough(&self, cosigned: &[String]) -> Result<(), AuditProofError> {
+        let missing: Vec<&str> = self
+            .agents
+            .keys()
+            .map(AgentId::as_str)
+            .filter(|agent| !cosigned.iter().any(|signed| signed == agent))
+            .collect();
+        let (expected, got) = (self.needed(), self.agents.len() - missing.len());
+        if got >= expected {
+            return Ok(());
+        }
+        Err(AuditProofError::Cosigners { expected, got, missing: missing.join(", ") })
+    }
 }
 
 /// The number of entries of a ledger that a head in the log covers.
@@ -135,7 +238,7 @@ mod tests {
     use std::sync::Arc;
 
     use ring::signature::{Ed25519KeyPair, KeyPair};
-    use tabmesh_federation::id::{AgentId, Digest as NamedDigest};
+    use tabmesh_federation::id::Digest as NamedDigest;
     use tabmesh_federation::witness::LEDGER_HEAD_ACTION;
     use tabmesh_privacy::report::{Period, RecordedEntry, ReportInput, SignedHead, Stated, build};
     use tabmesh_privacy::signature::Signature;
@@ -202,12 +305,12 @@ mod tests {
 
     #[test]
     fn a_cosigned_log_proves_the_ledger_it_records() {
-        let witnessed = verify(&report(), &key(1)).unwrap().unwrap();
+        let witnessed = verify(&report(), &key(1), None).unwrap().unwrap();
         assert_eq!((witnessed.size, witnessed.cosigned), (5, vec![AGENT.to_owned()]));
         assert_eq!(witnessed.proven, BTreeMap::from([(AGENT.to_owned(), 3)]));
         let mut without = report();
         without.audit = None;
-        assert_eq!(verify(&without, &key(1)), Ok(None));
+        assert_eq!(verify(&without, &key(1), None), Ok(None));
     }
 
     #[test]
@@ -215,7 +318,7 @@ mod tests {
         let refused = |edit: fn(&mut Report), word: &str| {
             let mut report = report();
             edit(&mut report);
-            let error = verify(&report, &key(1)).unwrap_err().to_string();
+            let error = verify(&report, &key(1), None).unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         };
         refused(|r| r.ledgers[0].entries.truncate(2), "was cut");
@@ -226,12 +329,55 @@ mod tests {
         refused(|r| audit(r).heads[0].agent.push('x'), "another agent");
         refused(|r| audit(r).heads[0].inclusion[0] = "zz".to_owned(), "isn't a hash");
         refused(|r| audit(r).note = audit(r).note.replacen("\n5\n", "\n6\n", 1), "doesn't verify");
-        let other = verify(&report(), &key(3)).unwrap_err();
+        let other = verify(&report(), &key(3), None).unwrap_err();
         assert!(matches!(other, AuditProofError::Checkpoint(_)), "{other}");
         // A witness whose key the report doesn't have counts as none.
         let mut unknown = report();
         unknown.ledgers[0].head = None;
-        assert!(verify(&unknown, &key(1)).unwrap().unwrap().cosigned.is_empty());
+        assert!(verify(&unknown, &key(1), None).unwrap().unwrap().cosigned.is_empty());
+    }
+
+    fn trust(agents: &[(&str, u8)], cosigners: Option<usize>) -> Trust {
+        let agents = agents.iter().map(|(agent, seed)| (AgentId::new(*agent).unwrap(), key(*seed)));
+        Trust { agents: agents.collect(), cosigners }
+    }
+
+    const OTHER: &str = "spiffe://mesh/tabmesh/agent/b/one";
+
+    #[test]
+    fn an_auditor_with_keys_of_its_own_believes_no_agent_that_the_coordinator_made_up() {
+        // The report is consistent in itself; only who holds the agent's true key sees that this agent is another.
+        let made_up = trust(&[(AGENT, 9)], None);
+        assert!(verify(&report(), &key(1), None).is_ok());
+        let error = verify(&report(), &key(1), Some(&made_up)).unwrap_err();
+        assert!(matches!(&error, AuditProofError::Agent { agent, .. } if agent == AGENT), "{error}");
+        let stranger = verify(&report(), &key(1), Some(&trust(&[(OTHER, 2)], Some(0)))).unwrap_err();
+        assert!(stranger.to_string().contains("none of those given"), "{stranger}");
+
+        let witnessed = verify(&report(), &key(1), Some(&trust(&[(AGENT, 2)], None))).unwrap().unwrap();
+        assert_eq!((witnessed.cosigned, witnessed.without_ledger), (vec![AGENT.to_owned()], vec![]));
+    }
+
+    #[test]
+    fn an_auditor_asks_for_heads_proofs_and_cosignatures() {
+        let both = |cosigners| trust(&[(AGENT, 2), (OTHER, 4)], cosigners);
+        let missing = verify(&report(), &key(1), Some(&both(None))).unwrap_err();
+        let expected = AuditProofError::Cosigners { expected: 2, got: 1, missing: OTHER.to_owned() };
+        assert_eq!(missing, expected);
+        let one = verify(&report(), &key(1), Some(&both(Some(1)))).unwrap().unwrap();
+        assert_eq!(one.without_ledger, [OTHER]);
+
+        let refused = |edit: fn(&mut Report), word: &str| {
+            let mut report = report();
+            edit(&mut report);
+            assert!(verify(&report, &key(1), None).is_ok(), "{word}");
+            let error =
+                verify(&report, &key(1), Some(&trust(&[(AGENT, 2)], Some(0)))).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        };
+        refused(|r| r.ledgers[0].head = None, "no head");
+        refused(|r| r.audit = None, "no checkpoint");
+        refused(|r| audit(r).heads.clear(), "isn't in the audit log");
     }
 
     fn audit(report: &mut Report) -> &mut AuditProof {

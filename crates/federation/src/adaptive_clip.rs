@@ -20,8 +20,9 @@ use crate::checks;
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema, Validate)]
 #[serde(deny_unknown_fields)]
 pub struct AdaptiveClip {
-    /// Share of units whose gradient should be within the norm, in (0, 1).
-    #[garde(custom(checks::open_unit))]
+    /// Share of units whose gradient should be within the norm, in [0.9, 0.99]. A lower norm clips first what is rare: the
+    /// large gradients of a small class, so that the step leans to the other, with or without noise.
+    #[garde(custom(high_quantile))]
     pub quantile: f64,
     /// How fast the norm follows, in [0.01, 2]: at 0.2 a norm with every unit above it grows by 0.2 times the quantile a round.
     /// Default 0.2.
@@ -68,6 +69,17 @@ pub fn sensitivity(norm: u64, weight: u64) -> u64 {
 fn learning_rate() -> f64 {
     0.2
 }
+
+fn high_quantile(value: &f64, (): &()) -> garde::Result {
+    checks::between(LEAST_QUANTILE, MOST_QUANTILE)(value, &()).map_err(|error| {
+        garde::Error::new(format!("{error}: a norm near the median clips a small class's gradients away"))
+    })
+}
+
+/// Least quantile that a norm may follow.
+pub const LEAST_QUANTILE: f64 = 0.9;
+/// Largest quantile that a norm may follow.
+pub const MOST_QUANTILE: f64 = 0.99;
 
 /// A tenth of the norm for the counts: √(1 + 1/100), so half a percent more noise.
 const NORMS_A_COUNT: u64 = 10;

@@ -17,6 +17,7 @@ pub mod id;
 pub mod job;
 pub mod manifest;
 pub mod packed;
+pub mod peers;
 pub mod phase;
 pub mod plan;
 pub mod release_plan;

@@ -256,7 +256,7 @@ mod tests {
         let wanted =
             |adapter| Wanted { epsilon: 3.0, rounds: 2, adapter, kind: Kind::FeatureTokens, clip: 0.4 };
         let people: Vec<Person> = (0..60).map(|_| Person::random(&mut rng)).collect();
-        let sampled = "feature_tokens, sampling_rate: 0.4, clip_norm: {quantile: 0.5}";
+        let sampled = "feature_tokens, sampling_rate: 0.4, clip_norm: {quantile: 0.9}";
         let round = Round::new(wanted(sampled), &mut rng).unwrap();
         let seen = round.agents_draw(&people, &mut ChaCha20Rng::seed_from_u64(9)).unwrap();
 

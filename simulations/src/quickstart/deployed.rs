@@ -71,8 +71,9 @@ impl Deployment {
         };
         deployment::write_domains(&layout, setup.rows, aggregates)?;
         deployment::write_plan(&layout, &setup.plan)?;
+        let names: Vec<&str> = DOMAINS.iter().map(|domain| domain.id).collect();
+        deployment::write_auditors_peers(&layout, &names)?;
         if setup.plan.secure_sum {
-            let names: Vec<&str> = DOMAINS.iter().map(|domain| domain.id).collect();
             for domain in &names {
                 deployment::write_peers(&layout, domain, &names)?;
             }

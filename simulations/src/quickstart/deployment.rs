@@ -102,6 +102,12 @@ impl Layout {
         self.domain(domain).join(PEERS_FILE)
     }
 
+    /// The agents' identity keys, as the auditor was given them.
+    #[must_use]
+    pub fn auditors_peers(&self) -> PathBuf {
+        self.root.join(PEERS_FILE)
+    }
+
     /// File to which a domain's agent writes the address of its prediction endpoint.
     #[must_use]
     pub fn agent_address(&self, domain: &str) -> PathBuf {
@@ -246,6 +252,18 @@ pub fn write_agent(layout: &Layout, domain: &str, coordinator_address: &str) -> 
 /// # Errors
 /// A key is missing, or the file can't be written.
 pub fn write_peers(layout: &Layout, domain: &str, of: &[&str]) -> Result<()> {
+    put(&layout.peers(domain), &peers_text(layout, of)?)
+}
+
+/// Writes the auditor's copy of the same keys.
+///
+/// # Errors
+/// A key is missing, or the file can't be written.
+pub fn write_auditors_peers(layout: &Layout, of: &[&str]) -> Result<()> {
+    put(&layout.auditors_peers(), &peers_text(layout, of)?)
+}
+
+fn peers_text(layout: &Layout, of: &[&str]) -> Result<String> {
     let pki = PkiFolder::at(layout.certificates());
     let mut text = String::from(
         "# Identity keys of the mesh's agents, handed over between their operators, not by the coordinator.\npeers:\n",
@@ -263,7 +281,7 @@ pub fn write_peers(layout: &Layout, domain: &str, of: &[&str]) -> Result<()> {
             ),
         );
     }
-    put(&layout.peers(domain), &text)
+    Ok(text)
 }
 
 /// Writes the plan.

@@ -9,6 +9,8 @@ use comfy_table::Table;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tabmesh_agent::Switches;
+use tabmesh_coordinator::witness::{self, Trust};
+use tabmesh_federation::peers::PeersFile;
 use tabmesh_federation::plan::Plan;
 use tabmesh_privacy::budget::Epsilon;
 use tabmesh_privacy::report::{Report, SignedReport, render_html, verify};
@@ -290,7 +292,9 @@ async fn report(deployment: &Deployment, root: &Path) -> Result<(Report, ReportF
     let signed: SignedReport = serde_json::from_slice(&bytes)?;
     let page = render_html(&verified.report, &signed)?;
     verify(page.as_bytes(), Some(&key)).context("the report's page does not verify")?;
-    let witnessed = tabmesh_coordinator::witness::verify(&verified.report, &key)
+    let peers = std::fs::read_to_string(deployment.layout.auditors_peers())?;
+    let trust = Trust { agents: PeersFile::keys(&peers)?, cosigners: None };
+    let witnessed = witness::verify(&verified.report, &key, Some(&trust))
         .context("the report's audit log does not verify")?
         .context("the report has no checkpoint of the audit log")?;
     let cosigned = witnessed.cosigned.len();
@@ -367,6 +371,12 @@ fn print(outcome: &Outcome, table: &ScoreTable, deployment: &Deployment, options
         deployment.agent_addresses.len()
     );
     println!("  {}\n  {}", outcome.report.html.display(), outcome.report.json.display());
+    println!(
+        "  tabmesh-coordinator report verify {} --key {} --agents {}",
+        outcome.report.json.display(),
+        deployment.pki.signing_public_key(&Role::Coordinator).display(),
+        deployment.layout.auditors_peers().display()
+    );
     println!("deployment folder: {}", deployment.layout.root().display());
     if options.dir.is_none() && !options.keep {
         println!("  (temporary: give --keep or --dir DIR to keep it)");

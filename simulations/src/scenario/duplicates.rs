@@ -29,16 +29,8 @@ pub(crate) fn measure(members: &[Member], place: &Where<'_>) -> Result<Vec<Row>>
     let mut sums = Counts::default();
     for ((member, tables), own) in members.iter().zip(&tables).zip(&train) {
         let test = Cells::of(&onto(&tables.test, &tables.schema));
-        let here: HashSet<&[u64]> = own.rows.iter().map(Vec::as_slice).collect();
-        let labelled: HashSet<(&[u64], Option<u16>)> =
-            own.rows.iter().map(Vec::as_slice).zip(own.labels.iter().copied()).collect();
         let positives = tables.labels.iter().filter(|label| **label == 1).count();
-        let mut counts = Counts { rows: test.rows.len(), positives, ..Counts::default() };
-        for (cells, label) in test.rows.iter().zip(&test.labels) {
-            counts.own += usize::from(here.contains(cells.as_slice()));
-            counts.own_label += usize::from(labelled.contains(&(cells.as_slice(), *label)));
-            counts.anywhere += usize::from(anywhere.contains(cells.as_slice()));
-        }
+        let mut counts = Counts { positives, ..counted(&test, own, &anywhere) };
         // Rows of a domain without entities are units by their position; they can't be told again elsewhere.
         if member.parsed()?.privacy.unit != PrivacyUnit::Row {
             let entities: BTreeSet<UnitKey> = tables.test.units.iter().copied().collect();
@@ -52,7 +44,21 @@ pub(crate) fn measure(members: &[Member], place: &Where<'_>) -> Result<Vec<Row>>
     Ok(rows)
 }
 
-#[derive(Debug, Default, Clone)]
+/// How many test rows of a domain stand among its training rows, alone and with their label, and among all.
+fn counted(test: &Cells, own: &Cells, anywhere: &HashSet<&[u64]>) -> Counts {
+    let here: HashSet<&[u64]> = own.rows.iter().map(Vec::as_slice).collect();
+    let labelled: HashSet<(&[u64], Option<u16>)> =
+        own.rows.iter().map(Vec::as_slice).zip(own.labels.iter().copied()).collect();
+    let mut counts = Counts { rows: test.rows.len(), ..Counts::default() };
+    for (cells, label) in test.rows.iter().zip(&test.labels) {
+        counts.own += usize::from(here.contains(cells.as_slice()));
+        counts.own_label += usize::from(labelled.contains(&(cells.as_slice(), *label)));
+        counts.anywhere += usize::from(anywhere.contains(cells.as_slice()));
+    }
+    counts
+}
+
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 struct Counts {
     rows: usize,
     positives: usize,
@@ -114,3 +120,48 @@ pub(crate) const TEST_ROWS: &str = "test_rows";
 pub(crate) const TEST_POSITIVES: &str = "test_positives";
 /// Method name of these figures.
 pub(crate) const METHOD: &str = "test_rows";
+
+#[cfg(test)]
+mod tests {
+    use super::super::results::Noise;
+    use super::*;
+
+    /// Rows of two numbers with a label each.
+    fn cells(rows: &[(f64, f64, u16)]) -> Cells {
+        let bits = |row: &(f64, f64, u16)| vec![row.0.to_bits(), row.1.to_bits()];
+        Cells { rows: rows.iter().map(bits).collect(), labels: rows.iter().map(|row| Some(row.2)).collect() }
+    }
+
+    #[test]
+    fn rows_are_found_here_with_their_label_and_elsewhere() {
+        let own = cells(&[(1.0, 2.0, 0), (1.0, 2.0, 0), (3.0, 4.0, 1)]);
+        let other = cells(&[(5.0, 6.0, 0), (3.0, 4.0, 0)]);
+        let anywhere: HashSet<&[u64]> =
+            [&own, &other].into_iter().flat_map(|cells| cells.rows.iter().map(Vec::as_slice)).collect();
+        // In own rows with its label, with the other label, in another domain alone, nowhere.
+        let test = cells(&[(1.0, 2.0, 0), (3.0, 4.0, 0), (5.0, 6.0, 0), (1.0, 4.0, 0)]);
+        let found = counted(&test, &own, &anywhere);
+        let expected = Counts { rows: 4, own: 2, own_label: 1, anywhere: 3, ..Counts::default() };
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn sums_of_domains_have_shares_of_their_own() {
+        let place = Where { set: "s", seed: 0, arm: "a", round: None, noise: Noise::None };
+        let mut sums = Counts { rows: 4, own: 1, entities: 2, entities_both: 1, ..Counts::default() };
+        sums.add(&Counts { rows: 6, own: 2, anywhere: 5, positives: 3, ..Counts::default() });
+        let rows = sums.rows(&place, "*");
+        let value = |metric: &str| rows.iter().find(|row| row.metric == metric).map(|row| row.value);
+        assert_eq!(value("among_own_training_rows"), Some(0.3));
+        assert_eq!(value("among_all_training_rows"), Some(0.5));
+        assert_eq!(value("entities_in_training_too"), Some(0.5));
+        assert_eq!(value(TEST_POSITIVES), Some(3.0));
+        // A set without entities has no such share.
+        assert!(
+            !Counts { rows: 1, ..Counts::default() }
+                .rows(&place, "*")
+                .iter()
+                .any(|r| r.metric.contains("entities"))
+        );
+    }
+}

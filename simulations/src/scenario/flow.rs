@@ -215,13 +215,32 @@ impl Flow {
                 found.say(&at("faults.byzantine"), "liars speak up in rounds with local noise");
             }
         }
-        for key in [self.faults.late, self.faults.short_budget] {
-            found.whole(&at("faults"), key, 0, 1000);
+        for (key, domains) in [("late", self.faults.late), ("short_budget", self.faults.short_budget)] {
+            found.whole(&at(&format!("faults.{key}")), domains, 0, 1000);
         }
         // With so many domains no share of liars leaves too few.
         let agents = MANY_AGENTS + self.faults.missing() as usize;
-        if let Err(error) = self.plan("a.y", agents) {
-            found.say(&format!("flows[{i}]"), &format!("{error:#}"));
+        match self.plan("a.y", agents) {
+            Ok(plan) => self.without_effect(&plan, &at, found),
+            Err(error) => found.say(&format!("flows[{i}]"), &format!("{error:#}")),
+        }
+    }
+
+    /// Keys that would change nothing under the flow's plan.
+    fn without_effect(&self, plan: &Plan, at: &dyn Fn(&str) -> String, found: &mut Faulty) {
+        let rounds = plan.rounds.count;
+        if let Some(Leaving { after_rounds, .. }) = self.faults.leaving
+            && after_rounds >= rounds
+        {
+            let text = format!("nobody would leave: the flow has {rounds} rounds, got {after_rounds}");
+            found.say(&at("faults.leaving.after_rounds"), &text);
+        }
+        if self.faults.byzantine.is_some() && rounds == 0 {
+            found.say(&at("faults.byzantine"), "liars speak up in rounds, and the flow has none");
+        }
+        let model_learns = rounds > 0 && !matches!(plan.rounds.adapter, AdapterSpec::Forest { .. });
+        if self.also.contains(&Also::RoundsUntuned) && !model_learns {
+            found.say(&at("also"), "rounds_untuned needs rounds whose adapter is the model's");
         }
     }
 }
@@ -284,6 +303,25 @@ mod tests {
         let text = refusal(&format!("{{name: f, noise_placement: secure_sum, {liars}}}"));
         assert!(text.contains("flows[0].faults.byzantine"), "{text}");
         assert!(refusal("{name: f, faults: {leaving: {domains: 0, after_rounds: 1}}}").contains("domains"));
-        assert!(refusal("{name: f, faults: {late: 1001}}").contains("1000"));
+        assert!(refusal("{name: f, faults: {late: 1001}}").contains("flows[0].faults.late"));
+    }
+
+    #[test]
+    fn what_would_change_nothing_is_refused_by_name() {
+        let leaving = |after: u32| {
+            format!("{{name: f, rounds: 3, faults: {{leaving: {{domains: 1, after_rounds: {after}}}}}}}")
+        };
+        assert!(flow(&leaving(2)).is_ok());
+        let liars = "byzantine: {share: 0.2, attack: {kind: sign_flip}}";
+        for (text, key) in [
+            (leaving(3), "faults.leaving.after_rounds"),
+            (format!("{{name: f, rounds: 0, faults: {{{liars}}}}}"), "faults.byzantine"),
+            ("{name: f, also: [rounds_untuned]}".to_owned(), "also"),
+            ("{name: f, rounds: 0, adapter: feature_tokens, also: [rounds_untuned]}".to_owned(), "also"),
+        ] {
+            let error = format!("{:#}", flow(&text).unwrap_err());
+            assert!(error.contains(&format!("flows[0].{key}: ")), "{text}: {error}");
+        }
+        assert!(flow("{name: f, adapter: feature_tokens, also: [rounds_untuned]}").is_ok());
     }
 }

@@ -261,9 +261,9 @@ fn sampled_rounds_and_norms_that_follow_a_quantile_come_to_their_end() {
         assert_eq!(plain, kind("clip_norm: 1, sampling_rate: 1"));
         assert_ne!(plain, kind("clip_norm: 1, sampling_rate: 0.5"));
     }
-    let followed = tokens("clip_norm: {quantile: 0.5, initial: 1}");
+    let followed = tokens("clip_norm: {quantile: 0.9, initial: 1}");
     let summed =
-        tokens("clip_norm: {quantile: 0.5, initial: 1}, sampling_rate: 0.5, noise_placement: secure_sum");
+        tokens("clip_norm: {quantile: 0.9, initial: 1}, sampling_rate: 0.5, noise_placement: secure_sum");
     assert!(followed != summed && followed.len() == summed.len());
 }
 

@@ -27,23 +27,18 @@ use crate::mesh::{Outcome, Placement, Table};
 use crate::said::{Said, fields, said};
 use crate::tap::Call;
 
+/// The plain table, and those that are compared with it.
+const ALL: [Table; 6] =
+    [Table::Plain, Table::OneMoreAtTheGate, Table::OneMore, Table::OneLess, Table::OneClass, Table::Empty];
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn neighbouring_tables_differ_in_nothing_but_the_noised_payload() {
-    let all = [
-        Table::Plain,
-        Table::OneMoreAtTheGate,
-        Table::OneMore,
-        Table::OneLess,
-        Table::OneClass,
-        Table::Empty,
-    ];
-    compared(Placement::Local, &all).await;
+    compared(Placement::Local, &ALL).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn secure_sums_of_neighbouring_tables_differ_in_nothing_but_the_masked_payload() {
-    let some = [Table::Plain, Table::OneMoreAtTheGate, Table::OneMore, Table::Empty];
-    compared(Placement::SecureSum, &some).await;
+    compared(Placement::SecureSum, &ALL).await;
 }
 
 /// Runs the loop on each table, the plain one first, and compares the others with it.
@@ -86,6 +81,7 @@ async fn compared(placement: Placement, tables: &[Table]) {
             _ => equal_but_for_the_noise(plain, other, *table),
         }
     }
+    leaks_are_seen(plain);
     let differs =
         outcomes[2..].iter().filter(|(_, other)| vectors(&other.calls[0]) != vectors(&plain.calls[0]));
     assert_eq!(
@@ -106,6 +102,58 @@ fn listeners(agents: usize) -> Vec<TcpListener> {
         listener
     };
     (0..agents).map(open).collect()
+}
+
+/// What an agent or a coordinator that leaks would leave behind, planted one at a time: each is seen by both comparisons, or
+/// by the stricter one alone where it is inside the noised payload.
+fn leaks_are_seen(plain: &Outcome) {
+    let seen = |compare: fn(&Outcome, &Outcome), other: &Outcome| {
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| compare(plain, other))).is_err()
+    };
+    fn loose(plain: &Outcome, other: &Outcome) {
+        equal_but_for_the_noise(plain, other, Table::OneMore);
+    }
+    assert!(!seen(all_equal, plain) && !seen(loose, plain), "a loop differs from itself");
+    let vector = |outcome: &Outcome| {
+        let calls = outcome.calls[0].iter().enumerate();
+        let mut places = calls.flat_map(|(call, said)| (0..said.up.messages.len()).map(move |at| (call, at)));
+        let is_vector = |(call, at): &(usize, usize)| {
+            matches!(said(&outcome.calls[0][*call].up.messages[*at]), Said::Vector { .. })
+        };
+        places.find(is_vector).unwrap()
+    };
+    let leaks: [(&str, fn(&mut Outcome, (usize, usize))); 7] = [
+        ("one more call", |o, _| {
+            let last = o.calls[0].last().unwrap().clone();
+            o.calls[0].push(last);
+        }),
+        ("another header", |o, _| o.calls[0][0].up.headers[0].push("x-rows: 121".to_owned())),
+        ("another status", |o, _| o.calls[0][0].down.headers[0].push("grpc-message: 121 rows".to_owned())),
+        // Field 15, two bytes, after everything that the vector's message has.
+        ("a field beside the vector", |o, (call, at)| {
+            o.calls[0][call].up.messages[at].extend([15 << 3 | 2, 2, b'1', b'2']);
+        }),
+        ("one message more", |o, (call, at)| {
+            let message = o.calls[0][call].up.messages[at].clone();
+            o.calls[0][call].up.messages.push(message);
+        }),
+        ("a word in the log", |o, _| o.log[0].push_str(" few")),
+        ("a record", |o, _| {
+            o.files.insert("rows".to_owned(), b"121".to_vec());
+        }),
+    ];
+    for (leak, plant) in leaks {
+        let mut planted = plain.clone();
+        plant(&mut planted, vector(plain));
+        assert!(seen(all_equal, &planted), "{leak} isn't seen where every byte must be equal");
+        assert!(seen(loose, &planted), "{leak} isn't seen beside the noise");
+    }
+    // The noised payload is what may differ; a bit of it is seen where nothing may.
+    let mut noise = plain.clone();
+    let (call, at) = vector(plain);
+    let last = noise.calls[0][call].up.messages[at].last_mut().unwrap();
+    *last ^= 1;
+    assert!(seen(all_equal, &noise), "another payload isn't seen where every byte must be equal");
 }
 
 /// Every byte on every link, every line logged, every record kept.

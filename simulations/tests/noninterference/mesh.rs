@@ -66,6 +66,7 @@ const LEAVING: Duration = Duration::from_millis(300);
 const NOW_MS: i64 = 1_800_000_000_000;
 
 /// Everything outside the agents that a loop left behind.
+#[derive(Clone)]
 pub(crate) struct Outcome {
     /// Calls of each agent.
     pub(crate) calls: Vec<Vec<Call>>,

@@ -9,6 +9,7 @@ use std::time::Duration;
 use rand::rngs::OsRng;
 use rand::{SeedableRng, TryRngCore};
 use tabmesh_federation::id::{CollectionId, Digest};
+use tabmesh_federation::job::JobEvent;
 use tabmesh_federation::plan::Plan;
 use tabmesh_federation::secagg::agent::{Agent, Entry, Guard, Joined, Prepared};
 use tabmesh_federation::secagg::contribution::Contribution;
@@ -44,6 +45,8 @@ struct World {
     spoils: Vec<(usize, usize)>,
     /// Whose shares, opened in the first attempt, are another's.
     wrong: Option<usize>,
+    /// Whether the plan ends while a step's deadline is waited for, and nothing tells the sum.
+    ends_while_waiting: bool,
 }
 
 fn agent_id(i: usize) -> AgentId {
@@ -94,6 +97,7 @@ impl World {
             debits: BTreeMap::new(),
             spoils: Vec::new(),
             wrong: None,
+            ends_while_waiting: false,
         }
     }
 
@@ -124,6 +128,10 @@ impl World {
             // Nobody left has anything to do: the step's deadline passes, once.
             if let Some((attempt, step)) = asked.filter(|asked| !busy && waited != Some(*asked)) {
                 waited = Some((attempt, step));
+                if self.ends_while_waiting {
+                    let cancelled = JobEvent::Cancelled { by: "ops".to_owned() };
+                    self.test.mesh.plans.apply(self.submitted.digest, cancelled, 0).unwrap();
+                }
                 let opened = self.opened();
                 self.test.now_ms.fetch_max(opened.deadline_ms(step), Ordering::Relaxed);
             }
@@ -349,14 +357,33 @@ async fn a_late_vector_of_an_earlier_attempt_is_refused() {
     assert_eq!(refused.wire(), WireError::WrongAttempt, "{refused}");
 }
 
-/// A cancelled plan's sum ends in whatever attempt it is.
+/// A plan's end is felt by the sum it waits for.
 #[tokio::test]
-async fn a_cancelled_plan_makes_no_further_attempt() {
+async fn cancelling_a_plan_ends_its_sum_at_once() {
     let mut world = World::new(2);
     crate::pipeline::cancel(&world.test.mesh, world.submitted.digest, "ops").unwrap();
-    let end = world.run(&[(4, 1, Step::Mask), (5, 1, Step::Mask)]).await;
+    let end = world.run(&[]).await;
     assert!(cause(end).contains("cancelled"), "by word");
-    assert_eq!(world.opened().attempt, 1);
+    assert!(world.debits.is_empty(), "nobody sent a vector");
+}
+
+/// The plan ends between the loss of an attempt and the next one: neither opened nor charged.
+#[tokio::test]
+async fn a_cancelled_plan_makes_no_further_attempt() {
+    let losses = [(4, 1, Step::Mask), (5, 1, Step::Mask)];
+    let mut control = World::new(2);
+    control.run(&losses).await;
+    assert_eq!(
+        (control.opened().attempt, control.debited(2).is_empty()),
+        (2, false),
+        "the plan has paid for it"
+    );
+
+    let mut world = World { ends_while_waiting: true, ..World::new(2) };
+    let end = world.run(&losses).await;
+    assert!(cause(end).contains("step mask"), "by its own loss");
+    assert_eq!((world.opened().attempt, world.used()), (1, 0));
+    assert!(world.debited(2).is_empty());
 }
 
 /// One agent seals bytes that nobody can open. All others say so, none of them is debited, and the next attempt leaves it out.

@@ -195,7 +195,7 @@ fn in_a_secure_sum_each_agents_noise_is_a_share() {
 fn a_count_is_paid_for_in_the_noise_of_the_round() {
     let (plain, digest) = plan("clip_norm: 0.75");
     let plain = RoundDescriptor::new(inputs(), &plain, digest).unwrap();
-    let (plan, digest) = plan("clip_norm: {quantile: 0.5}");
+    let (plan, digest) = plan("clip_norm: {quantile: 0.9}");
     let counted = RoundDescriptor::new(inputs(), &plan, digest).unwrap();
     assert_eq!((plain.len(), plain.count_weight), (6, 0));
     // 49152 and a tenth of it: the hypotenuse is 49397.2.
