@@ -4,7 +4,8 @@
 //! by the code that the agents run (clip, integers, discrete Gaussian), and told apart by that coordinate at a threshold
 //! fixed beforehand, half the sensitivity. The two error rates are bounded from above by Clopper-Pearson at 97.5 % each; a
 //! Gaussian trade-off that fits both bounds gives μ̂ and with it a lower bound ε̂ on what the mechanism really costs (Nasr
-//! et al. 2023, arXiv 2302.07956, section 4). The same is done with errors built in on purpose: an audit that doesn't find
+//! et al. 2023, arXiv 2302.07956, section 4). A secure sum is attacked in the same way, by a coordinator with as many colluders and
+//! dropouts as the plan assumes. The same is done with errors built in on purpose: an audit that doesn't find
 //! those proves nothing.
 
 use anyhow::{Context, Result};
@@ -16,6 +17,7 @@ use tabmesh_privacy::clip::{integer_norm, quantize_clipped};
 use tabmesh_privacy::mechanism::{DiscreteGaussian, Noise};
 
 use super::bounds::{normal_quantile, upper_rate};
+use super::shares::Shares;
 
 /// What is audited: the shipped code, or that with an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -29,11 +31,47 @@ pub(super) enum Subject {
     LooseClip,
     /// Control: no noise where there is no row.
     SilentWhenEmpty,
+    /// The sum of the honest survivors' noise shares, as the agents run it.
+    Shares,
+    /// Control: shares of a deviation divided by the number of agents, not by its root.
+    ThinShares,
+    /// Control: a sum opened with half of the honest survivors that it needs.
+    TooFewShares,
 }
 
 impl Subject {
-    pub(super) const ALL: [Self; 4] =
-        [Self::Shipped, Self::HalfSigma, Self::LooseClip, Self::SilentWhenEmpty];
+    pub(super) const ALL: [Self; 7] = [
+        Self::Shipped,
+        Self::HalfSigma,
+        Self::LooseClip,
+        Self::SilentWhenEmpty,
+        Self::Shares,
+        Self::ThinShares,
+        Self::TooFewShares,
+    ];
+
+    /// Whether it is the shipped code, which must keep its claim; a control must not.
+    pub(super) const fn is_shipped(self) -> bool {
+        matches!(self, Self::Shipped | Self::Shares)
+    }
+
+    /// Whether what is audited is a secure sum.
+    pub(super) const fn is_sum(self) -> bool {
+        matches!(self, Self::Shares | Self::ThinShares | Self::TooFewShares)
+    }
+
+    /// For people.
+    pub(super) const fn words(self) -> &'static str {
+        match self {
+            Self::Shipped => "the shipped code",
+            Self::HalfSigma => "control: half the noise",
+            Self::LooseClip => "control: clip off by the root of 2",
+            Self::SilentWhenEmpty => "control: no noise for no rows",
+            Self::Shares => "the shipped code, secure sum",
+            Self::ThinShares => "control: shares of sigma/n",
+            Self::TooFewShares => "control: half the honest shares",
+        }
+    }
 }
 
 /// What an audit found.
@@ -69,6 +107,7 @@ pub(super) fn audit<R: RngCore + CryptoRng>(
         rho
     };
     let noise = DiscreteGaussian::from_rho(sensitivity * sensitivity, spent)?;
+    let shares = Shares::new(subject, sensitivity * sensitivity, spent, u32::try_from(DIMENSION)?)?;
     let mut gradient = vec![0.0; DIMENSION];
     gradient[0] = 1e3 * CLIP as f32;
     let clip = if subject == Subject::LooseClip { CLIP * std::f64::consts::SQRT_2 } else { CLIP };
@@ -80,10 +119,13 @@ pub(super) fn audit<R: RngCore + CryptoRng>(
         for (sum, present) in [(&nothing, false), (&canary, true)] {
             let silent = subject == Subject::SilentWhenEmpty && !present;
             let seen = if silent {
-                0.0
+                0
+            } else if subject.is_sum() {
+                shares.first(sum, rng)?
             } else {
-                noise.privatize(sum, rng).as_slice().first().copied().unwrap_or_default() as f64
+                noise.privatize(sum, rng).as_slice().first().copied().unwrap_or_default()
             };
+            let seen = seen as f64;
             wrong[usize::from(present)] += usize::from((seen > threshold) != present);
         }
     }
@@ -123,8 +165,8 @@ mod tests {
         let mut rng = ChaCha20Rng::seed_from_u64(11);
         for subject in Subject::ALL {
             let found = audit(subject, rho, delta, 20_000, &mut rng).unwrap();
-            assert_eq!(found.broken, subject != Subject::Shipped, "{found:?}");
-            if subject == Subject::Shipped {
+            assert_eq!(found.broken, !subject.is_shipped(), "{found:?}");
+            if subject.is_shipped() {
                 // The audit has power: it finds nine tenths of what an exact account says.
                 assert!(found.found.iter().all(|e| *e > 0.9 * found.exact && *e < found.exact), "{found:?}");
             }

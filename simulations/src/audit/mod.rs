@@ -14,6 +14,7 @@ mod record;
 mod release;
 mod round;
 mod setting;
+mod shares;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -42,7 +43,7 @@ pub enum Audit {
     /// Clipping, integers and noise: can one vector tell whether one unit was in it?
     ///
     /// Exit code 0 if the shipped code keeps its claim and every control (half the noise, a loose clip, no noise for no
-    /// rows) is caught; 1 otherwise.
+    /// rows, thin shares or too few of them in a secure sum) is caught; 1 otherwise.
     Mechanism {
         /// ε of the audited use, at δ = 1e-5.
         #[arg(long, default_value_t = 4.7, value_parser = epsilon)]
@@ -218,7 +219,7 @@ fn mechanism_findings(epsilon: f64, trials: u32, rng: &mut ChaCha20Rng) -> anyho
 }
 
 fn mechanism_passed(findings: &[Finding]) -> bool {
-    findings.iter().all(|finding| finding.broken == (finding.subject != Subject::Shipped))
+    findings.iter().all(|finding| finding.broken != finding.subject.is_shipped())
 }
 
 /// Prints how guesses went; says whether all went as they must, and what goes on record.
@@ -314,16 +315,16 @@ fn print(findings: &[Finding]) {
     table.load_style(presets::ASCII_MARKDOWN);
     table.set_header(["what", "claimed epsilon", "exact", "found, added", "found, removed", "verdict"]);
     for finding in findings {
-        let (what, verdict) = match (finding.subject, finding.broken) {
-            (Subject::Shipped, false) => ("the shipped code", "keeps its claim"),
-            (Subject::Shipped, true) => ("the shipped code", "BREAKS ITS CLAIM"),
-            (Subject::HalfSigma, broken) => ("control: half the noise", caught(broken)),
-            (Subject::LooseClip, broken) => ("control: clip off by the root of 2", caught(broken)),
-            (Subject::SilentWhenEmpty, broken) => ("control: no noise for no rows", caught(broken)),
+        let verdict = match (finding.subject.is_shipped(), finding.broken) {
+            (true, false) => "keeps its claim",
+            (true, true) => "BREAKS ITS CLAIM",
+            (false, broken) => caught(broken),
         };
         let figures = [finding.claimed, finding.exact, finding.found[0], finding.found[1]];
         let figures = figures.map(|figure| format!("{figure:.2}"));
-        table.add_row([what.to_owned()].into_iter().chain(figures).chain([verdict.to_owned()]));
+        table.add_row(
+            [finding.subject.words().to_owned()].into_iter().chain(figures).chain([verdict.to_owned()]),
+        );
     }
     println!("{table}");
     let trials = findings.first().map_or(0, |finding| finding.trials);

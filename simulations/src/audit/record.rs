@@ -8,7 +8,7 @@ use tabmesh_privacy::report::{MAX_ATTACKS, MeasuredAttack};
 
 use super::DELTA;
 use super::guess::Guesses;
-use super::mechanism::{Finding, Subject};
+use super::mechanism::Finding;
 use super::one_run::Run;
 use crate::process::program_digest;
 
@@ -35,9 +35,13 @@ struct Line {
 impl Outcome {
     pub(super) fn of_mechanism(findings: &[Finding]) -> Vec<Self> {
         let trials = findings.first().map_or(0, |finding| finding.trials);
+        let sum = |finding: &Finding| match finding.subject.is_sum() {
+            true => "a secure sum, seen by the coordinator and a colluder",
+            false => "a clipped sum",
+        };
         let line = |finding: &Finding| Line {
-            about: format!("one unit in or out of a clipped sum, {trials} vectors each"),
-            shipped: finding.subject == Subject::Shipped,
+            about: format!("one unit in or out of {}, {trials} vectors each", sum(finding)),
+            shipped: finding.subject.is_shipped(),
             claimed: finding.claimed,
             found: finding.found[0].max(finding.found[1]),
             broken: finding.broken,

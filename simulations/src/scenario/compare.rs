@@ -130,7 +130,11 @@ impl Loaded {
                 }
             }
         }
-        loaded.context("no folder")
+        let loaded = loaded.context("no folder")?;
+        if let Some(missing) = missing_parts(&shards) {
+            eprintln!("{text}: {missing}; figures are of what is there");
+        }
+        Ok(loaded)
     }
 
     /// What some methods came to, with the answers that were kept.
@@ -158,8 +162,16 @@ impl Loaded {
     }
 }
 
+/// Which parts of a run that was divided aren't there; none if all are.
+fn missing_parts(parts: &BTreeSet<(u32, u32)>) -> Option<String> {
+    let (_, of) = parts.first()?;
+    let missing: Vec<String> =
+        (1..=*of).filter(|part| !parts.contains(&(*part, *of))).map(|part| format!("{part}/{of}")).collect();
+    (!missing.is_empty()).then(|| format!("missing parts {}", missing.join(", ")))
+}
+
 /// What some methods came to, by rows alone.
-fn figures_of(
+pub(super) fn figures_of(
     rows: &[Row],
     metric: &str,
     wanted: &dyn Fn(&MethodKey) -> bool,
@@ -317,6 +329,14 @@ mod tests {
     use rand::Rng;
 
     use super::*;
+
+    #[test]
+    fn parts_that_are_missing_are_named() {
+        let parts = |parts: &[u32]| parts.iter().map(|part| (*part, 4)).collect::<BTreeSet<_>>();
+        assert_eq!(missing_parts(&parts(&[1, 3])).unwrap(), "missing parts 2/4, 4/4");
+        assert_eq!(missing_parts(&parts(&[1, 2, 3, 4])), None);
+        assert_eq!(missing_parts(&BTreeSet::from([(1, 1)])), None);
+    }
 
     fn args() -> CompareArgs {
         CompareArgs { a: String::new(), b: String::new(), metric: "auc".into(), draws: 4000 }

@@ -267,24 +267,14 @@ fn members_of(
             };
             Ok((0..domains).map(of).collect())
         }
-        (Partition::Columns { share }, _) => {
+        (Partition::Columns { share, core }, _) => {
             let columns = declared.features(set);
-            let kept = ((columns.len() as f64 * share).round() as usize).clamp(1, columns.len());
-            set.domains
-                .iter()
-                .map(|domain| {
-                    // The first column stays everywhere, so that what all share isn't empty.
-                    let mut others: Vec<String> = columns.iter().skip(1).cloned().collect();
-                    others.shuffle(&mut rng);
-                    let without: BTreeSet<String> = others.into_iter().skip(kept - 1).collect();
-                    Ok(declared.member(
-                        domain,
-                        &set.train(domain).canonicalize()?,
-                        &set.test(domain),
-                        &without,
-                    ))
-                })
-                .collect()
+            let left_out = columns_left_out(&columns, (*share, *core), set.domains.len(), &mut rng);
+            let of = |(domain, without): (&String, &BTreeSet<String>)| {
+                let train = set.train(domain).canonicalize()?;
+                Ok(declared.member(domain, &train, &set.test(domain), without))
+            };
+            set.domains.iter().zip(&left_out).map(of).collect()
         }
         _ => set
             .domains
@@ -295,6 +285,30 @@ fn members_of(
             })
             .collect(),
     }
+}
+
+/// Columns that each domain is without: it keeps a share of them, of which a core is the same everywhere.
+fn columns_left_out(
+    columns: &[String],
+    (share, core): (f64, f64),
+    domains: usize,
+    rng: &mut ChaCha20Rng,
+) -> Vec<BTreeSet<String>> {
+    let part = |share: f64| (columns.len() as f64 * share).round() as usize;
+    let kept = part(share).clamp(1, columns.len().max(1));
+    let everywhere = part(core).clamp(1, kept);
+    // The first column stays everywhere, so that what all share isn't empty.
+    let mut others: Vec<&String> = columns.iter().skip(1).collect();
+    if everywhere > 1 {
+        others.shuffle(rng);
+        others.drain(..everywhere - 1);
+    }
+    let drawn = |_| {
+        let mut others = others.clone();
+        others.shuffle(rng);
+        others.into_iter().skip(kept - everywhere).cloned().collect()
+    };
+    (0..domains).map(drawn).collect()
 }
 
 type PathOf = fn(&Set, &str) -> PathBuf;
@@ -474,6 +488,24 @@ const PARTITION: u64 = 0x7061_7274_6974_696f;
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
+
+    #[test]
+    fn domains_keep_a_core_and_a_part_of_the_rest_of_their_own() {
+        let columns: Vec<String> = (0..12).map(|i| format!("c{i:02}")).collect();
+        let of =
+            |shares, domains| columns_left_out(&columns, shares, domains, &mut ChaCha20Rng::seed_from_u64(3));
+        let kept = |left_out: &BTreeSet<String>| -> BTreeSet<String> {
+            columns.iter().filter(|column| !left_out.contains(*column)).cloned().collect()
+        };
+        for (core, everywhere) in [(0.0, 1), (0.5, 6), (2.0 / 3.0, 8)] {
+            let all: Vec<BTreeSet<String>> = of((2.0 / 3.0, core), 40).iter().map(kept).collect();
+            assert!(all.iter().all(|own| own.len() == 8 && own.contains("c00")), "core {core}");
+            let common = all.iter().skip(1).fold(all[0].clone(), |common, own| &common & own);
+            assert_eq!(common.len(), everywhere, "core {core}");
+            assert_eq!(all.iter().collect::<BTreeSet<_>>().len() > 1, everywhere < 8, "core {core}");
+        }
+        assert!(of((1.0, 0.0), 3).iter().all(BTreeSet::is_empty));
+    }
 
     /// α = 0.05, 1 and 50: mean and variance of log-free shares of ten domains over 4000 draws, within five standard errors of
     /// Dirichlet's 1/k and (1/k)(1 − 1/k)/(kα + 1). Error rate below 1e-5, fixed seed.

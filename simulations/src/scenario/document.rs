@@ -122,8 +122,12 @@ pub enum Partition {
     /// Each domain keeps its rows and a part of the feature columns, drawn for each: schemas differ. Needs `folder` or
     /// `shipped`.
     Columns {
-        /// Share of the feature columns that a domain keeps, in (0, 1]; the first column stays everywhere.
+        /// Share of the feature columns that a domain keeps, in (0, 1].
         share: f64,
+        /// Share of the feature columns that every domain keeps, part of `share`, drawn once; at least the first column.
+        /// Default 0.
+        #[serde(default)]
+        core: f64,
     },
 }
 
@@ -442,7 +446,10 @@ impl Scenario {
                 found.whole("partition.domains", domains, 2, MAX_DOMAINS);
                 found.within("partition.alpha", alpha, 0.01, 1000.0);
             }
-            Partition::Columns { share } => found.above("partition.share", share, 0.0, 1.0),
+            Partition::Columns { share, core } => {
+                found.above("partition.share", share, 0.0, 1.0);
+                found.within("partition.core", core, 0.0, share);
+            }
         }
         if !self.data.contracts.is_empty() && self.partition != Partition::Natural {
             found.say("partition", "tables by contract stay as they are: kind natural only");

@@ -4,132 +4,25 @@
 //! other sets is shown beside it. Intervals are those of the paired bootstrap (see [`super::bootstrap`]). The best
 //! rival of a set is the one with the highest mean there, and stays it in every draw.
 
+mod aim;
+mod table;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use comfy_table::{CellAlignment, Table, presets};
 use rand::SeedableRng;
 use rand_chacha::ChaCha20Rng;
-use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tabmesh_federation::id::Digest;
 
+pub use self::aim::{Aim, Targets};
+pub use self::table::table;
 use super::bootstrap::{Figures, Forest, Interval, SetMeans};
-use super::compare::{BOOTSTRAP_SEED, DRAWS, Loaded, MethodKey, difference};
-use super::document::{Faulty, Scenario};
+use super::compare::{BOOTSTRAP_SEED, DRAWS, Loaded, MethodKey, difference, figures_of};
 use super::report::summary::last;
 use super::results::Row;
 use super::run::RIVALS;
-
-/// What a scenario aims at.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Targets {
-    /// Sets that aims count on; they shaped nothing. Default: all.
-    #[serde(default)]
-    pub sets: Vec<String>,
-    /// The aims, at most 64.
-    pub aims: Vec<Aim>,
-}
-
-/// One aim; met when the end of the interval passes it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
-pub enum Aim {
-    /// Of the AUC between the best local and the best pooled rival, the part that what is served gains: the sum of gains over
-    /// sets divided by the sum of gaps.
-    GapClosed {
-        /// The flow.
-        flow: String,
-        /// Least part, in (0, 1].
-        least: f64,
-    },
-    /// What is served is no worse in AUC than the best local rival by more than a margin, and better on the mean.
-    NonInferior {
-        /// The flow.
-        flow: String,
-        /// The margin, in (0, 1].
-        margin: f64,
-    },
-    /// What is served to newcomers gains AUC over trees on their own rows and over the best rival.
-    Newcomers {
-        /// The flow.
-        flow: String,
-        /// Number of own rows, one of the scenario's.
-        rows: u32,
-        /// Least gain over trees on own rows, in [0, 1].
-        over_trees: f64,
-        /// Least gain over the best rival, in [0, 1].
-        over_best: f64,
-    },
-    /// The slope of labels' logit on the served logit, mean over domains, stays between two figures.
-    Calibrated {
-        /// The flow.
-        flow: String,
-        /// Least slope.
-        low: f64,
-        /// Largest slope, above `low`.
-        high: f64,
-    },
-}
-
-impl Aim {
-    fn flow(&self) -> &str {
-        match self {
-            Self::GapClosed { flow, .. }
-            | Self::NonInferior { flow, .. }
-            | Self::Newcomers { flow, .. }
-            | Self::Calibrated { flow, .. } => flow,
-        }
-    }
-}
-
-impl Targets {
-    pub(super) fn faults(&self, scenario: &Scenario, found: &mut Faulty) {
-        let known = &scenario.data.sets;
-        for (i, set) in self.sets.iter().enumerate() {
-            if !known.contains(set) {
-                found.say(&format!("targets.sets[{i}]"), &format!("{set} is none of data.sets"));
-            }
-        }
-        if self.aims.is_empty() || self.aims.len() > MOST_AIMS {
-            found.say("targets.aims", &format!("must be 1 to {MOST_AIMS} aims"));
-        }
-        for (i, aim) in self.aims.iter().enumerate() {
-            let at = |key: &str| format!("targets.aims[{i}].{key}");
-            if !scenario.flows.iter().any(|flow| flow.name == aim.flow()) {
-                found.say(&at("flow"), &format!("{} is none of the flows", aim.flow()));
-            }
-            let rivals = match aim {
-                Aim::GapClosed { .. } => [LOCAL, POOLED].concat(),
-                Aim::NonInferior { .. } => LOCAL.to_vec(),
-                Aim::Newcomers { .. } | Aim::Calibrated { .. } => Vec::new(),
-            };
-            for rival in
-                rivals.iter().filter(|rival| !scenario.rivals.iter().any(|known| known.name() == **rival))
-            {
-                found.say(&at("kind"), &format!("is held against {rival}, which is none of the rivals"));
-            }
-            match aim {
-                Aim::GapClosed { least, .. } => found.above(&at("least"), *least, 0.0, 1.0),
-                Aim::NonInferior { margin, .. } => found.above(&at("margin"), *margin, 0.0, 1.0),
-                Aim::Newcomers { rows, over_trees, over_best, .. } => {
-                    found.within(&at("over_trees"), *over_trees, 0.0, 1.0);
-                    found.within(&at("over_best"), *over_best, 0.0, 1.0);
-                    if !scenario.newcomers.as_ref().is_some_and(|n| n.rows.contains(rows)) {
-                        found.say(&at("rows"), &format!("no newcomer is scored with {rows} rows"));
-                    }
-                }
-                Aim::Calibrated { low, high, .. } => {
-                    if !(low.is_finite() && high.is_finite() && low < high) {
-                        found.say(&at("low"), &format!("must be below high, got {low} and {high}"));
-                    }
-                }
-            }
-        }
-    }
-}
 
 /// How a run's targets are judged from the command line.
 #[derive(Debug, Clone, clap::Args)]
@@ -233,7 +126,8 @@ pub(crate) fn judge(loaded: &Loaded, draws: u32) -> Result<Judgement> {
         let needed: BTreeSet<&str> = targets.aims.iter().map(Aim::flow).chain([RIVALS]).collect();
         let wanted = |key: &MethodKey| needed.contains(key.0.as_str());
         let auc = loaded.figures("auc", &wanted)?;
-        let slope = loaded.figures("calibration_slope", &wanted)?;
+        // Slopes are never made anew from answers.
+        let slope = figures_of(&loaded.rows, "calibration_slope", &wanted);
         let all_count = targets.sets.is_empty();
         for counts in [true, false] {
             let named = |set: &str| all_count || targets.sets.iter().any(|known| known == set);
@@ -495,71 +389,6 @@ fn own_trees(rows: &[Row], flow: &str, counts: bool, within: &dyn Fn(&str) -> bo
     })
 }
 
-/// The judgement as tables.
-#[must_use]
-pub fn table(judgement: &Judgement) -> String {
-    let mut text = String::new();
-    if let Some(commit) = &judgement.commit {
-        text.push_str(&format!("work tree at {commit}\n"));
-    }
-    text.push_str(&format!("program {}\n", judgement.program));
-    for (counts, heading) in [(true, "sets that count"), (false, "other sets, for comparison")] {
-        let verdicts: Vec<&Verdict> = judgement.verdicts.iter().filter(|v| v.counts == counts).collect();
-        if !counts && verdicts.iter().all(|verdict| verdict.value.is_none()) {
-            continue;
-        }
-        let mut table = Table::new();
-        table.load_style(presets::ASCII_MARKDOWN);
-        table.set_header([heading, "aim", "value", "95 % interval", "", "sets/domains/entities"]);
-        for v in verdicts {
-            let interval = match (v.low, v.high) {
-                (Some(low), Some(high)) => format!("{low:.4} to {high:.4}"),
-                _ => "-".to_owned(),
-            };
-            table.add_row([
-                format!("{}: {}", v.flow, v.what),
-                v.aim.clone(),
-                v.value.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}")),
-                interval,
-                v.word().to_owned(),
-                format!("{}/{}/{}", v.sets.len(), v.domains, v.entities),
-            ]);
-        }
-        for column in table.column_iter_mut().skip(2) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-        text.push_str(&format!("{table}\n"));
-    }
-    for own in &judgement.own_trees {
-        text.push_str(&format!(
-            "{} ({}): of {} domains {:.0} % end on their own trees alone, {:.0} % on trees alone; mean weights: own trees \
-             {:.3}, trees with the corpus {:.3}, the model {:.3}\n",
-            own.flow,
-            if own.counts { "sets that count" } else { "other sets" },
-            own.domains,
-            100.0 * own.own_rows_alone,
-            100.0 * own.no_model,
-            own.weight_of_own_trees,
-            own.weight_of_trees_and_corpus,
-            own.weight_of_model
-        ));
-    }
-    text
-}
-
-impl Verdict {
-    /// `met`, `missed`, or that there is nothing to judge yet.
-    #[must_use]
-    pub fn word(&self) -> &'static str {
-        match (self.value, self.complete, self.met) {
-            (None, _, _) => "no figures",
-            (_, false, _) => "incomplete",
-            (_, _, true) => "met",
-            (_, _, false) => "missed",
-        }
-    }
-}
-
 /// Rivals that use a domain's own rows alone.
 const LOCAL: [&str; 3] = ["local_trees", "local_logistic", "local_base"];
 /// Rivals that pool real rows, as nobody may.
@@ -567,12 +396,11 @@ const POOLED: [&str; 3] = ["pooled_trees", "pooled_logistic", "pooled_base"];
 /// What a newcomer could serve without a model: local ones, and simple ones that read the release.
 const NEWCOMER_RIVALS: [&str; 5] =
     ["local_trees", "local_logistic", "local_base", "local_trees_corpus", "corpus_logistic"];
-/// Most aims of a scenario.
-const MOST_AIMS: usize = 64;
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::super::document::Scenario;
     use super::super::results::{FORMAT, Manifest, Noise, RunFolder, Shard};
     use super::*;
 
@@ -648,7 +476,15 @@ targets:
                 }
                 rows.push(row(set, seed, "ours", "served", "auc", served));
                 rows.push(row(set, seed, "ours", "served", "calibration_slope", 1.1));
-                for (method, value) in [("local_trees", 0.6), ("local_trees_corpus", 0.66), ("served", 0.7)] {
+                let newcomers = [
+                    ("local_trees", 0.6),
+                    ("local_logistic", 0.5),
+                    ("local_base", 0.5),
+                    ("local_trees_corpus", 0.66),
+                    ("corpus_logistic", 0.65),
+                    ("served", 0.7),
+                ];
+                for (method, value) in newcomers {
                     let one = row(set, seed, "ours", method, "auc", value);
                     rows.push(Row { rows: Some(64), ..one });
                 }
@@ -726,11 +562,11 @@ targets:
         let all = rows();
         let without =
             |gone: &dyn Fn(&Row) -> bool| all.iter().filter(|row| !gone(row)).cloned().collect::<Vec<_>>();
-        let best_local = |rows: &[Row]| {
+        let about = |rows: &[Row], what: &str| {
             let judged = judged(rows);
-            let found = judged.verdicts.into_iter().find(|v| v.counts && v.what.contains("best local"));
-            found.unwrap()
+            judged.verdicts.into_iter().find(|v| v.counts && v.what.contains(what)).unwrap()
         };
+        let best_local = |rows: &[Row]| about(rows, "best local");
         assert_eq!(best_local(&all).word(), "met");
         for part in [without(&|row| row.set == "b"), without(&|row| row.set == "b" && row.seed == 1)] {
             let found = best_local(&part);
@@ -738,6 +574,11 @@ targets:
             assert_eq!(found.word(), "incomplete");
         }
         assert_eq!(best_local(&without(&|row| row.method == "local_base")).word(), "no figures");
+        // The best of some rivals isn't the best.
+        let best_rival = "gain over the best rival";
+        assert_eq!(about(&all, best_rival).word(), "met");
+        let one_less = without(&|row| row.rows.is_some() && row.method == "corpus_logistic");
+        assert_eq!(about(&one_less, best_rival).word(), "no figures");
     }
 
     #[test]

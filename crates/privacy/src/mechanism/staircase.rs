@@ -229,6 +229,59 @@ pub(super) mod tests {
         if cells >= 5.0 && chi < limit { Ok(()) } else { Err(format!("chi² {chi} over {cells} cells")) }
     }
 
+    /// Chi-square of two samples of equal size for one distribution, values grouped until 40 draws are in a group.
+    ///
+    /// Error rate below 1e-6, as for [`follows`].
+    pub(in crate::mechanism) fn alike(ours: &[i64], theirs: &[i64]) -> Result<(), String> {
+        assert_eq!(ours.len(), theirs.len());
+        let mut values: Vec<(i64, bool)> = ours.iter().map(|value| (*value, true)).collect();
+        values.extend(theirs.iter().map(|value| (*value, false)));
+        values.sort_unstable();
+        let (mut chi, mut cells) = (0.0, 0.0);
+        let (mut mine, mut all) = (0.0, 0.0);
+        for (at, (value, of_ours)) in values.iter().enumerate() {
+            mine += f64::from(u8::from(*of_ours));
+            all += 1.0;
+            // A group ends between two values, never within one.
+            if all >= 40.0 && values.get(at + 1).is_some_and(|(next, _)| next != value) {
+                chi += (2.0f64 * mine - all).powi(2) / all;
+                cells += 1.0;
+                (mine, all) = (0.0, 0.0);
+            }
+        }
+        let freedom: f64 = cells;
+        let limit = freedom + 2.0 * (freedom * 14.0).sqrt() + 28.0;
+        if cells >= 2.0 && chi < limit { Ok(()) } else { Err(format!("chi² {chi} over {cells} cells")) }
+    }
+
+    #[test]
+    fn two_samples_of_slightly_different_deviation_are_told_apart() {
+        let draws = |num: u64, seed: u64| -> Vec<i64> {
+            let sampler = Staircase::new(Shape::Gaussian { num, den: 100 });
+            let mut rng = ChaCha20Rng::seed_from_u64(seed);
+            (0..100_000).map(|_| sampler.draw(&mut rng)).collect()
+        };
+        assert_eq!(alike(&draws(900, 1), &draws(900, 2)), Ok(()));
+        assert!(alike(&draws(900, 1), &draws(990, 2)).is_err());
+    }
+
+    /// A float normal rounded to integers is another distribution where the deviation is small: what a sampler of that kind
+    /// would be refused for (Canonne, Kamath and Steinke 2020 draw the discrete one exactly).
+    #[test]
+    fn a_rounded_float_normal_does_not_follow() {
+        for sigma in [0.5f64, 1.0] {
+            let mut rng = ChaCha20Rng::seed_from_u64(5);
+            let uniform =
+                |rng: &mut ChaCha20Rng| (rand::Rng::random::<u32>(rng) as f64 + 0.5) / 4_294_967_296.0;
+            let mut rounded = || {
+                let radius = (-2.0 * uniform(&mut rng).ln()).sqrt();
+                (sigma * radius * (std::f64::consts::TAU * uniform(&mut rng)).cos()).round() as i64
+            };
+            let weight = |x: i64| (-(x as f64).powi(2) / (2.0 * sigma * sigma)).exp();
+            assert!(follows(1_000_000, 14, weight, &mut rounded).is_err(), "sigma {sigma}");
+        }
+    }
+
     #[test]
     fn the_test_itself_sees_a_slightly_wrong_deviation() {
         let sampler = Staircase::new(Shape::Gaussian { num: 9, den: 1 });

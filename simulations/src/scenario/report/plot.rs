@@ -302,4 +302,46 @@ mod tests {
         assert!(!svg.contains("<script>") && svg.contains("&lt;script&gt;&quot;&amp;"), "{svg}");
         assert!(svg.starts_with("<svg") && svg.ends_with("</ul>") && !svg.contains("NaN"));
     }
+
+    fn series(name: &str, points: &[(f64, f64)]) -> Series {
+        Series { name: name.into(), points: points.to_vec() }
+    }
+
+    #[test]
+    fn lines_and_points_stand_where_their_figures_say() {
+        let axes = Axes { x: "x", y: "y", x_range: (0.0, 1.0), y_range: (0.0, 1.0) };
+        let both = [series("a", &[(0.0, 0.0), (0.5, 0.5)]), series("b", &[(1.0, 1.0)])];
+        // The frame is 564 by 266, from (62, 276) to the right and up.
+        let svg = lines("t", &axes, &both);
+        assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (2, 3));
+        assert!(
+            svg.contains("points=\"62.0,276.0 344.0,143.0\"") && svg.contains("points=\"626.0,10.0\""),
+            "{svg}"
+        );
+
+        let svg = scatter("t", &axes, &both, &[series("level", &[(0.0, 0.5)])]);
+        assert_eq!((svg.matches("<circle").count(), svg.matches("stroke-dasharray").count()), (3, 1));
+        assert!(
+            svg.contains("cx=\"344.0\" cy=\"143.0\"") && svg.contains("y1=\"143.0\" y2=\"143.0\" stroke="),
+            "{svg}"
+        );
+
+        let svg = reliability("t", &both);
+        assert!(svg.contains("class=\"ideal\" x1=\"62.0\" y1=\"276.0\" x2=\"626.0\" y2=\"10.0\""), "{svg}");
+        assert_eq!((svg.matches("<polyline").count(), svg.matches("<circle").count()), (2, 3));
+    }
+
+    #[test]
+    fn bars_are_as_long_as_their_figures_and_missing_ones_are_left_out() {
+        let groups =
+            [("north".to_owned(), vec![Some(0.75), Some(1.0)]), ("south".to_owned(), vec![None, Some(0.5)])];
+        let svg = bars("t", &groups, &["a".to_owned(), "b".to_owned()], (0.5, 1.0));
+        let widths: Vec<&str> = svg
+            .split("<rect ")
+            .skip(1)
+            .filter_map(|rect| rect.split("width=\"").nth(1)?.split('"').next())
+            .collect();
+        assert_eq!(widths, ["205.0", "410.0", "0.0"]);
+        assert!(svg.contains("north") && svg.contains("south"));
+    }
 }
