@@ -35,7 +35,8 @@ struct Variant {
     document: Value,
 }
 
-/// Runs all variants; gives their folders.
+/// Runs all variants; gives their folders. The means of all stand in one table, `sweep.csv`, a line a mean with the variant
+/// before it.
 ///
 /// # Errors
 /// A key or value that a variant's scenario refuses, or what [`super::run::run`] refuses.
@@ -45,16 +46,31 @@ pub fn sweep(args: &SweepArgs) -> Result<Vec<RunFolder>> {
     let document: Value = serde_saphyr::from_str(&text).context("the scenario as a tree")?;
     let variants = variants(&document, &args.sets)?;
     let out = args.out.clone().unwrap_or_else(|| Path::new("runs").join(format!("{}-sweep", scenario.name)));
-    let mut runs = Vec::new();
+    let (mut runs, mut names) = (Vec::new(), Vec::new());
     let mut first = 0;
     for variant in variants {
+        names.push(variant.name.clone());
         let text = serde_json::to_string_pretty(&variant.document)?;
         let scenario = Scenario::parse(&text, &variant.name)?;
         let data = Arc::new(Data::open(&scenario.data, &base, args.how.data.as_deref())?);
         let folder = out.join(&variant.name);
         runs.push(prepare(&folder, scenario, &text, data, &base, &args.how, &mut first)?);
     }
-    execute(runs, args.how.jobs)
+    let folders = execute(runs, args.how.jobs)?;
+    let mut table = String::new();
+    for (name, folder) in names.iter().zip(&folders) {
+        let path = folder.summary_path();
+        let means = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        for (at, line) in means.lines().enumerate() {
+            match (at, table.is_empty()) {
+                (0, true) => table.push_str(&format!("variant,{line}\n")),
+                (0, false) => {}
+                _ => table.push_str(&format!("{name},{line}\n")),
+            }
+        }
+    }
+    super::results::write(&out.join(TABLE), table.as_bytes())?;
+    Ok(folders)
 }
 
 /// Every combination of the values, the last key changing fastest.
@@ -123,6 +139,9 @@ fn place<'a>(document: &'a mut Value, key: &str) -> Result<&'a mut Value> {
 
 /// Most variants of one sweep.
 const MAX_VARIANTS: usize = 1000;
+
+/// Means of all variants, in the folder of the sweep.
+const TABLE: &str = "sweep.csv";
 
 #[cfg(test)]
 mod tests {

@@ -121,6 +121,27 @@ fn a_sweep_has_a_run_for_every_combination() {
     let rounds = |i: usize| folders[i].scenario().unwrap().federations[0].rounds;
     assert_eq!([rounds(0), rounds(3)], [1, 2]);
     assert!(folders.iter().all(|folder| folder.report_path().is_file()));
+    // One table has the means of all; runs of two keys are read by their folders, whole or in parts.
+    let table = std::fs::read_to_string(root.path().join("out").join("sweep.csv")).unwrap();
+    let means: usize = folders
+        .iter()
+        .map(|folder| std::fs::read_to_string(folder.summary_path()).unwrap().lines().count() - 1)
+        .sum();
+    assert_eq!(table.lines().count(), 1 + means);
+    assert!(table.starts_with("variant,arm,") && table.contains("\nrounds=1+local_rate=0.1,f,model,"), "{table}");
+    let parts: Vec<_> = [1, 2]
+        .into_iter()
+        .map(|part| {
+            let out = Some(root.path().join("parts").join(part.to_string()));
+            sweep(&SweepArgs { out, how: how(Some(Shard { part, of: 2 })), ..args.clone() }).unwrap()
+        })
+        .collect();
+    for (at, whole) in folders.iter().enumerate() {
+        let text = |folder: &super::results::RunFolder| folder.root().display().to_string();
+        let a = format!("{},{}", text(&parts[0][at]), text(&parts[1][at]));
+        let compared = compare(&CompareArgs { a, b: text(whole), metric: "auc".into(), draws: 200 }).unwrap();
+        assert!(!compared.is_empty() && compared.iter().all(|c| c.difference.abs() < 1e-15), "{compared:?}");
+    }
     let refused = sweep(&SweepArgs { sets: vec!["federations.f.epochs=1".into()], ..args }).unwrap_err();
     assert!(format!("{refused:#}").contains("epochs"), "{refused:#}");
 }
