@@ -317,7 +317,10 @@ mod tests {
             (leaving(3), "faults.leaving.after_rounds"),
             (format!("{{name: f, rounds: 0, faults: {{{liars}}}}}"), "faults.byzantine"),
             ("{name: f, also: [rounds_untuned]}".to_owned(), "also"),
-            ("{name: f, rounds: 0, adapter: {kind: feature_tokens}, also: [rounds_untuned]}".to_owned(), "also"),
+            (
+                "{name: f, rounds: 0, adapter: {kind: feature_tokens}, also: [rounds_untuned]}".to_owned(),
+                "also",
+            ),
         ] {
             let error = format!("{:#}", flow(&text).unwrap_err());
             assert!(error.contains(&format!("flows[0].{key}: ")), "{text}: {error}");

@@ -128,7 +128,10 @@ fn a_sweep_has_a_run_for_every_combination() {
         .map(|folder| std::fs::read_to_string(folder.summary_path()).unwrap().lines().count() - 1)
         .sum();
     assert_eq!(table.lines().count(), 1 + means);
-    assert!(table.starts_with("variant,arm,") && table.contains("\nrounds=1+local_rate=0.1,f,model,"), "{table}");
+    assert!(
+        table.starts_with("variant,arm,") && table.contains("\nrounds=1+local_rate=0.1,f,model,"),
+        "{table}"
+    );
     let parts: Vec<_> = [1, 2]
         .into_iter()
         .map(|part| {
