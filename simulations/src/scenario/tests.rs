@@ -140,7 +140,7 @@ fn a_sweep_has_a_run_for_every_combination() {
         })
         .collect();
     for (at, whole) in folders.iter().enumerate() {
-        let text = |folder: &super::results::RunFolder| folder.root().display().to_string();
+        let text = |folder: &RunFolder| folder.root().display().to_string();
         let a = format!("{},{}", text(&parts[0][at]), text(&parts[1][at]));
         let compared = compare(&CompareArgs { a, b: text(whole), metric: "auc".into(), draws: 200 }).unwrap();
         assert!(!compared.is_empty() && compared.iter().all(|c| c.difference.abs() < 1e-15), "{compared:?}");

@@ -104,6 +104,9 @@ fn listeners(agents: usize) -> Vec<TcpListener> {
     (0..agents).map(open).collect()
 }
 
+/// Plants a leak in what a loop left behind; the place is that of a vector among the first agent's calls and their messages.
+type Plant = fn(&mut Outcome, (usize, usize));
+
 /// What an agent or a coordinator that leaks would leave behind, planted one at a time: each is seen by both comparisons, or
 /// by the stricter one alone where it is inside the noised payload.
 fn leaks_are_seen(plain: &Outcome) {
@@ -122,7 +125,7 @@ fn leaks_are_seen(plain: &Outcome) {
         };
         places.find(is_vector).unwrap()
     };
-    let leaks: [(&str, fn(&mut Outcome, (usize, usize))); 7] = [
+    let leaks: [(&str, Plant); 7] = [
         ("one more call", |o, _| {
             let last = o.calls[0].last().unwrap().clone();
             o.calls[0].push(last);

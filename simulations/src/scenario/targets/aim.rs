@@ -71,7 +71,7 @@ impl Aim {
 }
 
 impl Targets {
-    pub(crate) fn faults(&self, scenario: &Scenario, found: &mut Faulty) {
+    pub(in crate::scenario) fn faults(&self, scenario: &Scenario, found: &mut Faulty) {
         let known = &scenario.data.sets;
         for (i, set) in self.sets.iter().enumerate() {
             if !known.contains(set) {
