@@ -107,7 +107,8 @@ pub(super) fn audit<R: RngCore + CryptoRng>(
         rho
     };
     let noise = DiscreteGaussian::from_rho(sensitivity * sensitivity, spent)?;
-    let shares = Shares::new(subject, sensitivity * sensitivity, spent, u32::try_from(DIMENSION)?)?;
+    let shares = Shares::new(subject, sensitivity * sensitivity, spent)?;
+    let mut summed = [Vec::new(), Vec::new()];
     let mut gradient = vec![0.0; DIMENSION];
     gradient[0] = 1e3 * CLIP as f32;
     let clip = if subject == Subject::LooseClip { CLIP * std::f64::consts::SQRT_2 } else { CLIP };
@@ -121,7 +122,11 @@ pub(super) fn audit<R: RngCore + CryptoRng>(
             let seen = if silent {
                 0
             } else if subject.is_sum() {
-                shares.first(sum, rng)?
+                let summed = &mut summed[usize::from(present)];
+                if summed.is_empty() {
+                    *summed = shares.values(sum.first().copied().unwrap_or_default(), rng)?;
+                }
+                summed.pop().unwrap_or_default()
             } else {
                 noise.privatize(sum, rng).as_slice().first().copied().unwrap_or_default()
             };

@@ -29,12 +29,7 @@ impl Shares {
     ///
     /// # Errors
     /// A cost that buys no usable noise.
-    pub(super) fn new(
-        subject: Subject,
-        l2_sensitivity_squared: u64,
-        rho: Rho,
-        dimension: u32,
-    ) -> Result<Self> {
+    pub(super) fn new(subject: Subject, l2_sensitivity_squared: u64, rho: Rho) -> Result<Self> {
         let mut noise = NoisePlan::for_cost(l2_sensitivity_squared, rho, AGENTS, DROPOUTS, COLLUDERS)?;
         let mut honest = AGENTS - (DROPOUTS + COLLUDERS) as usize;
         match subject {
@@ -54,7 +49,7 @@ impl Shares {
             model: Digest::of(b"audited"),
             plan: PlanDigest::of(b"audited"),
             roster: Digest::of(b"audited"),
-            dimension,
+            dimension: u32::try_from(VALUES)?,
             width,
             max_abs: width.max_sum() / AGENTS as u64,
             l2_sensitivity_squared,
@@ -69,23 +64,26 @@ impl Shares {
         Ok(Self { descriptor, digest, honest })
     }
 
-    /// First value of the sum over the honest survivors, of whom one has `vector` and the others nothing.
+    /// Values of the sum over the honest survivors, of whom one has `value` everywhere and the others nothing: noise is
+    /// independent from value to value, so each is a trial of its own.
     ///
     /// # Errors
     /// Noise that can't be drawn.
-    pub(super) fn first<R: RngCore + CryptoRng>(&self, vector: &[i64], rng: &mut R) -> Result<i64> {
-        let nothing = vec![0; vector.len()];
-        let mut sum = 0_i64;
+    pub(super) fn values<R: RngCore + CryptoRng>(&self, value: i64, rng: &mut R) -> Result<Vec<i64>> {
+        let mut sum = vec![0_i64; VALUES];
         for agent in 0..self.honest {
-            let own = if agent == 0 { vector } else { &nothing };
-            let share = Contribution::noised(own, &self.descriptor, self.digest, 0, rng)?;
-            let first = share.values().as_slice().first().copied().context("an empty vector")?;
-            sum = sum.checked_add(first).context("a sum out of range")?;
+            let own = vec![if agent == 0 { value } else { 0 }; VALUES];
+            let share = Contribution::noised(&own, &self.descriptor, self.digest, 0, rng)?;
+            for (total, part) in sum.iter_mut().zip(share.values().as_slice()) {
+                *total = total.checked_add(*part).context("a sum out of range")?;
+            }
         }
         Ok(sum)
     }
 }
 
+/// Values of a vector.
+const VALUES: usize = 100;
 /// Agents of the cohort.
 const AGENTS: usize = 6;
 /// Agents that are missing.
