@@ -259,7 +259,7 @@ const MAX_ROUNDS: usize = 200;
 const LEARNING_RATE: f32 = 0.08;
 /// Least sum of `weight · p (1 - p)` in a leaf.
 const MIN_LEAF_WEIGHT: f32 = 0.3;
-/// Quantile bins of a numeric column: a quarter of the library's own number, for half the time.
+/// Quantile bins of a numeric column: a quarter of the library's own number, since fits take less time and were no worse.
 const BINS: u16 = 64;
 /// Share of rows each tree sees.
 const SUBSAMPLE: f32 = 0.8;
