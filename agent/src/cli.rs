@@ -147,10 +147,51 @@ enum Command {
         #[arg(long, value_enum, default_value_t = Output::Text)]
         output: Output,
     },
+    /// Declares, with another domain's owner, that no unit is in both your sources: reports then count the larger loss.
+    ///
+    /// Without such a declaration a unit of a namespace is taken to be in every domain of it, and losses add up. One owner
+    /// declares, the other signs the same file, and the coordinator's configuration names it. It rests on the owners' word.
+    Disjoint {
+        #[command(subcommand)]
+        action: DisjointAction,
+    },
     /// Shows or checks a configuration.
     Config {
         #[command(subcommand)]
         action: ConfigAction,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum DisjointAction {
+    /// Writes a declaration about this domain's source and another's, signed by this agent.
+    Declare {
+        /// Configuration file.
+        #[arg(long, short)]
+        config: PathBuf,
+        /// SPIFFE id of the other domain's agent.
+        #[arg(long, value_name = "SPIFFE_ID")]
+        agent: String,
+        /// Source of the other domain as its contract and the reports name it.
+        #[arg(long)]
+        lineage: String,
+        /// How both owners know.
+        #[arg(long)]
+        reason: String,
+        /// File to write; an existing one isn't overwritten.
+        file: PathBuf,
+        #[command(flatten)]
+        dev: Development,
+    },
+    /// Adds this agent's signature to a declaration that the other domain's owner wrote.
+    Sign {
+        /// Configuration file.
+        #[arg(long, short)]
+        config: PathBuf,
+        /// The declaration.
+        file: PathBuf,
+        #[command(flatten)]
+        dev: Development,
     },
 }
 
@@ -201,7 +242,8 @@ Examples:
   tabmesh-agent distill --config agent.yaml
   tabmesh-agent corpus --config agent.yaml --out corpus
   tabmesh-agent promotion --config agent.yaml
-  tabmesh-agent budget --config agent.yaml --html budget.html";
+  tabmesh-agent budget --config agent.yaml --html budget.html
+  tabmesh-agent disjoint sign --config agent.yaml retail-and-travel.json";
 
 /// Runs the command line and gives the process's exit code: 0 done, 1 failed, 2 wrong usage.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -255,6 +297,12 @@ fn dispatch(command: Command) -> miette::Result<ExitCode> {
             command::budget::run(&config, html.as_deref(), json.as_deref(), output, now_ms())
         }
         Command::Promotion { config, output } => command::promotion::run(&Config::load(&config)?, output),
+        Command::Disjoint {
+            action: DisjointAction::Declare { config, agent, lineage, reason, file, dev },
+        } => command::disjoint::declare(&local(&config, dev)?, &agent, &lineage, &reason, &file, now_ms()),
+        Command::Disjoint { action: DisjointAction::Sign { config, file, dev } } => {
+            command::disjoint::sign(&local(&config, dev)?, &file)
+        }
         Command::Config { action: ConfigAction::Example } => {
             print!("{}", Config::example());
             Ok(ExitCode::SUCCESS)

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use garde::Validate;
 use miette::{Diagnostic, NamedSource};
 use serde::{Deserialize, Serialize};
-use tabmesh_privacy::report::{MAX_STATED_BYTES, Stated};
+use tabmesh_privacy::report::{MAX_DECLARATIONS, MAX_STATED_BYTES, Stated};
 use thiserror::Error;
 
 /// Why a configuration is refused.
@@ -81,6 +81,10 @@ pub struct Config {
     /// Results of `tabmesh-sim audit --record`, shown in reports; none when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attacks: Option<PathBuf>,
+    /// Owners' declarations that their sources have no unit in common (`tabmesh-agent disjoint`), for reports.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[garde(length(max = MAX_DECLARATIONS))]
+    pub disjoint: Vec<PathBuf>,
     /// Loopback address at which `GET /metrics` answers a Prometheus scraper; none when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics_listen: Option<String>,
@@ -145,6 +149,7 @@ impl Config {
         for path in [&mut self.policy_bundle, &mut self.attacks].into_iter().flatten() {
             fix(path);
         }
+        self.disjoint.iter_mut().for_each(fix);
     }
 
     /// A commented example that parses.
@@ -193,6 +198,7 @@ stated:                          # in every report; each line optional
   recipients: [domains of the mesh]
   security: mTLS between all processes, agents are outbound only
 # attacks: audits.json           # results of tabmesh-sim audit --record, shown in reports
+# disjoint: [retail-and-travel.json]  # two owners' signed word (tabmesh-agent disjoint), for the totals of reports
 # metrics_listen: 127.0.0.1:9464 # GET /metrics for Prometheus; rules in deploy/alerts.yaml
 ";
 

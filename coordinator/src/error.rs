@@ -37,6 +37,14 @@ pub enum CoordinatorError {
         /// What is wrong.
         reason: String,
     },
+    /// A configured declaration of disjoint sources doesn't count.
+    #[error("disjoint {path}: {reason}; tabmesh-agent disjoint writes and signs such a file")]
+    Disjoint {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// The plan is refused.
     #[error(transparent)]
     Plan(#[from] PlanError),

@@ -1,16 +1,18 @@
 //! The privacy-budget report over all domains, from the ledgers that agents stated.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use serde::{Deserialize, Serialize};
 use tabmesh_federation::manifest::Manifest;
 use tabmesh_privacy::ledger::Entry;
 use tabmesh_privacy::report::{
-    MAX_ATTACKS, MeasuredAttack, Period, ProductLedger, Published, ReportInput, SignedHead, UnprotectedFact,
-    build,
+    DeclaredSource, MAX_ATTACKS, MeasuredAttack, Period, ProductLedger, Published, RefusedRequest,
+    ReportInput, SignedDeclaration, SignedHead, UnprotectedFact, build,
 };
 use tabmesh_privacy::signature::{Signature, VerifyingKey};
+use tabmesh_proto::identity::SpiffeId;
 
 use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, stored};
@@ -57,7 +59,8 @@ pub(crate) fn signed(mesh: &Mesh, product: Option<&str>) -> Result<Vec<u8>, Coor
         attacks: mesh.config.attacks.as_deref().map(attacks).transpose()?.unwrap_or_default(),
         trust_model: trust_model(&products),
         products,
-        refused: Vec::new(),
+        refused: refused(mesh, product)?,
+        disjoint: disjoint(&mesh.config.disjoint, &agents)?,
         unprotected_facts: UnprotectedFact::ALL.to_vec(),
         audit: witness::of_report(mesh, &agents)?,
     })
@@ -94,6 +97,66 @@ fn attacks(path: &Path) -> Result<Vec<MeasuredAttack>, CoordinatorError> {
     }
     Ok(all)
 }
+
+/// Declarations of disjoint sources between agents of the report; the report itself checks that they count.
+fn disjoint(files: &[PathBuf], agents: &[SpiffeId]) -> Result<Vec<SignedDeclaration>, CoordinatorError> {
+    let mut counted = Vec::new();
+    for path in files {
+        let refused = |reason: String| CoordinatorError::Disjoint { path: path.clone(), reason };
+        let bytes = std::fs::read(path).map_err(|error| refused(error.to_string()))?;
+        let signed = SignedDeclaration::parse(&bytes).map_err(|error| refused(error.to_string()))?;
+        let said = signed.said().map_err(|error| refused(error.to_string()))?;
+        let in_report =
+            |source: &DeclaredSource| agents.iter().any(|agent| agent.to_string() == source.agent);
+        if said.sources.iter().all(in_report) {
+            counted.push(signed);
+        }
+    }
+    Ok(counted)
+}
+
+/// Plans that policy refused when they were handed in, from the audit log, oldest first; of one product or of all.
+fn refused(mesh: &Mesh, product: Option<&str>) -> Result<Vec<RefusedRequest>, CoordinatorError> {
+    let mut all = Vec::new();
+    for entry in mesh.audit_log().entries() {
+        let read: AuditEntry =
+            serde_json::from_slice(&entry?.payload).map_err(CoordinatorError::stored("audit entry"))?;
+        if read.action != PLAN_REFUSED {
+            continue;
+        }
+        let facts: PlanRefusal =
+            serde_json::from_value(read.facts).map_err(CoordinatorError::stored("refusal of a plan"))?;
+        if product.is_none_or(|wanted| wanted == facts.product) {
+            let PlanRefusal { plan_digest, product, rules, .. } = facts;
+            all.push(RefusedRequest { time_ms: read.time_ms, plan_digest, product, rules });
+        }
+    }
+    Ok(all)
+}
+
+/// An entry of the audit log as it is read back.
+#[derive(Deserialize)]
+struct AuditEntry {
+    time_ms: i64,
+    action: String,
+    facts: serde_json::Value,
+}
+
+/// What the audit log says of a plan that policy refused.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct PlanRefusal {
+    /// Digest of the plan.
+    pub(crate) plan_digest: String,
+    /// The product whose contract it doesn't fit.
+    pub(crate) product: String,
+    /// Rules that refused it.
+    pub(crate) rules: Vec<String>,
+    /// The whole decision.
+    pub(crate) decision: serde_json::Value,
+}
+
+/// Name of that entry.
+pub(crate) const PLAN_REFUSED: &str = "plan_refused_by_policy";
 
 /// SHA-256 of this program's file, read once; none where the system doesn't tell which file it is.
 fn own_digest() -> Option<String> {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use tabmesh_privacy::ledger::{ChainedEntry, Entry, Purpose};
 use tabmesh_privacy::report::verify;
 use tabmesh_sim::quickstart::dataset::{DOMAINS, Participation};
-use tabmesh_sim::quickstart::deployed::{Deployment, Setup};
+use tabmesh_sim::quickstart::deployed::{Deployment, Lines, Setup};
 use tabmesh_sim::quickstart::deployment::PlanChoices;
 use tabmesh_store::PackStore;
 use tokio::sync::OnceCell;
@@ -38,7 +38,13 @@ fn setup() -> Setup {
         adapter: Some("{kind: lora, rank: 2}".to_owned()),
         ..PlanChoices::default()
     };
-    Setup { program: env!("CARGO_BIN_EXE_tabmesh-sim").into(), rows: Some(200), plan, seed: Some(11) }
+    Setup {
+        program: env!("CARGO_BIN_EXE_tabmesh-sim").into(),
+        rows: Some(200),
+        plan,
+        seed: Some(11),
+        more: Lines::default(),
+    }
 }
 
 fn ledger(deployment: &Deployment, domain: &str) -> Vec<ChainedEntry> {

@@ -31,7 +31,7 @@ use tabmesh_privacy::report::{DEPLOYMENT_MODEL_SUMS, Report, verify};
 use tabmesh_proto::client::OperatorClient;
 use tabmesh_proto::message::Id;
 use tabmesh_sim::quickstart::dataset::{DOMAINS, Domain, members, newcomers};
-use tabmesh_sim::quickstart::deployed::{Deployment, Setup};
+use tabmesh_sim::quickstart::deployed::{Deployment, Lines, Setup};
 use tabmesh_sim::quickstart::deployment::{Layout, PlanChoices};
 use tabmesh_store::{BlobStore, Records, Sled};
 use tabmesh_tfm::table::Coding;
@@ -55,7 +55,13 @@ fn setup(deadline_s: u32) -> Setup {
         secure_sum: true,
         ..PlanChoices::default()
     };
-    Setup { program: env!("CARGO_BIN_EXE_tabmesh-sim").into(), rows: Some(200), plan, seed: Some(SEED) }
+    Setup {
+        program: env!("CARGO_BIN_EXE_tabmesh-sim").into(),
+        rows: Some(200),
+        plan,
+        seed: Some(SEED),
+        more: Lines::default(),
+    }
 }
 
 /// A deployment with its plan submitted. Every contract keeps its domain's aggregates confidential.

@@ -52,7 +52,9 @@ pub(crate) fn run(
         attacks: Vec::new(),
         trust_model: vec!["This report is the agent's own reading of its own ledger.".to_owned()],
         products: vec![ProductLedger { agent, product: contract.name, entries, head }],
+        // What the coordinator refused, no agent saw; what owners declare together concerns more ledgers than this one.
         refused: Vec::new(),
+        disjoint: Vec::new(),
         unprotected_facts: UnprotectedFact::ALL.to_vec(),
         // The log is the coordinator's; its report has the proof.
         audit: None,

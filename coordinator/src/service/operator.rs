@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use tabmesh_contract::policy::{Aggregation, DecisionKind, Request};
+use tabmesh_federation::id::PlanDigest;
 use tabmesh_federation::plan::{Plan, PlanError};
 use tabmesh_proto::identity::SpiffeId;
 use tabmesh_proto::message::{AgentSummary, Id, PlanEvent, PlanFinding, PlanSummary, PlanValidation};
@@ -16,6 +17,7 @@ use crate::error::CoordinatorError;
 use crate::mesh::Mesh;
 use crate::pipeline;
 use crate::plans::{Submitted, plan_digest};
+use crate::report::{PLAN_REFUSED, PlanRefusal};
 
 /// The operators' side of a [`Mesh`].
 pub(crate) struct OperatorCalls(pub(crate) Arc<Mesh>);
@@ -24,7 +26,7 @@ impl OperatorService for OperatorCalls {
     async fn submit_plan(&self, peer: SpiffeId, yaml: Vec<u8>) -> Answer<PlanSummary> {
         let mesh = Arc::clone(&self.0);
         let (plan, digest) = Plan::parse(&yaml, "plan.yaml").map_err(|e| refused(&peer, "plan")(e.into()))?;
-        judge(&mesh, &plan).map_err(refused(&peer, "plan"))?;
+        judge(&mesh, &plan, Some(&digest)).map_err(refused(&peer, "plan"))?;
         let by = peer.to_string();
         let submitted = Submitted { plan, digest, yaml, by: by.clone(), created_ms: mesh.now_ms() };
         let (id, new) = mesh.plans.submit(submitted).map_err(refused(&peer, "plan"))?;
@@ -39,7 +41,7 @@ impl OperatorService for OperatorCalls {
     async fn validate_plan(&self, peer: SpiffeId, yaml: Vec<u8>) -> Answer<PlanValidation> {
         let finding = |path: &str, text: String| PlanFinding { path: path.to_owned(), text };
         let findings = match Plan::parse(&yaml, "plan.yaml") {
-            Ok((plan, _)) => match judge(&self.0, &plan) {
+            Ok((plan, _)) => match judge(&self.0, &plan, None) {
                 Ok(()) => Vec::new(),
                 Err(error) => vec![finding("", error.to_string())],
             },
@@ -124,8 +126,9 @@ impl OperatorService for OperatorCalls {
     }
 }
 
-/// Holds a plan against the base, and asks policy about it for each product that would take part.
-fn judge(mesh: &Mesh, plan: &Plan) -> Result<(), CoordinatorError> {
+/// Holds a plan against the base, and asks policy about it for each product that would take part. What policy refuses of a plan
+/// that was handed in, by its digest, goes into the audit log and from there into reports.
+fn judge(mesh: &Mesh, plan: &Plan, handed_in: Option<&PlanDigest>) -> Result<(), CoordinatorError> {
     pipeline::rounds::check_adapter(mesh, plan.rounds.adapter)?;
     let members = pipeline::candidates(mesh, plan);
     let cohort = u32::try_from(members.len()).unwrap_or(u32::MAX);
@@ -146,9 +149,15 @@ fn judge(mesh: &Mesh, plan: &Plan) -> Result<(), CoordinatorError> {
             };
             let decision = mesh.policy.decide_contract(kind, &admitted.contract, Some(&request));
             if !decision.allow {
-                mesh.audit(&agent.to_string(), "plan_refused_by_policy", decision.log_entry())?;
-                let rules: Vec<&str> = decision.rules.iter().map(|rule| rule.as_str()).collect();
-                let rules = format!("{} ({})", rules.join(", "), admitted.contract.name);
+                let rules: Vec<String> = decision.rules.iter().map(|rule| rule.as_str().to_owned()).collect();
+                let product = admitted.contract.name.clone();
+                let named = format!("{} ({product})", rules.join(", "));
+                if let Some(digest) = handed_in {
+                    let plan_digest = digest.to_string();
+                    let facts = PlanRefusal { plan_digest, product, rules, decision: decision.log_entry() };
+                    mesh.audit(&agent.to_string(), PLAN_REFUSED, facts)?;
+                }
+                let rules = named;
                 return Err(CoordinatorError::Policy { what: "plan", rules });
             }
         }

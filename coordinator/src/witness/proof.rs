@@ -295,6 +295,7 @@ mod tests {
             trust_model: Vec::new(),
             products: Vec::new(),
             refused: Vec::new(),
+            disjoint: Vec::new(),
             unprotected_facts: Vec::new(),
             audit: Some(AuditProof { note: note.to_string(), heads }),
         })

@@ -8,13 +8,19 @@
 //! What it can't show: entries cut off the end of a ledger whose head nobody signed, and ledgers left out.
 
 mod build;
+mod disjoint;
 mod facts;
+mod headline;
 mod html;
 mod picture;
 mod section;
 mod verify;
 
 pub use build::build;
+pub use disjoint::{
+    DISJOINT_FORMAT, Declaration, DeclaredSource, DisjointError, MAX_DECLARATION_BYTES, MAX_DECLARATIONS,
+    OwnerSignature, SignedDeclaration,
+};
 pub use facts::{MAX_ATTACKS, MAX_STATED_BYTES, MeasuredAttack, Published, Stated, Transparency};
 pub use html::render_html;
 pub use section::{
@@ -23,14 +29,14 @@ pub use section::{
 };
 pub use verify::{MAX_REPORT_BYTES, Verified, VerifyError, verify};
 
-use crate::ledger::{ChainedEntry, LedgerError, RefusalRule};
+use crate::ledger::{ChainedEntry, LedgerError};
 use crate::private::{Digest, hex_digest};
 use crate::signature::{Context, Signature, SigningKey, VerifyingKey};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Format of a report's JSON.
-pub const FORMAT: &str = "tabmesh-report/2";
+pub const FORMAT: &str = "tabmesh-report/3";
 
 /// Where the noise is added.
 pub const DEPLOYMENT_MODEL: &str =
@@ -56,7 +62,7 @@ pub const SUM_STATEMENTS: [&str; 3] = [
     "A sum hides domains among those in it, not against all others of them together, and not what joining or leaving the \
      cohort changes.",
     "What a unit adds in several domains of one namespace adds up within one sum. So the headline multiplies rho of \
-     secure sums by the number of the namespace's accounts, never less than the square of the sum of their roots.",
+     secure sums by the number of the namespace's accounts that a unit may be in, never less than the square of the sum of their roots.",
 ];
 
 /// What a report on grants with windows says.
@@ -64,6 +70,10 @@ pub const WINDOW_STATEMENT: &str = "A budget window limits how fast a budget is 
      refresh takes back what was released. Rho adds up over all windows, so the claim is the lifetime figure, which the \
      grant's own epsilon caps; the window's figure is of the window alone. Times are the agent's clock, never counted \
      backwards.";
+
+/// What a report with declared disjoint sources says.
+pub const DISJOINT_STATEMENT: &str = "Sources are taken as disjoint only where both owners signed that no unit is in both; of such sources the totals \
+     count the largest loss. That rests on the owners' word: if they err, a unit that is in both loses the sum.";
 
 /// What every report says, whatever the figures are.
 pub const STATEMENTS: [&str; 5] = [
@@ -129,7 +139,7 @@ impl UnprotectedFact {
     }
 }
 
-/// A refusal that no agent's ledger holds, such as one of the coordinator.
+/// A plan that the coordinator's policy refused, so that no agent's ledger holds the refusal.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RefusedRequest {
@@ -137,8 +147,10 @@ pub struct RefusedRequest {
     pub time_ms: i64,
     /// Digest of the plan.
     pub plan_digest: String,
-    /// Why.
-    pub rule: RefusalRule,
+    /// The product whose contract it doesn't fit.
+    pub product: String,
+    /// Names of the policy's rules that refused it.
+    pub rules: Vec<String>,
 }
 
 /// A signature over a ledger's last entry.
@@ -196,8 +208,10 @@ pub struct ReportInput {
     pub trust_model: Vec<String>,
     /// Products with their ledgers.
     pub products: Vec<ProductLedger>,
-    /// Refusals outside the ledgers.
+    /// Plans that policy refused before an agent saw them, oldest first.
     pub refused: Vec<RefusedRequest>,
+    /// Owners' declarations that their sources have no unit in common; each with both signatures.
+    pub disjoint: Vec<SignedDeclaration>,
     /// Facts that leave without noise.
     pub unprotected_facts: Vec<UnprotectedFact>,
     /// What the coordinator's audit log proves of the ledgers.
@@ -316,8 +330,11 @@ pub struct Report {
     pub headlines: Vec<Headline>,
     /// Products, in order of agent and name.
     pub products: Vec<ProductSection>,
-    /// Refusals outside the ledgers.
+    /// Plans that policy refused before an agent saw them, oldest first.
     pub refused: Vec<RefusedRequest>,
+    /// Owners' declarations that their sources have no unit in common.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disjoint: Vec<SignedDeclaration>,
     /// Facts that leave without noise.
     pub unprotected_facts: Vec<UnprotectedFact>,
     /// The ledgers, in order of agent.
@@ -367,6 +384,7 @@ impl Report {
             trust_model: self.trust_model.clone(),
             products,
             refused: self.refused.clone(),
+            disjoint: self.disjoint.clone(),
             unprotected_facts: self.unprotected_facts.clone(),
             audit: self.audit.clone(),
         }
@@ -426,6 +444,19 @@ pub enum ReportError {
     TwoLedgers {
         /// SPIFFE id of the agent.
         agent: String,
+    },
+    /// A declaration of disjoint sources doesn't count.
+    #[error(transparent)]
+    Disjoint(#[from] DisjointError),
+    /// A declaration names a source that isn't in the ledger of its agent.
+    #[error("declared disjoint: {got} isn't in the ledger of {agent}, which has {}", known.join(", "))]
+    UnknownSource {
+        /// SPIFFE id of the agent.
+        agent: String,
+        /// What was declared.
+        got: String,
+        /// What the ledger has.
+        known: Vec<String>,
     },
     /// The page can't be drawn.
     #[error("page: {reason}")]

@@ -27,11 +27,13 @@ pub enum Context {
     SumAdvert,
     /// The set of agents a secure sum is over.
     SumSurvivors,
+    /// An owner's word that no unit is in two sources.
+    Disjoint,
 }
 
 impl Context {
     /// Every context there is.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Report,
         Self::Manifest,
         Self::LedgerHead,
@@ -39,6 +41,7 @@ impl Context {
         Self::Policy,
         Self::SumAdvert,
         Self::SumSurvivors,
+        Self::Disjoint,
     ];
 
     /// The text in front of the signed bytes.
@@ -52,6 +55,7 @@ impl Context {
             Self::Policy => "tabmesh policy v1",
             Self::SumAdvert => "tabmesh sum advert v1",
             Self::SumSurvivors => "tabmesh sum survivors v1",
+            Self::Disjoint => "tabmesh disjoint v1",
         }
     }
 }

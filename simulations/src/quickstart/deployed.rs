@@ -34,6 +34,19 @@ pub struct Setup {
     pub plan: PlanChoices,
     /// Seed of the agents' noise and secrets: reproducible, not private.
     pub seed: Option<u64>,
+    /// Lines added to what is written.
+    pub more: Lines,
+}
+
+/// Lines of YAML, each with its line feed, that a deployment has beyond the quickstart's own.
+#[derive(Debug, Clone, Default)]
+pub struct Lines {
+    /// Of the coordinator's configuration.
+    pub coordinator: String,
+    /// Of every agent's configuration.
+    pub agent: String,
+    /// Of every contract's `privacy`, two spaces further in.
+    pub privacy: String,
 }
 
 /// A running deployment.
@@ -70,6 +83,9 @@ impl Deployment {
             false => DomainAggregates::Open,
         };
         deployment::write_domains(&layout, setup.rows, aggregates)?;
+        for domain in &DOMAINS {
+            insert(&layout.contract(domain.id), PRIVACY, &setup.more.privacy)?;
+        }
         deployment::write_plan(&layout, &setup.plan)?;
         let names: Vec<&str> = DOMAINS.iter().map(|domain| domain.id).collect();
         deployment::write_auditors_peers(&layout, &names)?;
@@ -212,6 +228,7 @@ fn base_model(layout: &Layout) -> PathBuf {
 
 fn start_coordinator(layout: &Layout, setup: &Setup, listen: &str) -> Result<Process> {
     deployment::write_coordinator(layout, &base_model(layout), 2, listen)?;
+    insert(&layout.coordinator_config(), "", &setup.more.coordinator)?;
     let serve = args(&["serve", "--config"], layout.coordinator_config());
     let log = layout.root().join("logs").join("coordinator.log");
     Process::start(&setup.program, "coordinator", "coordinator", &serve, &log)
@@ -219,6 +236,7 @@ fn start_coordinator(layout: &Layout, setup: &Setup, listen: &str) -> Result<Pro
 
 fn start_agent(layout: &Layout, setup: &Setup, domain: &Domain, coordinator: &str) -> Result<Process> {
     deployment::write_agent(layout, domain.id, coordinator)?;
+    insert(&layout.agent_config(domain.id), "", &setup.more.agent)?;
     let mut run = args(&["run", "--config"], layout.agent_config(domain.id));
     if let Some(seed) = setup.seed {
         run.push("--reproducible-noise".into());
@@ -226,6 +244,16 @@ fn start_agent(layout: &Layout, setup: &Setup, domain: &Domain, coordinator: &st
     }
     let log = layout.root().join("logs").join(format!("{}.log", domain.id));
     Process::start(&setup.program, &format!("agent {}", domain.id), "agent", &run, &log)
+}
+
+/// Puts lines behind a line of a file, or in front of all.
+fn insert(path: &Path, behind: &str, lines: &str) -> Result<()> {
+    let text = std::fs::read_to_string(path)?;
+    let (before, after) = match behind {
+        "" => ("", text.as_str()),
+        behind => text.split_once(behind).with_context(|| format!("no {behind:?} in {}", path.display()))?,
+    };
+    Ok(std::fs::write(path, [before, behind, lines, after].concat())?)
 }
 
 /// Words of a process's command line, with its configuration.
@@ -237,6 +265,8 @@ pub(crate) fn args(words: &[&str], config: PathBuf) -> Vec<OsString> {
     args
 }
 
+/// The line of a contract behind which its privacy section is.
+const PRIVACY: &str = "\nprivacy:\n";
 /// How long a start-up or a promotion may take.
 const PATIENCE: Duration = Duration::from_secs(180);
 /// Pause between two looks.

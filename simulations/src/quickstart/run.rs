@@ -19,7 +19,7 @@ use tabmesh_proto::client::OperatorClient;
 use tabmesh_proto::message::PlanEvent;
 
 use super::dataset::{DOMAINS, schema};
-use super::deployed::{Deployment, Setup};
+use super::deployed::{Deployment, Lines, Setup};
 use super::deployment::PlanChoices;
 use super::pki::Role;
 use super::{measure, predict};
@@ -167,7 +167,8 @@ async fn whole(options: &Options, root: &Path) -> Result<()> {
     };
     let program = std::env::current_exe().context("finding this program's own file")?;
     let rows = options.fast.then_some(FAST_ROWS);
-    let mut deployment = Deployment::start(root, Setup { program, rows, plan, seed: options.seed })?;
+    let mut deployment =
+        Deployment::start(root, Setup { program, rows, plan, seed: options.seed, more: Lines::default() })?;
     let operator = deployment.operator().await?;
     deployment.admitted(&operator).await?;
     steps.end("1 contracts: six agents admitted");

@@ -1,4 +1,4 @@
-//! Views of what was spent: by time window, by entity namespace, and against thresholds. Pure functions of a [`State`].
+//! Views of what was spent: by time window, and against thresholds. Pure functions of a [`State`].
 //!
 //! A budget is for a source's lifetime; windows show how fast it goes and print the lifetime figure beside their own. The
 //! unit and adjacency are those of the grants (add or remove one unit), the loss is ρ, and whoever keeps the ledger is
@@ -11,7 +11,7 @@
 //! the window that was looked at.
 
 use super::entry::WindowLimit;
-use super::state::{AccountKey, State};
+use super::state::State;
 use crate::budget::Rho;
 use std::collections::BTreeSet;
 
@@ -82,27 +82,6 @@ pub fn standing(state: &State, product: &str, now_ms: i64) -> Option<Standing> {
     })
 }
 
-/// The loss of one unit of a namespace over all its sources: the sum, because a unit may be in every one.
-///
-/// Sources that their owners declared to have no unit in common (`disjoint`, signed by both; checking that is the
-/// caller's) count once, with the largest loss among them.
-#[must_use]
-pub fn headline(state: &State, entity_namespace: &str, disjoint: &[BTreeSet<AccountKey>]) -> Rho {
-    let mut left: BTreeSet<&AccountKey> =
-        state.accounts.keys().filter(|key| key.entity_namespace == entity_namespace).collect();
-    let spent = |key: &AccountKey| state.accounts.get(key).map_or(Rho::ZERO, |account| account.spent);
-    let mut total = Rho::ZERO;
-    for group in disjoint {
-        // A source is part of one group at most: the first that names it.
-        let group: Vec<&AccountKey> = left.iter().copied().filter(|key| group.contains(*key)).collect();
-        total = plus(total, group.iter().map(|key| spent(key)).max().unwrap_or(Rho::ZERO));
-        group.iter().for_each(|key| {
-            left.remove(key);
-        });
-    }
-    left.iter().fold(total, |total, key| plus(total, spent(key)))
-}
-
 /// A share of a budget at which somebody wants to hear; in percent, 1 to 100.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Threshold(u8);
@@ -138,11 +117,6 @@ pub fn crossed(thresholds: &[Threshold], before: Rho, after: Rho, granted: Rho) 
     found.into_iter().collect()
 }
 
-// Saturating: a sum over accounts may pass what one grant can hold, and must then stay at the top.
-fn plus(a: Rho, b: Rho) -> Rho {
-    a.checked_add(b).unwrap_or(Rho::from_units(u64::MAX))
-}
-
 /// Longest window of a grant: ten years, in milliseconds.
 pub const MAX_WINDOW_MS: u64 = 3_660 * DAY_MS;
 /// A day, in milliseconds.
@@ -151,7 +125,7 @@ pub const DAY_MS: u64 = 24 * 3_600 * 1_000;
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
-    use super::super::{Account, Entry, LedgerError, MemoryJournal, Pace, RefusalRule, replay};
+    use super::super::{Entry, LedgerError, MemoryJournal, Pace, RefusalRule, replay};
     use super::*;
     use crate::budget::Epsilon;
     use crate::ledger::Ledger;
@@ -168,6 +142,10 @@ mod tests {
         let limit = standing(ledger.state(), "p", 0).unwrap().limit;
         assert!(limit.rho < ledger.balance("p").unwrap().granted);
         (ledger, limit.rho)
+    }
+
+    fn plus(a: Rho, b: Rho) -> Rho {
+        a.checked_add(b).unwrap()
     }
 
     /// Reserves, commits as much as one event of at most `rho` takes, and closes; what it cost.
@@ -335,28 +313,6 @@ mod tests {
                 prop_assert!(sum <= limit.units(), "{sum} of {}", limit.units());
             }
         }
-    }
-
-    fn key(lineage: &str) -> AccountKey {
-        AccountKey { entity_namespace: "customers".to_owned(), lineage: lineage.to_owned() }
-    }
-
-    #[test]
-    fn a_namespace_sums_its_sources_unless_they_are_declared_disjoint() {
-        let mut state = State::default();
-        for (lineage, units) in [("a", 5), ("b", 7), ("c", 11)] {
-            let account = Account { spent: Rho::from_units(units), ..Account::default() };
-            state.accounts.insert(key(lineage), account);
-        }
-        let other = AccountKey { entity_namespace: "shops".to_owned(), lineage: "a".to_owned() };
-        state.accounts.insert(other, Account { spent: Rho::from_units(1000), ..Account::default() });
-        let set = |keys: &[&str]| keys.iter().map(|lineage| key(lineage)).collect::<BTreeSet<_>>();
-        let total = |disjoint: &[BTreeSet<AccountKey>]| headline(&state, "customers", disjoint).units();
-        assert_eq!(total(&[]), 23);
-        assert_eq!(total(&[set(&["a", "b"])]), 7 + 11);
-        assert_eq!(total(&[set(&["a", "b", "c"])]), 11);
-        assert_eq!(total(&[set(&["a", "b"]), set(&["b", "c"])]), 7 + 11, "a source is in one group only");
-        assert_eq!(total(&[set(&["nowhere"])]), 23);
     }
 
     #[test]

@@ -2,14 +2,14 @@
 //!
 //! Building is deterministic; verification builds again and compares.
 
+use super::headline::{declared, headlines};
 use super::section::{
-    ByStep, EventKind, EventLine, Granted, Headline, Odds, ProductSection, RefusalLine, Spending,
-    WindowFigures,
+    ByStep, EventKind, EventLine, Granted, Odds, ProductSection, RefusalLine, Spending, WindowFigures,
 };
 use super::{
-    DEPLOYMENT_MODEL, DEPLOYMENT_MODEL_BOTH, DEPLOYMENT_MODEL_SUMS, FORMAT, LOCAL_STATEMENT, LedgerRecord,
-    Period, ProductLedger, RecordedEntry, Report, ReportError, ReportInput, STATEMENTS, SUM_STATEMENTS,
-    SignedHead, Transparency, WINDOW_STATEMENT,
+    DEPLOYMENT_MODEL, DEPLOYMENT_MODEL_BOTH, DEPLOYMENT_MODEL_SUMS, DISJOINT_STATEMENT, FORMAT,
+    LOCAL_STATEMENT, LedgerRecord, Period, ProductLedger, RecordedEntry, Report, ReportError, ReportInput,
+    STATEMENTS, SUM_STATEMENTS, SignedHead, Transparency, WINDOW_STATEMENT,
 };
 use crate::budget::{Delta, Rho};
 use crate::ledger::window::{Standing, standing};
@@ -37,6 +37,10 @@ pub fn build(input: ReportInput) -> Result<Report, ReportError> {
     if products.iter().any(|section| section.granted.window.is_some()) {
         statements.push(WINDOW_STATEMENT.to_owned());
     }
+    let disjoint = declared(&input.disjoint, &histories)?;
+    if !disjoint.is_empty() {
+        statements.push(DISJOINT_STATEMENT.to_owned());
+    }
     Ok(Report {
         format: FORMAT.to_owned(),
         deployment: input.deployment,
@@ -53,7 +57,8 @@ pub fn build(input: ReportInput) -> Result<Report, ReportError> {
         trust_model: input.trust_model,
         statements,
         reproducible: histories.values().any(|history| history.state.reproducible),
-        headlines: headlines(&histories),
+        headlines: headlines(&histories, &disjoint),
+        disjoint: input.disjoint,
         products,
         refused: input.refused,
         unprotected_facts: input.unprotected_facts,
@@ -93,15 +98,15 @@ fn placement(histories: &BTreeMap<String, History>) -> (String, Vec<String>) {
 }
 
 /// Whether a line is the debit of a secure sum.
-fn in_a_sum(line: &EventLine) -> bool {
+pub(super) fn in_a_sum(line: &EventLine) -> bool {
     line.mechanism.as_ref().is_some_and(|event| event.shares.is_some())
 }
 
 /// One agent's ledger, replayed.
-struct History {
-    record: LedgerRecord,
-    state: State,
-    lines: Vec<(AccountKey, EventLine)>,
+pub(super) struct History {
+    pub(super) record: LedgerRecord,
+    pub(super) state: State,
+    pub(super) lines: Vec<(AccountKey, EventLine)>,
     refusals: Vec<(String, RefusalLine)>,
 }
 
@@ -277,51 +282,6 @@ fn histories(products: &[ProductLedger]) -> Result<BTreeMap<String, History>, Re
     Ok(histories)
 }
 
-// Unknown overlap means sum: an entity may be in every account of its namespace. Within one secure sum its sensitivities
-// add up, and not the costs: (Σ√ρ)², at most Σρ times the number of accounts.
-fn headlines(histories: &BTreeMap<String, History>) -> Vec<Headline> {
-    #[derive(Default)]
-    struct Total {
-        accounts: usize,
-        delta: Option<Delta>,
-        spent: Rho,
-        reserved: Rho,
-        in_sums: Rho,
-    }
-    let mut totals: BTreeMap<&str, Total> = BTreeMap::new();
-    for history in histories.values() {
-        for (key, account) in &history.state.accounts {
-            let total = totals.entry(&key.entity_namespace).or_default();
-            total.accounts += 1;
-            total.spent = add(total.spent, account.spent);
-            total.reserved = add(total.reserved, account.reserved);
-            for grant in account.grants.values() {
-                total.delta =
-                    Some(total.delta.map_or(grant.delta, |d| if grant.delta < d { grant.delta } else { d }));
-            }
-            for (_, line) in history.lines.iter().filter(|(owner, line)| owner == key && in_a_sum(line)) {
-                total.in_sums = add(total.in_sums, line.rho);
-            }
-        }
-    }
-    let headline = |(namespace, total): (&str, Total)| {
-        let delta = total.delta?;
-        // How many more times than once.
-        let again = total.accounts.saturating_sub(1) as u64;
-        let spent = add(total.spent, times(total.in_sums, again));
-        // Nobody knows what a reservation will be used for: where there were secure sums, for one.
-        let reserved = times(total.reserved, if total.in_sums > Rho::ZERO { again + 1 } else { 1 });
-        Some(Headline {
-            entity_namespace: namespace.to_owned(),
-            accounts: total.accounts,
-            delta,
-            spent: Spending::of(spent, delta),
-            charged: Spending::of(add(spent, reserved), delta),
-        })
-    };
-    totals.into_iter().filter_map(headline).collect()
-}
-
 fn window_figures(standing: &Standing, delta: Delta) -> WindowFigures {
     let Standing { limit, spent, left, frees_ms, .. } = *standing;
     let (length_ms, epsilon, rho) = (limit.length_ms, limit.epsilon, limit.rho);
@@ -333,10 +293,10 @@ fn charged(account: &Account) -> Rho {
 }
 
 // Saturating: sums over many ledgers could leave 64 bits only with grants nobody would give.
-fn add(a: Rho, b: Rho) -> Rho {
+pub(super) fn add(a: Rho, b: Rho) -> Rho {
     a.checked_add(b).unwrap_or(Rho::from_units(u64::MAX))
 }
 
-fn times(rho: Rho, factor: u64) -> Rho {
+pub(super) fn times(rho: Rho, factor: u64) -> Rho {
     Rho::from_units(rho.units().saturating_mul(factor))
 }

@@ -5,7 +5,7 @@
 
 use super::picture::budget_over_time;
 use super::section::rounded_up;
-use super::{ProductSection, RecordedEntry, Report, ReportError, SignedReport};
+use super::{Declaration, ProductSection, RecordedEntry, Report, ReportError, SignedReport};
 use crate::budget::{Epsilon, Rho};
 use askama::Template;
 use time::OffsetDateTime;
@@ -28,7 +28,8 @@ pub fn render_html(report: &Report, signed: &SignedReport) -> Result<String, Rep
         .collect::<Result<Vec<_>, _>>()?;
     // `<` would end the script element; inside JSON strings its escape means the same.
     let embedded = signed.to_json().replace('<', "\\u003c");
-    let page = Page { report, signed, products, embedded };
+    let declarations = report.disjoint.iter().map(|d| d.said()).collect::<Result<Vec<_>, _>>()?;
+    let page = Page { report, signed, products, declarations, embedded };
     page.render().map_err(|error| ReportError::Page { reason: error.to_string() })
 }
 
@@ -43,6 +44,7 @@ struct Page<'a> {
     report: &'a Report,
     signed: &'a SignedReport,
     products: Vec<Product<'a>>,
+    declarations: Vec<Declaration>,
     embedded: String,
 }
 

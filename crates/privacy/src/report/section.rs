@@ -240,13 +240,16 @@ pub struct ProductSection {
 pub struct Headline {
     /// Who the units are.
     pub entity_namespace: String,
-    /// Number of accounts added up (overlap is taken as complete).
+    /// Number of its accounts.
     pub accounts: usize,
+    /// How many of them one unit is in at most, where owners declared sources disjoint; otherwise it may be in all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_at_most: Option<usize>,
     /// Smallest δ of their grants.
     pub delta: Delta,
-    /// Sum of everything spent.
+    /// The most that one unit can have lost.
     pub spent: Spending,
-    /// Sum of everything spent or reserved.
+    /// The same if every open reservation is used up.
     pub charged: Spending,
 }
 

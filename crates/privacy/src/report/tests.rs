@@ -13,7 +13,7 @@ use rand_chacha::ChaCha20Rng;
 
 const AGENT: &str = "spiffe://mesh/tabmesh/agent/retail/a";
 
-fn grant(product: &str, namespace: &str) -> GrantRequest {
+pub(super) fn grant(product: &str, namespace: &str) -> GrantRequest {
     GrantRequest {
         product: product.to_owned(),
         entity_namespace: namespace.to_owned(),
@@ -25,7 +25,13 @@ fn grant(product: &str, namespace: &str) -> GrantRequest {
     }
 }
 
-fn run_plan(ledger: &mut Ledger<MemoryJournal>, product: &str, purpose: Purpose, rho: Rho, time_ms: i64) {
+pub(super) fn run_plan(
+    ledger: &mut Ledger<MemoryJournal>,
+    product: &str,
+    purpose: Purpose,
+    rho: Rho,
+    time_ms: i64,
+) {
     let plan = PlanRequest {
         plan_digest: format!("{product}-{}", purpose.label()),
         product: product.to_owned(),
@@ -85,8 +91,10 @@ fn input(ledger: &Ledger<MemoryJournal>, head: Option<SignedHead>) -> ReportInpu
         refused: vec![RefusedRequest {
             time_ms: 10,
             plan_digest: "early".to_owned(),
-            rule: RefusalRule::CohortTooSmall,
+            product: "orders".to_owned(),
+            rules: vec!["epsilon_above_grant".to_owned()],
         }],
+        disjoint: Vec::new(),
         unprotected_facts: UnprotectedFact::ALL.to_vec(),
         audit: None,
     }
@@ -135,7 +143,7 @@ fn a_budget_window_stands_beside_the_lifetime_and_is_recomputed() {
 }
 
 /// A ledger with one secure sum of five agents, and the ρ it was debited.
-fn with_a_sum(ledger: &mut Ledger<MemoryJournal>, product: &str) -> Rho {
+pub(super) fn with_a_sum(ledger: &mut Ledger<MemoryJournal>, product: &str) -> Rho {
     let plan = PlanRequest {
         plan_digest: "sums".to_owned(),
         product: product.to_owned(),
