@@ -1,5 +1,7 @@
 //! From answers on test rows to rows of results.
 
+use std::collections::BTreeSet;
+
 use tabmesh_tfm::metrics;
 
 use super::document::Metric;
@@ -81,22 +83,54 @@ impl Where<'_> {
                 rows.extend(self.domain(wanted, method, domain, answers, labels));
             }
         }
-        if wanted.contains(&Metric::Reliability) {
-            let methods: std::collections::BTreeSet<&str> =
-                domains.iter().flat_map(|(_, answers, _)| answers.keys().copied()).collect();
-            for method in methods {
-                let mut tenths = Tenths::default();
-                for (_, answers, labels) in domains {
-                    if let Some(answers) = answers.get(method) {
-                        tenths.add(answers, labels);
-                    }
+        let methods: BTreeSet<&str> =
+            domains.iter().flat_map(|(_, answers, _)| answers.keys().copied()).collect();
+        for method in methods {
+            let (mut tenths, mut pool) = (Tenths::default(), Pool::default());
+            for (_, answers, labels) in domains {
+                if let Some(answers) = answers.get(method) {
+                    tenths.add(answers, labels);
+                    pool.add(answers, labels);
                 }
+            }
+            rows.extend(pool.rows(self, wanted, method));
+            if wanted.contains(&Metric::Reliability) {
                 rows.extend(tenths.rows(self, method));
             }
         }
         rows
     }
 }
+
+/// Answers of all domains together, for federations of domains too small for figures of their own.
+///
+/// A macro mean over domains is what is asked for; where no domain counts there is none, and all test rows are scored as if they
+/// were one domain's, [`POOLED`]. Between domains such a figure also ranks label rates, so it isn't compared with a macro one.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub(crate) struct Pool {
+    answers: Vec<f64>,
+    labels: Vec<u8>,
+    any_counts: bool,
+}
+
+impl Pool {
+    pub(crate) fn add(&mut self, answers: &[f64], labels: &[u8]) {
+        self.any_counts |= counted(labels);
+        self.answers.extend_from_slice(answers);
+        self.labels.extend_from_slice(labels);
+    }
+
+    /// Figures over all, if no domain has its own.
+    pub(crate) fn rows(&self, place: &Where<'_>, wanted: &[Metric], method: &str) -> Vec<Row> {
+        if self.any_counts || self.labels.is_empty() {
+            return Vec::new();
+        }
+        place.domain(wanted, method, POOLED, &self.answers, &self.labels)
+    }
+}
+
+/// Stands for all domains together where a row names a domain.
+pub(crate) const POOLED: &str = "(pooled)";
 
 /// Predictions by tenth of probability.
 #[derive(Debug, Default, Clone, PartialEq)]
@@ -165,5 +199,25 @@ mod tests {
         assert!((value("reliability_0_predicted").unwrap_or(0.0) - 0.03).abs() < 1e-12);
         assert_eq!(value("reliability_9_observed"), Some(1.0));
         assert_eq!(rows.len(), 6);
+    }
+
+    /// Ten thousand domains of one row have no AUC each; together they have one, and where any domain counts there is none.
+    #[test]
+    fn domains_too_small_for_figures_are_scored_together() {
+        let (answers, labels): (Vec<f64>, Vec<u8>) =
+            (0..60_u8).map(|i| (f64::from(i) / 60.0, u8::from(i % 3 == 0))).unzip();
+        let wanted = [Metric::Auc, Metric::LogLoss];
+        let mut small = Pool::default();
+        for (answer, label) in answers.iter().zip(&labels) {
+            small.add(&[*answer], &[*label]);
+        }
+        let rows = small.rows(&PLACE, &wanted, "model");
+        let of = |metric: &str| rows.iter().find(|row| row.metric == metric).map(|row| row.value);
+        assert_eq!(of("auc"), metrics::roc_auc(&answers, &labels));
+        assert_eq!(of("log_loss"), metrics::log_loss(&answers, &labels));
+        assert!(rows.iter().all(|row| row.counted && row.domain == POOLED));
+        small.add(&answers, &labels);
+        assert!(small.rows(&PLACE, &wanted, "model").is_empty(), "one domain has figures of its own");
+        assert!(Pool::default().rows(&PLACE, &wanted, "model").is_empty());
     }
 }

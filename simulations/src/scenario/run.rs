@@ -19,7 +19,7 @@ use super::compare::{DRAWS, Loaded};
 use super::data::{Data, Source, World, virtual_domains};
 use super::document::{Federation, Flow, Metric, Placement, Scenario};
 use super::duplicates;
-use super::figures::{Tenths, Where};
+use super::figures::{Pool, Tenths, Where};
 use super::report;
 use super::results::{FORMAT, Manifest, Noise, Row, RunFolder, SetDigest, Shard};
 use super::rounds::{self, RoundEnd};
@@ -461,7 +461,7 @@ impl Prepared {
         let mut hear = |end: &RoundEnd<'_>| -> Result<()> {
             tell(&format!("round {} of {}", end.round, spec.rounds));
             let place = Where { round: Some(end.round), ..place.clone() };
-            let mut tenths = Tenths::default();
+            let (mut tenths, mut pool) = (Tenths::default(), Pool::default());
             let solved = end.learner.solved(end.parameters);
             for domain in &domains {
                 let test = &domain.test;
@@ -469,11 +469,13 @@ impl Prepared {
                     (0..test.len()).map(|row| end.learner.probability(&solved, test.row(row))).collect();
                 rows.extend(place.domain(wanted, MODEL, &domain.domain, &answers, &test.labels));
                 tenths.add(&answers, &test.labels);
+                pool.add(&answers, &test.labels);
                 if end.round == spec.rounds && self.scenario.keep_answers {
                     let test = (Arc::clone(&domain.entities), Arc::new(test.labels.clone()));
                     kept.push(Self::kept(&place, MODEL, &domain.domain, &test, &answers));
                 }
             }
+            rows.extend(pool.rows(&place, wanted, MODEL));
             if end.round == spec.rounds && wanted.contains(&Metric::Reliability) {
                 rows.extend(tenths.rows(&place, MODEL));
             }

@@ -245,7 +245,7 @@ pub(crate) fn default_hostile() -> f64 {
 }
 
 /// The mean change as it is: the step of averaging.
-pub(crate) const PLAIN_STEP: OptimiserSpec = OptimiserSpec::Sgd { learning_rate: 1.0, momentum: 0.0 };
+pub const PLAIN_STEP: OptimiserSpec = OptimiserSpec::Sgd { learning_rate: 1.0, momentum: 0.0 };
 
 #[cfg(test)]
 mod tests {
