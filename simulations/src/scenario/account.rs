@@ -6,7 +6,7 @@ use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::{
     CommitRequest, GrantRequest, Ledger, MemoryJournal, PlanRequest, Purpose, Reservation,
 };
-use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, MechanismEvent, Noise};
+use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, Mechanism, MechanismEvent, Noise};
 use tabmesh_privacy::noise::{NoiseSource, Purpose as NoisePurpose};
 
 use super::rounds::Budget;
@@ -19,7 +19,7 @@ pub(crate) struct Price {
 
 impl Price {
     /// The price of a mechanism on vectors of `dimension` integers.
-    pub(crate) fn of(mechanism: &DiscreteGaussian, dimension: usize) -> Self {
+    pub(crate) fn of(mechanism: &impl Noise, dimension: usize) -> Self {
         let dimension = u32::try_from(dimension).unwrap_or(u32::MAX);
         Self { event: mechanism.event(EventShape { rows_per_unit: 1, marginals: 0, dimension }) }
     }
@@ -101,7 +101,7 @@ impl Account {
     pub(crate) fn answer(
         &mut self,
         sum: &[i64],
-        drawn: &DiscreteGaussian,
+        drawn: &Mechanism,
         price: &Price,
         step: u32,
     ) -> Result<Vec<i64>> {
@@ -114,7 +114,7 @@ impl Account {
         reservation: &Reservation,
         purpose: NoisePurpose,
         sum: &[i64],
-        (drawn, price): (&DiscreteGaussian, &Price),
+        (drawn, price): (&impl Noise, &Price),
         step: u64,
     ) -> Result<Vec<i64>> {
         let sequence = self.ledger.entries().len() as u64;

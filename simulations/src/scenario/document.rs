@@ -13,6 +13,7 @@ use tabmesh_federation::aggregate::Scheme;
 use tabmesh_federation::aggregate::optimiser::OptimiserSpec;
 use tabmesh_federation::aggregate::strategy::{FederatedStrategy, LocalWork, Pace};
 use tabmesh_federation::plan::read_document;
+use tabmesh_privacy::mechanism::MechanismName;
 
 pub use super::flow::{Also, Flow, FlowFaults, Leaving};
 pub use super::targets::{Aim, Targets};
@@ -289,6 +290,9 @@ pub struct Privacy {
     pub unit: Unit,
     /// Who adds how much noise.
     pub placement: Placement,
+    /// Which noise. Default `discrete_gaussian`, the only one that is drawn in shares.
+    #[serde(default)]
+    pub mechanism: MechanismName,
     /// Under `shared`: share of a round's domains that may be missing before its sum may not be opened, in [0, 0.9].
     /// Default 0.2.
     #[serde(default = "fifth")]
@@ -574,6 +578,12 @@ impl Federation {
             found.within(&at("privacy.missing"), privacy.missing, 0.0, 0.9);
             found.whole(&at("privacy.colluders"), privacy.colluders, 1, 1000);
             if privacy.placement == Placement::Shared {
+                if privacy.mechanism != MechanismName::DiscreteGaussian {
+                    found.say(
+                        &at("privacy.mechanism"),
+                        "shares of noise add up to a discrete Gaussian only; other noise needs placement local",
+                    );
+                }
                 if let Err(error) = self.strategy.check_sum_only() {
                     found.say(&at("privacy.placement"), &error.to_string());
                 } else if privacy.unit == Unit::Row && self.strategy.local_work() == LocalWork::Steps {
@@ -771,6 +781,8 @@ mod tests {
             assert!(text.contains(rule) && text.contains("own update"), "{text}");
         }
         assert!(with("{kind: fedprox}", "row").contains("unit domain or fedsgd"));
+        let laplace = with("{kind: fedsgd}", "row, mechanism: discrete_laplace");
+        assert!(laplace.contains("privacy.mechanism") && laplace.contains("placement local"), "{laplace}");
         let text =
             refusal("federations:\n  - {name: a, strategy: {kind: fedadam}, optimiser: {kind: sgd}}\n");
         assert!(text.contains("fedadam goes with optimiser adam only"), "{text}");

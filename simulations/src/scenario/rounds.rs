@@ -28,14 +28,14 @@ use tabmesh_federation::phase::collect::{Announcement, ByAgent, Quorum, Submissi
 use tabmesh_federation::phase::{Outcome, Refusal};
 use tabmesh_federation::round::{Phase, Round, RoundEvent};
 use tabmesh_federation::schedule::Window;
-use tabmesh_federation::screen::{Plausible, ScreenLimits};
+use tabmesh_federation::screen::{Plausible, ScreenLimits, TAIL_SIGMAS};
 use tabmesh_federation::secagg::noise::NoisePlan;
 use tabmesh_federation::vector::Vector;
 use tabmesh_privacy::accountant::zcdp;
 use tabmesh_privacy::budget::{Delta, Epsilon, Rho};
 use tabmesh_privacy::clip::{integer_norm, quantize_clipped};
 use tabmesh_privacy::ledger::LedgerError;
-use tabmesh_privacy::mechanism::DiscreteGaussian;
+use tabmesh_privacy::mechanism::{DiscreteGaussian, Mechanism, Noise as _};
 
 use super::account::{Account, Price};
 use super::document::{Attack, Exhausted, Federation, Placement, Privacy, Unit};
@@ -103,7 +103,7 @@ pub(crate) fn run(
 /// The figures of a round's noise, all public.
 struct Noise {
     /// What each agent adds.
-    drawn: DiscreteGaussian,
+    drawn: Mechanism,
     /// What the ledger is told.
     price: Price,
     /// Under shared noise, how it is divided.
@@ -409,13 +409,13 @@ impl<'a> World<'a> {
         let len = self.learner.dimension();
         let norm = integer_norm(self.sent.0, self.sent.1).unwrap_or(1);
         let largest = self.agents.iter().map(|agent| agent.total).fold(1.0, f64::max);
-        let sigma_squared = match &self.noise {
+        let reach = match &self.noise {
             Some(Noise { shares: Some(_), .. }) => {
                 let max_abs = i64::MAX.unsigned_abs() / agents.max(1) as u64;
                 return ScreenLimits { len, max_abs, max_norm: u64::MAX };
             }
             // What local steps were noised with is inside the clipped change.
-            Some(noise) if !self.noised_in_steps() => noise.drawn.sigma_squared().as_f64(),
+            Some(noise) if !self.noised_in_steps() => noise.drawn.reach(),
             _ => 0.0,
         };
         ScreenLimits::new(Plausible {
@@ -424,7 +424,7 @@ impl<'a> World<'a> {
             max_units: largest.ceil() as u64,
             unit_max: norm,
             unit_norm: norm,
-            sigma_ceil: sigma_squared.sqrt().ceil() as u64,
+            sigma_ceil: (reach / TAIL_SIGMAS as f64).ceil() as u64,
         })
     }
 
@@ -656,7 +656,8 @@ fn noise(spec: &Federation, budget: &Budget, asked: usize, dimension: usize) -> 
     let sensitivity = integer_norm(norm, scale_for(norm))?;
     let squared = sensitivity * sensitivity;
     let Some(privacy) = spec.privacy.as_ref().filter(|privacy| privacy.placement == Placement::Shared) else {
-        let drawn = DiscreteGaussian::from_rho(squared, budget.one)?;
+        let name = spec.privacy.as_ref().map(|privacy| privacy.mechanism).unwrap_or_default();
+        let drawn = name.from_rho(squared, u32::try_from(dimension)?, budget.one)?;
         let price = Price::of(&drawn, dimension);
         return Ok(Noise { drawn, price, shares: None });
     };
@@ -672,7 +673,7 @@ fn noise(spec: &Federation, budget: &Budget, asked: usize, dimension: usize) -> 
         guarantee.rho.as_f64(),
         budget.one.as_f64()
     );
-    let drawn = DiscreteGaussian::from_sigma_squared(squared, shares.share)?;
+    let drawn = DiscreteGaussian::from_sigma_squared(squared, shares.share)?.into();
     Ok(Noise { drawn, price: Price::of(&central, dimension), shares: Some(shares) })
 }
 

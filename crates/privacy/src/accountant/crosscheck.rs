@@ -5,13 +5,13 @@
 //! and dropped. Only maps are used: its sampler has no seam for randomness.
 
 use crate::budget::{Delta, Rho};
-use crate::mechanism::MechanismEvent;
+use crate::mechanism::{MechanismEvent, MechanismKind};
 use opendp::combinators::make_zCDP_to_approxDP;
 use opendp::core::Measurement;
 use opendp::domains::{AtomDomain, VectorDomain};
-use opendp::measurements::make_gaussian;
+use opendp::measurements::{make_gaussian, make_laplace};
 use opendp::measures::ZeroConcentratedDivergence;
-use opendp::metrics::L2Distance;
+use opendp::metrics::{L1Distance, L2Distance};
 
 /// The second opinion differs, or couldn't be had.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -42,6 +42,18 @@ pub fn opendp_rho(sigma: f64, l2_sensitivity: f64) -> Result<f64, CrossCheckErro
     gaussian(sigma).and_then(|measurement| measurement.map(&l2_sensitivity).map_err(unavailable))
 }
 
+/// ε of one Laplace measurement on an integer vector, by opendp's privacy map.
+///
+/// `scale` and `l1_sensitivity` in integer units.
+///
+/// # Errors
+/// [`CrossCheckError::Unavailable`] when opendp refuses the parameters.
+pub fn opendp_laplace_epsilon(scale: f64, l1_sensitivity: f64) -> Result<f64, CrossCheckError> {
+    let domain = VectorDomain::new(AtomDomain::<i64>::default());
+    let measurement = make_laplace(domain, L1Distance::<f64>::default(), scale, None).map_err(unavailable)?;
+    measurement.map(&l1_sensitivity).map_err(unavailable)
+}
+
 /// ε at δ of one Gaussian measurement, by opendp's zCDP conversion.
 ///
 /// # Errors
@@ -57,7 +69,14 @@ pub fn opendp_epsilon(sigma: f64, l2_sensitivity: f64, delta: Delta) -> Result<f
 /// # Errors
 /// [`CrossCheckError`] when opendp charges more by over one part in 10⁹ and two units, or refuses.
 pub fn second_opinion(event: &MechanismEvent) -> Result<(), CrossCheckError> {
-    let theirs = opendp_rho(event.sigma_squared.sigma(), (event.l2_sensitivity_squared as f64).sqrt())?;
+    let (scale, l2) = (event.sigma_squared.sigma(), (event.l2_sensitivity_squared as f64).sqrt());
+    let theirs = match event.kind {
+        MechanismKind::DiscreteGaussian | MechanismKind::GaussianShares => opendp_rho(scale, l2)?,
+        MechanismKind::DiscreteLaplace => {
+            // Pure ε is ε²/2 of zero-concentrated.
+            opendp_laplace_epsilon(scale, l2 * f64::from(event.dimension).sqrt())?.powi(2) / 2.0
+        }
+    };
     let ours = event.rho.as_f64();
     let slack = Rho::from_units(SLACK_UNITS).as_f64();
     if theirs <= ours * (1.0 + RELATIVE_SLACK) + slack {
@@ -89,7 +108,7 @@ pub(crate) mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
     use super::*;
     use crate::accountant::zcdp;
-    use crate::mechanism::{DiscreteGaussian, EventShape, Noise};
+    use crate::mechanism::{DiscreteGaussian, EventShape, Noise, VectorLaplace};
 
     /// A row of `tests/fixtures/dp_vectors.csv` (made with dp_accounting 0.6.0 and mpmath; unsampled Gaussian kinds).
     #[derive(Debug)]
@@ -146,6 +165,19 @@ pub(crate) mod tests {
             let theirs =
                 opendp_rho(event.sigma_squared.sigma(), (sensitivity_squared as f64).sqrt()).unwrap();
             assert!((theirs / event.rho.as_f64() - 1.0).abs() < 1e-8, "{theirs}");
+        }
+    }
+
+    #[test]
+    fn both_maps_charge_the_same_for_laplace_noise() {
+        for (sensitivity_squared, dimension, rho) in [(1u64, 1, 0.01), (1 << 40, 50, 0.3), (45 * 9, 3, 0.002)]
+        {
+            let rho = Rho::from_f64_round_down(rho).unwrap();
+            let mechanism = VectorLaplace::from_rho(sensitivity_squared, dimension, rho).unwrap();
+            let mut event = mechanism.event(EventShape { rows_per_unit: 1, marginals: 1, dimension });
+            second_opinion(&event).unwrap();
+            event.rho = Rho::from_units(event.rho.units() - event.rho.units() / 1000);
+            assert!(matches!(second_opinion(&event), Err(CrossCheckError::Disagrees { .. })), "{dimension}");
         }
     }
 

@@ -97,6 +97,11 @@ impl Noise for DiscreteGaussian {
         self.sigma_squared.as_f64()
     }
 
+    /// Twelve deviations: 4·10⁻³³.
+    fn reach(&self) -> f64 {
+        12.0 * self.sigma_squared.sigma()
+    }
+
     fn event(&self, shape: EventShape) -> MechanismEvent {
         MechanismEvent {
             kind: MechanismKind::DiscreteGaussian,

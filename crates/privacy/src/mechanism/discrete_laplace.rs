@@ -3,7 +3,7 @@
 //! P[X = x] ∝ exp(-|x|/t), t an exact fraction. On a query of L1 sensitivity Δ₁ it gives Δ₁/t-differential privacy
 //! (pure, for the unit and adjacency the sensitivity is stated for; whoever draws is trusted). The accountants' Laplace
 //! step is the continuous one and no bound for it: at Δ₁ = t = 1 the neighbours' total variation is 0.46 against 0.39.
-//! The ledger's currency charges Gaussian events only, so this isn't an arm of [`super::Mechanism`].
+//! What it costs on a vector whose L2 norm is bounded is [`super::VectorLaplace`]'s to say.
 
 use super::MechanismError;
 use super::staircase::{Shape, Staircase};

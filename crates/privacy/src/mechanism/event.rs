@@ -18,6 +18,28 @@ pub enum MechanismKind {
     DiscreteGaussian,
     /// A sum of discrete Gaussians, a share from each agent of a secure sum; see [`super::shares`].
     GaussianShares,
+    /// Exact discrete Laplace, unsampled; see [`super::VectorLaplace`].
+    DiscreteLaplace,
+}
+
+impl MechanismKind {
+    /// The noise in words.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::DiscreteGaussian | Self::GaussianShares => "discrete Gaussian",
+            Self::DiscreteLaplace => "discrete Laplace",
+        }
+    }
+
+    /// The letter of its parameter, whose square an event holds.
+    #[must_use]
+    pub fn parameter(self) -> &'static str {
+        match self {
+            Self::DiscreteGaussian | Self::GaussianShares => "σ",
+            Self::DiscreteLaplace => "t",
+        }
+    }
 }
 
 /// One use of a mechanism.
@@ -26,7 +48,8 @@ pub enum MechanismKind {
 pub struct MechanismEvent {
     /// Which mechanism.
     pub kind: MechanismKind,
-    /// Variance of the noise on each coordinate, in squared integer units; of shares, the least that their sum has.
+    /// Parameter σ² of the noise on each coordinate, in squared integer units; of shares, the least that their sum has; of Laplace noise,
+    /// the square of its scale.
     pub sigma_squared: SigmaSquared,
     /// Squared L2 sensitivity of the noised vector, in squared integer units.
     pub l2_sensitivity_squared: u64,
@@ -36,7 +59,7 @@ pub struct MechanismEvent {
     pub marginals: u32,
     /// Coordinates of the vector.
     pub dimension: u32,
-    /// Cost: ⌈Δ²/(2σ²) · 2⁴⁰⌉ units; of shares, what [`NoiseShares::cost`] says.
+    /// Cost: ⌈Δ²/(2σ²) · 2⁴⁰⌉ units; of shares, what [`NoiseShares::cost`] says; of Laplace noise, times the dimension.
     pub rho: Rho,
     /// How the noise is divided, where it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -57,6 +80,9 @@ impl MechanismEvent {
         let (sigma_squared, sensitivity) = (self.sigma_squared, self.l2_sensitivity_squared);
         let computed = match (self.kind, &self.shares) {
             (MechanismKind::DiscreteGaussian, None) => sigma_squared.cost(sensitivity),
+            (MechanismKind::DiscreteLaplace, None) => {
+                super::vector_laplace::cost(sigma_squared, (sensitivity, self.dimension))
+            }
             (MechanismKind::GaussianShares, Some(shares)) => {
                 shares.check(sigma_squared, sensitivity)?;
                 shares.cost(sigma_squared, sensitivity, self.dimension).map(|cost| cost.rho)

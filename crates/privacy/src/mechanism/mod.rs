@@ -2,7 +2,7 @@
 //!
 //! A mechanism adds noise to an integer vector whose L2 sensitivity it was told, and knows the ρ that costs. It is
 //! the only way to a [`Private`] besides the ledger's restore. A new mechanism is a new file here and one arm of
-//! [`Mechanism`]; the conformance test at the bottom then runs over it.
+//! [`Mechanism`] and of [`MechanismName`]; the conformance test at the bottom then runs over it.
 
 #[cfg(test)]
 mod bernoulli;
@@ -14,15 +14,19 @@ pub mod shares;
 mod staircase;
 #[cfg(test)]
 mod twin;
+mod vector_laplace;
 
 pub use discrete_gaussian::DiscreteGaussian;
 pub use discrete_laplace::DiscreteLaplace;
 pub use event::{MechanismEvent, MechanismKind, SigmaSquared};
 pub use shares::NoiseShares;
+pub use vector_laplace::VectorLaplace;
 
 use crate::budget::Rho;
 use crate::private::Private;
 use rand::{CryptoRng, RngCore};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// Why a mechanism can't be built. Depends on the plan, never on values.
 #[derive(Debug, Clone, Copy, PartialEq, thiserror::Error)]
@@ -82,6 +86,9 @@ pub trait Noise {
     /// Variance of the noise on one coordinate.
     fn variance(&self) -> f64;
 
+    /// A magnitude that a draw passes with probability below 10⁻¹⁷.
+    fn reach(&self) -> f64;
+
     /// The record of one use: what a ledger entry holds.
     fn event(&self, shape: EventShape) -> MechanismEvent;
 
@@ -109,30 +116,82 @@ pub struct EventShape {
 pub enum Mechanism {
     /// Exact discrete Gaussian noise (Canonne, Kamath, Steinke 2020).
     DiscreteGaussian(DiscreteGaussian),
+    /// Exact discrete Laplace noise on vectors of bounded L2 norm.
+    VectorLaplace(VectorLaplace),
+}
+
+/// Names of the mechanisms, as scenarios choose them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MechanismName {
+    /// [`DiscreteGaussian`].
+    #[default]
+    DiscreteGaussian,
+    /// [`VectorLaplace`].
+    DiscreteLaplace,
+}
+
+impl MechanismName {
+    /// The least noise that costs at most `rho` on vectors of so many coordinates and such a sensitivity.
+    ///
+    /// # Errors
+    /// The mechanism's own.
+    pub fn from_rho(
+        self,
+        l2_sensitivity_squared: u64,
+        dimension: u32,
+        rho: Rho,
+    ) -> Result<Mechanism, MechanismError> {
+        Ok(match self {
+            Self::DiscreteGaussian => {
+                Mechanism::DiscreteGaussian(DiscreteGaussian::from_rho(l2_sensitivity_squared, rho)?)
+            }
+            Self::DiscreteLaplace => {
+                Mechanism::VectorLaplace(VectorLaplace::from_rho(l2_sensitivity_squared, dimension, rho)?)
+            }
+        })
+    }
+}
+
+impl From<DiscreteGaussian> for Mechanism {
+    fn from(mechanism: DiscreteGaussian) -> Self {
+        Self::DiscreteGaussian(mechanism)
+    }
 }
 
 impl Noise for Mechanism {
     fn draw<R: RngCore + CryptoRng>(&self, rng: &mut R) -> i64 {
         match self {
             Self::DiscreteGaussian(mechanism) => mechanism.draw(rng),
+            Self::VectorLaplace(mechanism) => mechanism.draw(rng),
         }
     }
 
     fn rho(&self) -> Rho {
         match self {
             Self::DiscreteGaussian(mechanism) => mechanism.rho(),
+            Self::VectorLaplace(mechanism) => mechanism.rho(),
         }
     }
 
     fn variance(&self) -> f64 {
         match self {
             Self::DiscreteGaussian(mechanism) => mechanism.variance(),
+            Self::VectorLaplace(mechanism) => mechanism.variance(),
+        }
+    }
+
+    fn reach(&self) -> f64 {
+        match self {
+            Self::DiscreteGaussian(mechanism) => mechanism.reach(),
+            Self::VectorLaplace(mechanism) => mechanism.reach(),
         }
     }
 
     fn event(&self, shape: EventShape) -> MechanismEvent {
         match self {
             Self::DiscreteGaussian(mechanism) => mechanism.event(shape),
+            Self::VectorLaplace(mechanism) => mechanism.event(shape),
         }
     }
 }
@@ -145,7 +204,9 @@ mod tests {
     use rand_chacha::ChaCha20Rng;
 
     fn all(sensitivity_squared: u64, rho: Rho) -> Vec<Mechanism> {
-        vec![Mechanism::DiscreteGaussian(DiscreteGaussian::from_rho(sensitivity_squared, rho).unwrap())]
+        [MechanismName::DiscreteGaussian, MechanismName::DiscreteLaplace]
+            .map(|name| name.from_rho(sensitivity_squared, 8, rho).unwrap())
+            .to_vec()
     }
 
     // Conformance: what the rest of the house relies on, for every arm and several scales.
@@ -171,12 +232,18 @@ mod tests {
                     shifted.as_slice().iter().zip(noised.as_slice()).map(|(a, b)| a - b).collect();
                 assert!(difference.iter().all(|d| *d == 1000), "noise doesn't depend on the values");
 
-                // Mean within 5 standard errors and variance within 12 %: error rate below 1e-6 at n = 4096.
+                // Mean within 5 standard errors and variance within 20 %: error rate below 1e-6 each at n = 4096 (kurtosis 6).
                 let n = 4096.0;
                 let mean = noised.as_slice().iter().map(|v| *v as f64).sum::<f64>() / n;
                 let second = noised.as_slice().iter().map(|v| (*v as f64).powi(2)).sum::<f64>() / n;
                 assert!(mean.abs() <= 5.0 * (mechanism.variance() / n).sqrt(), "mean {mean}");
-                assert!((second / mechanism.variance() - 1.0).abs() <= 0.12, "variance {second}");
+                assert!((second / mechanism.variance() - 1.0).abs() <= 0.2, "variance {second}");
+
+                let furthest = noised.as_slice().iter().map(|v| v.unsigned_abs()).max().unwrap();
+                assert!(
+                    (furthest as f64) < mechanism.reach()
+                        && mechanism.reach() < 40.0 * mechanism.variance().sqrt()
+                );
 
                 let empty = mechanism.privatize(&[], &mut rng);
                 assert_eq!(empty.dimension(), 0);

@@ -96,6 +96,27 @@ fn every_strategy_learns_and_repeats_itself() {
     assert!(mlp.auc > 0.75, "{}", mlp.auc);
 }
 
+/// Laplace noise costs as much, is another noise, and of fifty coordinates does more harm: no update of an honest agent is screened.
+#[test]
+fn another_mechanism_is_paid_for_alike_and_drawn_from_its_own_law() {
+    let with = |name: &str| {
+        let privacy = format!("epsilon: 3, unit: row, placement: local, mechanism: {name}");
+        ran(&format!("strategy: {{kind: fedsgd}}, rounds: 10, clip_norm: 4, privacy: {{{privacy}}}"))
+    };
+    let (gaussian, laplace) = (with("discrete_gaussian"), with("discrete_laplace"));
+    assert_ne!(gaussian.parameters, laplace.parameters);
+    assert_eq!(laplace.parameters, with("discrete_laplace").parameters);
+    for ran in [&gaussian, &laplace] {
+        let spent = ran.counts.epsilon.unwrap();
+        assert!(spent <= 3.0 && spent > 2.95, "{spent}");
+        assert_eq!((ran.counts.screened, ran.counts.accepted), (0, 100));
+    }
+    let default = ran(
+        "strategy: {kind: fedsgd}, rounds: 10, clip_norm: 4, privacy: {epsilon: 3, unit: row, placement: local}",
+    );
+    assert_eq!(default.parameters, gaussian.parameters);
+}
+
 #[test]
 fn liars_ruin_a_mean_and_not_a_robust_rule() {
     let liars = "faults: {byzantine: {share: 0.2, attack: {kind: scaling, factor: -8}}}, rounds: 15";
