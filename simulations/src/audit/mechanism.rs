@@ -160,6 +160,8 @@ mod tests {
 
     use rand::SeedableRng;
     use rand_chacha::ChaCha20Rng;
+    use tabmesh_privacy::accountant::phase::{Adjacency, Phase, Step};
+    use tabmesh_privacy::accountant::{pld, rdp};
 
     use super::*;
 
@@ -175,6 +177,24 @@ mod tests {
                 // The audit has power: it finds nine tenths of what an exact account says.
                 assert!(found.found.iter().all(|e| *e > 0.9 * found.exact && *e < found.exact), "{found:?}");
             }
+        }
+    }
+
+    /// What is found lies below what the loss distribution charges, that below the Rényi account, and the ledger's claim above both.
+    #[test]
+    fn what_is_found_is_below_every_account_and_these_are_in_order() {
+        let delta = Delta::new(1e-5).unwrap();
+        for (seed, rho) in [(1, 0.05), (2, 0.5), (3, 2.0)] {
+            let mut rng = ChaCha20Rng::seed_from_u64(seed);
+            let rho = Rho::from_f64_round_down(rho).unwrap();
+            let found = audit(Subject::Shipped, rho, delta, 20_000, &mut rng).unwrap();
+            let sigma = (0.5 / rho.as_f64()).sqrt();
+            let plan = [Phase::new(Step::Gaussian { sigma }, 1).unwrap()];
+            let by_loss = pld::epsilon(&plan, Adjacency::AddRemove, delta).unwrap().get();
+            let by_renyi = rdp::epsilon(&plan, Adjacency::AddRemove, delta).unwrap().get();
+            let most = found.found.into_iter().fold(0.0, f64::max);
+            assert!(0.0 < most && most < by_loss && by_loss < by_renyi, "{most} {by_loss} {by_renyi}");
+            assert!(by_renyi <= found.claimed * (1.0 + 1e-6), "{by_renyi} {}", found.claimed);
         }
     }
 }

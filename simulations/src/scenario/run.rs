@@ -17,7 +17,7 @@ use tabmesh_privacy::ledger::{balance_of, replay};
 use super::answers::{Answered, entities};
 use super::compare::{DRAWS, Loaded};
 use super::data::{Data, Source, World, virtual_domains};
-use super::document::{Federation, Flow, Metric, Placement, Scenario};
+use super::document::{Federation, Flow, FlowFaults, Metric, Placement, Scenario};
 use super::duplicates;
 use super::figures::{Pool, Tenths, Where};
 use super::report;
@@ -132,6 +132,14 @@ pub(crate) fn prepare(
     how: &How,
     first: &mut usize,
 ) -> Result<Prepared> {
+    if how.real
+        && let Some(flow) = scenario.flows.iter().find(|flow| flow.faults != FlowFaults::default())
+    {
+        bail!(
+            "--real runs flows in which nothing goes wrong: flow {} has faults; run it without --real",
+            flow.name
+        );
+    }
     let shard = how.shard.unwrap_or(Shard::WHOLE);
     let all = tasks(&scenario, data.sets());
     let sets = data
