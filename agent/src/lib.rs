@@ -17,6 +17,7 @@ pub mod domain;
 pub mod files;
 pub mod gate;
 pub mod peers;
+pub mod posterior;
 pub mod promote;
 pub mod publication;
 pub mod serve;

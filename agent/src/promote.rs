@@ -17,6 +17,7 @@ use crate::calibrate::Calibration;
 use crate::choose::{Blend, Member, Share};
 use crate::config::ContextSection;
 use crate::gate::Gate;
+use crate::posterior::like_own;
 use crate::publication::{ArtefactError, Artefacts};
 use crate::train::onto;
 use crate::trees::{Settings, Trees};
@@ -266,6 +267,24 @@ impl Loaded {
     /// # Errors
     /// [`WorkError::Model`] if the model refuses.
     pub fn build(&self, candidate: Candidate, rows: &TypedBatch) -> Result<Variant, WorkError> {
+        self.build_with(candidate, rows, |own| self.corpus_like(own))
+    }
+
+    /// As [`Self::build`], with corpus rows that are drawn toward the domain's own distribution.
+    ///
+    /// # Errors
+    /// As [`Self::build`].
+    pub fn build_by_posterior(&self, candidate: Candidate, rows: &TypedBatch) -> Result<Variant, WorkError> {
+        self.build_with(candidate, rows, |own| like_own(&self.corpus, own, self.sizes.corpus_rows))
+    }
+
+    /// Builds a candidate with the corpus rows that `like` takes for own rows in the shared columns.
+    fn build_with(
+        &self,
+        candidate: Candidate,
+        rows: &TypedBatch,
+        like: impl Fn(&TypedBatch) -> Vec<usize>,
+    ) -> Result<Variant, WorkError> {
         let labelled: Vec<usize> = (0..rows.rows()).filter(|&row| rows.labels[row].is_some()).collect();
         let rows = onto(&rows.take(&labelled), &self.own, &self.schema);
         let chosen = self.first_by_hash(&rows.units, self.sizes.local_rows);
@@ -276,8 +295,7 @@ impl Loaded {
             parts = own_parts(&self.preprocessing, self.counted.as_ref(), &own)?;
         }
         if candidate.rows == Rows::Mixed || parts.is_empty() {
-            let like = self.corpus_like(&own);
-            parts.push(self.preprocessing.encode(&self.corpus.take(&like), Coding::Foreign)?);
+            parts.push(self.preprocessing.encode(&self.corpus.take(&like(&own)), Coding::Foreign)?);
         }
         let mut parts = parts.into_iter();
         let Some(mut context) = parts.next() else { return Err(WorkError::NoContext) };

@@ -71,6 +71,8 @@ pub struct Flow {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Also {
+    /// `corpus`, with corpus rows drawn toward the domain's own distribution: its counts, with the pooled ones as their prior.
+    CorpusPosterior,
     /// The tuned weights with own rows alone in the context: what the mixed context adds to `corpus`.
     CorpusLocal,
     /// `base_mixed`, but own rows in the context are coded by counts that hold their own label: what leaving it out is worth.
@@ -88,6 +90,7 @@ impl Also {
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::CorpusPosterior => "corpus_posterior",
             Self::CorpusLocal => "corpus_local",
             Self::OwnLabelKept => "own_label_kept",
             Self::RoundsUntuned => "rounds_untuned",

@@ -243,6 +243,11 @@ pub(crate) fn ours(scoring: &Scoring<'_>, tables: &[Tables]) -> Result<Vec<Ours>
         }
         for also in scoring.also {
             let also_answers = match also {
+                Also::CorpusPosterior => {
+                    let tuned = Candidate { weights: Weights::Tuned, rows: Rows::Mixed, tokens: Tokens::Off };
+                    let drawn = ours.build_by_posterior(tuned, &context)?;
+                    drawn.logits(test)?.into_iter().map(probability).collect()
+                }
                 Also::CorpusLocal => as_is(Weights::Tuned, Rows::Local, Tokens::Off)?,
                 Also::OwnLabelKept => {
                     let kept = published()?.own_labels_kept();
