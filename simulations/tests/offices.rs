@@ -137,8 +137,8 @@ async fn budgets_are_heard_of_and_refusals_and_declarations_are_reported() {
     let operator = deployment.operator().await.unwrap();
     deployment.admitted(&operator).await.unwrap();
 
-    // Policy refuses before any agent sees it; a dry run refuses too, and is no request.
-    let greedy = PlanChoices { name: "greedy".into(), epsilon: 1_000.0, ..PlanChoices::default() };
+    // Above what the policy lets through at this sensitivity: it refuses before any agent sees it. A dry run refuses too, and is no request.
+    let greedy = PlanChoices { name: "greedy".into(), epsilon: 5.0, ..PlanChoices::default() };
     let greedy = plan_yaml(&greedy).into_bytes();
     assert!(!operator.validate_plan(greedy.clone()).await.unwrap().valid);
     operator.submit_plan(greedy).await.unwrap_err();
