@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use tabmesh_federation::manifest::Manifest;
 use tabmesh_privacy::ledger::Entry;
 use tabmesh_privacy::report::{
-    DeclaredSource, MAX_ATTACKS, MeasuredAttack, Period, ProductLedger, Published, RefusedRequest,
-    ReportInput, SignedDeclaration, SignedHead, UnprotectedFact, build,
+    Declaration, DeclaredSource, MAX_ATTACKS, MeasuredAttack, Period, ProductLedger, Published,
+    RefusedRequest, ReportInput, SignedDeclaration, SignedHead, UnprotectedFact, build,
 };
 use tabmesh_privacy::signature::{Signature, VerifyingKey};
 use tabmesh_proto::identity::SpiffeId;
@@ -98,14 +98,27 @@ fn attacks(path: &Path) -> Result<Vec<MeasuredAttack>, CoordinatorError> {
     Ok(all)
 }
 
+/// Reads a file of two owners' declaration. Both have signed it; by which keys is for the report to hold against their ledgers.
+///
+/// # Errors
+/// [`CoordinatorError::Disjoint`] with the file and what is wrong.
+pub(crate) fn declaration(path: &Path) -> Result<(SignedDeclaration, Declaration), CoordinatorError> {
+    let refused = |reason: String| CoordinatorError::Disjoint { path: path.to_owned(), reason };
+    let bytes = std::fs::read(path).map_err(|error| refused(error.to_string()))?;
+    let signed = SignedDeclaration::parse(&bytes).map_err(|error| refused(error.to_string()))?;
+    let as_stated = |agent: &str| {
+        let own = signed.signatures.iter().find(|signature| signature.agent == agent);
+        own.map(|signature| signature.public_key)
+    };
+    let said = signed.counted(as_stated).map_err(|error| refused(error.to_string()))?;
+    Ok((signed, said))
+}
+
 /// Declarations of disjoint sources between agents of the report; the report itself checks that they count.
 fn disjoint(files: &[PathBuf], agents: &[SpiffeId]) -> Result<Vec<SignedDeclaration>, CoordinatorError> {
     let mut counted = Vec::new();
     for path in files {
-        let refused = |reason: String| CoordinatorError::Disjoint { path: path.clone(), reason };
-        let bytes = std::fs::read(path).map_err(|error| refused(error.to_string()))?;
-        let signed = SignedDeclaration::parse(&bytes).map_err(|error| refused(error.to_string()))?;
-        let said = signed.said().map_err(|error| refused(error.to_string()))?;
+        let (signed, said) = declaration(path)?;
         let in_report =
             |source: &DeclaredSource| agents.iter().any(|agent| agent.to_string() == source.agent);
         if said.sources.iter().all(in_report) {

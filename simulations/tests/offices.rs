@@ -36,7 +36,7 @@ fn setup(webhook: u16, metrics: u16) -> Setup {
     let plan = PlanChoices { corpus_rows: 500, pretrain_steps: 1, rounds: 1, ..PlanChoices::default() };
     let [low, high] = PERCENT;
     let more = Lines {
-        coordinator: format!("metrics_listen: 127.0.0.1:{metrics}\ndisjoint: [disjoint.json]\n"),
+        coordinator: format!("metrics_listen: 127.0.0.1:{metrics}\n"),
         agent: format!(
             "alerts: {{percent: [{low}, {high}], webhook: 'http://127.0.0.1:{webhook}/budget'}}\n"
         ),
@@ -112,9 +112,10 @@ async fn report(deployment: &Deployment) -> Report {
 }
 
 /// Both owners sign; each needs its own agent's configuration alone.
-fn declare(deployment: &Deployment) {
-    let config = |at: usize| deployment.layout.agent_config(DOMAINS[at].id).display().to_string();
-    let file = deployment.layout.coordinator_config().with_file_name("disjoint.json").display().to_string();
+fn declare(deployment: &mut Deployment) {
+    let layout = deployment.layout.clone();
+    let config = |at: usize| layout.agent_config(DOMAINS[at].id).display().to_string();
+    let file = layout.coordinator_config().with_file_name("disjoint.json").display().to_string();
     let (first, second) = (Role::agent(DOMAINS[0].id).spiffe_id(), Role::agent(DOMAINS[1].id).spiffe_id());
     let sign = |at: usize| agent(&["disjoint", "sign", "--config", &config(at), "--insecure-dev", &file]);
     let declare = |with: &str, file: &str| {
@@ -126,7 +127,13 @@ fn declare(deployment: &Deployment) {
     assert!(!declare(&second, &file), "a declaration isn't overwritten");
     assert!(!sign(0), "an owner signs once");
     assert!(!sign(2), "who owns neither source can't sign");
+    // Half a declaration is none: a coordinator that is told of it says so and doesn't start.
+    deployment.configure_coordinator("disjoint: [disjoint.json]\n");
+    deployment.coordinator.kill().unwrap();
+    let refused = deployment.restart_coordinator().unwrap_err().to_string();
+    assert!(refused.contains("disjoint.json") && refused.contains("hasn't signed"), "{refused}");
     assert!(sign(1));
+    deployment.restart_coordinator().unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -158,7 +165,8 @@ async fn budgets_are_heard_of_and_refusals_and_declarations_are_reported() {
     assert_eq!(said.len(), members().count());
     assert!(said.values().all(|percent| *percent == PERCENT), "{said:?}");
 
-    declare(&deployment);
+    declare(&mut deployment);
+    deployment.admitted(&deployment.operator().await.unwrap()).await.unwrap();
     let report = report(&deployment).await;
     let [refused] = report.refused.as_slice() else { panic!("one refused plan: {:?}", report.refused) };
     assert!(refused.rules.iter().any(|rule| rule == "epsilon_above_limit"), "{refused:?}");

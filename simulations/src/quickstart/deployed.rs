@@ -108,6 +108,11 @@ impl Deployment {
         Ok(Self { layout, pki, coordinator, coordinator_address, agents, agent_addresses, setup })
     }
 
+    /// Adds lines to the coordinator's configuration, from its next start on.
+    pub fn configure_coordinator(&mut self, lines: &str) {
+        self.setup.more.coordinator.push_str(lines);
+    }
+
     /// Starts the coordinator again where it listened before, after it was killed.
     ///
     /// # Errors

@@ -66,7 +66,10 @@ impl Declaration {
             return bad(format!("format: expected {DISJOINT_FORMAT:?}, got {:?}", self.format));
         }
         let [first, second] = &self.sources;
-        if first.agent >= second.agent {
+        if first.agent == second.agent {
+            return bad(format!("sources: expected those of two agents, got {:?} twice", first.agent));
+        }
+        if first.agent > second.agent {
             return bad(format!(
                 "sources: expected two agents in order, got {:?} and {:?}",
                 first.agent, second.agent
