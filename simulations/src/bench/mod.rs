@@ -8,6 +8,7 @@ pub mod marginals;
 pub mod merkle;
 pub mod pretrain;
 pub mod raw_table;
+pub mod report;
 pub mod rounds;
 pub mod sampler;
 pub mod secagg;
@@ -88,6 +89,12 @@ pub enum Bench {
         #[arg(long, default_value_t = 1_000_000)]
         entries: u32,
     },
+    /// Verifies a privacy-budget report: signature, hash chain, rules of the ledger and every figure, in seconds of processor time.
+    Report {
+        /// Debits of its one ledger.
+        #[arg(long, default_value_t = 20_000)]
+        debits: u32,
+    },
 }
 
 /// Measures and prints.
@@ -109,6 +116,7 @@ pub fn run(bench: Bench, output: Output) -> anyhow::Result<ExitCode> {
         Bench::Secagg(options) => secagg::run(&options, output)?,
         Bench::Marginals(args) => marginals::run(&args, output)?,
         Bench::Merkle { entries } => merkle::run(entries, output)?,
+        Bench::Report { debits } => report::run(debits, output)?,
     }
     Ok(ExitCode::SUCCESS)
 }
