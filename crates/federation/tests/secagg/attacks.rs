@@ -12,7 +12,7 @@ use tabmesh_federation::id::Digest;
 use tabmesh_federation::secagg::agent::{Agent, Guard, Refusal, SnapshotError, pair_sign};
 use tabmesh_federation::secagg::consistency::{ConsentError, Transcript};
 use tabmesh_federation::secagg::contribution::Contribution;
-use tabmesh_federation::secagg::descriptor::SumDescriptorError;
+use tabmesh_federation::secagg::descriptor::{SumDescriptor, SumDescriptorError};
 use tabmesh_federation::secagg::keys::{PublicKey, Secret, pair_mask_key, self_mask_key};
 use tabmesh_federation::secagg::mask::{RingVector, Sign, Width};
 use tabmesh_federation::secagg::message::{Advert, AdvertList, Consents, Masked, Opened, Step, Survivors};
@@ -428,16 +428,34 @@ fn attack_08_malicious_parameters() {
     let distinct: BTreeSet<&i64> = contribution.values().as_slice().iter().collect();
     assert!(distinct.len() > 30, "noise is on top of the bound");
 
-    // Control: an agent that takes the server's word for the sensitivity adds the noise of a small one to a magnified
-    // vector. A row's presence, 1,000 clips away, then shows in every sum: ten deviations and more.
-    let share = world.descriptor.noise.central.sigma() * (N as f64).sqrt();
-    let row_present = 1_000.0 * (world.descriptor.l2_sensitivity_squared as f64).sqrt();
-    assert!(row_present > 10.0 * share, "{row_present} {share}");
+    // Control: an agent that takes the server's word for the sensitivity enters, and adds the noise of a small one to a magnified
+    // vector. What all of them send adds up to a sum that shows whether the row was there: ten deviations and more.
     let mut trusting = magnified;
     trusting.policy.max_rho = Rho::from_units(u64::MAX);
     trusting.policy.max_local_rho = Rho::from_units(u64::MAX);
     let entered = trusting.enter(0, Guard::default());
     assert!(entered.is_ok(), "without the ceiling nothing stops it: {:?}", entered.err());
+    let clip = (world.descriptor.l2_sensitivity_squared as f64).sqrt();
+    let summed = |present: bool, descriptor: &SumDescriptor, magnified_by: f64| -> i64 {
+        let one = |i: usize| {
+            let mut gradient = vec![0; descriptor.dimension as usize];
+            gradient[0] = if present && i == 0 { (magnified_by * clip) as i64 } else { 0 };
+            let seed = i as u64 + if present { 100 } else { 0 };
+            let sent =
+                Contribution::noised(&gradient, descriptor, world.digest(), 1, &mut rng(seed)).unwrap();
+            sent.values().as_slice()[0]
+        };
+        (0..N).map(one).sum()
+    };
+    let deviation = world.descriptor.noise.central.sigma();
+    let shift =
+        (summed(true, &trusting.descriptor, 1_000.0) - summed(false, &trusting.descriptor, 1_000.0)) as f64;
+    assert!(shift > 10.0 * deviation, "{shift} of {deviation}");
+    // The same attack on agents that clip to what the noise is for: within six deviations of the difference of two sums.
+    let shift = (summed(true, &world.descriptor, 1.0) - summed(false, &world.descriptor, 1.0)) as f64;
+    let most =
+        clip + 6.0 * std::f64::consts::SQRT_2 * (N as f64).sqrt() * world.descriptor.noise.share.sigma();
+    assert!(shift.abs() < most && most < 500.0 * clip, "{shift} of {most}");
 }
 
 // 9. Data beside the mask: counts, metrics, lengths, failure texts.
@@ -477,6 +495,12 @@ fn attack_09_side_data() {
         serde_json::json!({"side": sides[0].3, "num_examples": examples})
     };
     assert_ne!(beside(&[0; 40]), beside(&full));
+    // And one whose length follows from its values, as digits do: the very vectors that go under masks tell the worlds apart.
+    let digits = |rows: &[i64]| {
+        let noised = Contribution::noised(rows, &world.descriptor, world.digest(), 1, &mut rng(8)).unwrap();
+        serde_json::to_string(noised.values().as_slice()).unwrap().len()
+    };
+    assert_ne!(digits(&[0; 40]), digits(&[i64::MIN; 40]));
 }
 
 // 10. A restored snapshot answers again: shares of the victim's other secret.
