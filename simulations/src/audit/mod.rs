@@ -8,6 +8,7 @@ mod guess;
 mod inversion;
 mod mechanism;
 mod membership;
+pub mod noninterference;
 mod one_run;
 mod reconstruction;
 mod record;
@@ -120,6 +121,15 @@ pub enum Audit {
         #[arg(long, default_value_t = 2.0, value_parser = one_run_epsilon)]
         epsilon: f64,
     },
+    /// The whole loop on neighbouring tables with equal seeds: does anything but the noised payload differ?
+    ///
+    /// Coordinator and agents run in this process over mutual TLS; every stream, log line and record is compared. Exit code 0 if
+    /// nothing differs and every leak that is planted into what a loop left behind is seen; 1 otherwise. A minute or two.
+    Noninterference {
+        /// Where the noise is added; both if none is named.
+        #[arg(long, value_enum)]
+        placement: Option<noninterference::Placement>,
+    },
     /// One of twelve rounds: can a row be read from the vector that an agent with few rows sends?
     ///
     /// Exit code 0 if the shipped code keeps its claim and every control (a tenth of the noise, no noise) is caught; 1 otherwise.
@@ -184,6 +194,16 @@ pub fn run(audit: Audit, output: Output, record: Option<&Path>) -> anyhow::Resul
         Audit::Inversion { epsilon, trials } => {
             guessed(output, "inversion", &inversion::audit(epsilon, trials as usize, &mut rng)?)?
         }
+        Audit::Noninterference { placement } => {
+            ensure!(
+                record.is_none(),
+                "non-interference proves no epsilon, so there is nothing to put on record"
+            );
+            let findings = noninterference_findings(placement)?;
+            let passed = findings.iter().all(noninterference::Finding::as_it_must);
+            show(output, passed, &findings, print_comparisons)?;
+            (passed, Vec::new())
+        }
         Audit::OneRun { epsilon } => {
             let mut runs = one_run::counts(epsilon, &mut rng)?;
             runs.extend(one_run::gradients(epsilon, &mut rng)?);
@@ -196,6 +216,22 @@ pub fn run(audit: Audit, output: Output, record: Option<&Path>) -> anyhow::Resul
         record::add(path, &outcomes, unix_ms())?;
     }
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn noninterference_findings(
+    placement: Option<noninterference::Placement>,
+) -> anyhow::Result<Vec<noninterference::Finding>> {
+    let both = [noninterference::Placement::Local, noninterference::Placement::SecureSum];
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let bar = indicatif::ProgressBar::new_spinner();
+    bar.enable_steady_tick(std::time::Duration::from_millis(200));
+    let mut findings = Vec::new();
+    for placement in both.into_iter().filter(|known| placement.is_none_or(|wanted| wanted == *known)) {
+        let tell = |doing: &str| bar.set_message(doing.to_owned());
+        findings.extend(runtime.block_on(noninterference::audit(placement, tell))?);
+    }
+    bar.finish_and_clear();
+    Ok(findings)
 }
 
 /// Attacks the mechanism at an ε and puts what was found on record, without a word.
@@ -275,6 +311,30 @@ fn print_guesses(guesses: &[Guesses]) {
     println!(
         "up to {trials} guesses a row; found: the epsilon at delta {DELTA} that the lower bound of the rate needs, at 97.5 %"
     );
+}
+
+fn print_comparisons(findings: &[noninterference::Finding]) {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(["noise", "what", "may differ", "messages", "differs", "verdict"]);
+    for finding in findings {
+        let what =
+            if finding.control { format!("control: {}", finding.what) } else { finding.what.to_owned() };
+        let verdict = match (finding.control, finding.as_it_must()) {
+            (false, true) => "nothing leaks",
+            (false, false) => "LEAKS",
+            (true, seen) => caught(seen),
+        };
+        table.add_row([
+            finding.placement.words().to_owned(),
+            what,
+            finding.may_differ.to_owned(),
+            finding.messages.to_string(),
+            finding.differences.first().cloned().unwrap_or_default(),
+            verdict.to_owned(),
+        ]);
+    }
+    println!("{table}");
 }
 
 fn print_runs(runs: &[Run]) {

@@ -47,7 +47,9 @@ pub(crate) fn said(message: &[u8]) -> Said {
         return Said::Ledger { product, entries };
     }
     if numbers == BTreeSet::from([1, 2, 3]) && lengths(3).eq([32]) {
-        let field = |number: u64| fields.iter().find(|(n, _)| *n == number).map(|(_, v)| v.clone()).unwrap();
+        let field = |number: u64| {
+            fields.iter().find(|(n, _)| *n == number).map(|(_, v)| v.clone()).unwrap_or_default()
+        };
         let document = field(2);
         if let Ok(reply) = Reply::from_bytes(&document) {
             return Said::Sum { assignment: field(1), step: about(&reply), bytes: document.len() };
@@ -82,12 +84,13 @@ fn about(reply: &Reply) -> String {
 ///
 /// The query or descriptor of a step, and with it the mechanism, follows from what was released before it.
 fn covered(entry: &[u8]) -> String {
-    let fields = fields(entry).unwrap();
-    let payload = fields.iter().find(|(number, _)| *number == 3).map(|(_, v)| v.as_slice()).unwrap();
-    let mut json: Value = serde_json::from_slice(payload).unwrap();
-    let object = json.as_object_mut().unwrap();
+    let fields = fields(entry).unwrap_or_default();
+    let payload =
+        fields.iter().find(|(number, _)| *number == 3).map(|(_, v)| v.as_slice()).unwrap_or_default();
+    // What isn't an entry is compared as it is.
+    let Ok(mut json) = serde_json::from_slice::<Value>(payload) else { return format!("{entry:?}") };
     for name in ["payload_digest", "query_digest", "event"] {
-        if let Some(value) = object.get_mut(name) {
+        if let Some(value) = json.get_mut(name) {
             *value = Value::Null;
         }
     }

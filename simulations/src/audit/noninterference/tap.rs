@@ -5,15 +5,17 @@
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use anyhow::{Result, bail, ensure};
 use rustls::pki_types::ServerName;
 use tabmesh_proto::identity::DevelopmentCa;
 use tabmesh_proto::tls::{ClientTls, DefaultTimeProvider, ServerTls, TlsFiles, TlsMaterial, TlsPolicy};
-use tabmesh_sim::quickstart::pki::{PkiFolder, Role, Usage};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+use crate::quickstart::pki::{PkiFolder, Role, Usage};
 
 /// One direction of one HTTP/2 stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -43,30 +45,33 @@ pub(crate) struct Tap {
 
 impl Tap {
     /// Starts a relay from `listener` to `coordinator` in the name of `agent`; the caller's listener stays open.
+    ///
+    /// # Errors
+    /// Certificates or listener can't be used.
     pub(crate) fn start(
         pki: &PkiFolder,
         agent: &Role,
         listener: &TcpListener,
         coordinator: SocketAddr,
-    ) -> Self {
+    ) -> Result<Self> {
         let policy = || TlsPolicy { development: DevelopmentCa::Accept, time: Arc::new(DefaultTimeProvider) };
         let material = |role: &Role, usage| {
             let paths = pki.tls(role, usage);
             let (ca, certificate, key) = (pki.authority(), paths.certificate, paths.key);
-            TlsMaterial::read(&TlsFiles { ca, certificate, key, crls: Vec::new() }).unwrap()
+            TlsMaterial::read(&TlsFiles { ca, certificate, key, crls: Vec::new() })
         };
-        let server = ServerTls::new(&material(&Role::Coordinator, Usage::Server), policy()).unwrap();
-        let client = ClientTls::new(&material(agent, Usage::Client), policy()).unwrap();
+        let server = ServerTls::new(&material(&Role::Coordinator, Usage::Server)?, policy())?;
+        let client = ClientTls::new(&material(agent, Usage::Client)?, policy())?;
         let acceptor = TlsAcceptor::from(server.subscribe().borrow().clone());
         let connector = TlsConnector::from(client.subscribe().borrow().clone());
-        let listener = tokio::net::TcpListener::from_std(listener.try_clone().unwrap()).unwrap();
+        let listener = tokio::net::TcpListener::from_std(listener.try_clone()?)?;
         let connections: Arc<Mutex<Vec<(Bytes, Bytes)>>> = Arc::default();
         let seen = Arc::clone(&connections);
         let accepting = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 let (acceptor, connector) = (acceptor.clone(), connector.clone());
                 let (up, down) = (Bytes::default(), Bytes::default());
-                seen.lock().unwrap().push((Arc::clone(&up), Arc::clone(&down)));
+                locked(&seen).push((Arc::clone(&up), Arc::clone(&down)));
                 tokio::spawn(async move {
                     let Ok(near) = acceptor.accept(stream).await else { return };
                     let Ok(far) = TcpStream::connect(coordinator).await else { return };
@@ -78,31 +83,34 @@ impl Tap {
                 });
             }
         });
-        Self { accepting: accepting.abort_handle(), connections }
+        Ok(Self { accepting: accepting.abort_handle(), connections })
     }
 
     /// Bytes seen so far, both ways, to tell when a link has gone quiet.
     pub(crate) fn volume(&self) -> usize {
-        let seen = self.connections.lock().unwrap();
-        seen.iter().map(|(up, down)| up.lock().unwrap().len() + down.lock().unwrap().len()).sum()
+        let seen = locked(&self.connections);
+        seen.iter().map(|(up, down)| locked(up).len() + locked(down).len()).sum()
     }
 
     /// Every call so far, connection by connection, in the order they were opened.
-    pub(crate) fn calls(&self) -> Vec<Call> {
-        let seen = self.connections.lock().unwrap();
+    ///
+    /// # Errors
+    /// What was said isn't HTTP/2 with gRPC messages as this protocol has them.
+    pub(crate) fn calls(&self) -> Result<Vec<Call>> {
+        let seen = locked(&self.connections);
         let mut calls = Vec::new();
         for (up, down) in seen.iter() {
-            let up = up.lock().unwrap();
+            let up = locked(up);
             let mut streams: BTreeMap<u32, Call> = BTreeMap::new();
-            for (stream, direction) in directions(up.strip_prefix(PREFACE).unwrap_or_default()) {
+            for (stream, direction) in directions(up.strip_prefix(PREFACE).unwrap_or_default())? {
                 streams.entry(stream).or_default().up = direction;
             }
-            for (stream, direction) in directions(&down.lock().unwrap()) {
+            for (stream, direction) in directions(&locked(down))? {
                 streams.entry(stream).or_default().down = direction;
             }
             calls.extend(streams.into_values());
         }
-        calls
+        Ok(calls)
     }
 }
 
@@ -119,7 +127,7 @@ async fn copy<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(mut from: R, mut to: 
         if read == 0 {
             break;
         }
-        record.lock().unwrap().extend_from_slice(piece);
+        locked(&record).extend_from_slice(piece);
         if to.write_all(piece).await.is_err() || to.flush().await.is_err() {
             break;
         }
@@ -128,7 +136,7 @@ async fn copy<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(mut from: R, mut to: 
 }
 
 /// Streams of one direction (RFC 9113, section 4.1), each with its header blocks and messages.
-fn directions(mut bytes: &[u8]) -> BTreeMap<u32, Direction> {
+fn directions(mut bytes: &[u8]) -> Result<BTreeMap<u32, Direction>> {
     let mut data: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
     // Header compression has one state for a connection's direction.
     let mut decoder = fluke_hpack::Decoder::new();
@@ -143,14 +151,15 @@ fn directions(mut bytes: &[u8]) -> BTreeMap<u32, Direction> {
         match head[3] {
             DATA => data.entry(stream).or_default().extend_from_slice(frame),
             HEADERS => {
-                let block = decoder.decode(frame).unwrap();
+                let block =
+                    decoder.decode(frame).map_err(|error| anyhow::anyhow!("a header block: {error:?}"))?;
                 let text = |(name, value): &(Vec<u8>, Vec<u8>)| {
                     format!("{}: {}", String::from_utf8_lossy(name), String::from_utf8_lossy(value))
                 };
                 let timeless = block.iter().filter(|(name, _)| name != b"date");
                 all.entry(stream).or_default().headers.push(timeless.map(text).collect());
             }
-            CONTINUATION => panic!("a header block of this protocol fits in one frame"),
+            CONTINUATION => bail!("a header block of this protocol fits in one frame"),
             RST_STREAM => all.entry(stream).or_default().headers.push(vec![format!("reset {frame:?}")]),
             _ => {}
         }
@@ -160,13 +169,17 @@ fn directions(mut bytes: &[u8]) -> BTreeMap<u32, Direction> {
         let mut left = data.as_slice();
         while let Some((head, rest)) = left.split_first_chunk::<5>() {
             let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
-            assert_eq!(head[0], 0, "messages are not compressed");
+            ensure!(head[0] == 0, "messages are not compressed");
             let Some((message, rest)) = rest.split_at_checked(length) else { break };
             all.entry(stream).or_default().messages.push(message.to_vec());
             left = rest;
         }
     }
-    all
+    Ok(all)
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
