@@ -215,9 +215,10 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_named_with_its_line() {
-        let text = format!("{}\ncolour: blue\n", Config::example());
+        let text = format!("{}colour: blue\n", Config::example());
         let error = Config::parse(Path::new("c.yaml"), &text).unwrap_err().to_string();
-        assert!(error.contains("colour") && error.contains("23"), "{error}");
+        let line = text.lines().count().to_string();
+        assert!(error.contains("colour") && error.contains(&line), "{error}");
     }
 
     #[test]
@@ -231,6 +232,20 @@ mod tests {
             let error = with(&bad).unwrap_err().to_string();
             assert!(error.contains("curator"), "{error}");
         }
+    }
+
+    #[test]
+    fn declarations_have_a_number_and_are_taken_from_the_files_folder() {
+        let with = |count: usize| {
+            let list = vec!["a.json"; count].join(", ");
+            Config::parse(Path::new("c.yaml"), &format!("{}disjoint: [{list}]\n", Config::example()))
+        };
+        assert_eq!(with(MAX_DECLARATIONS).unwrap().disjoint.len(), MAX_DECLARATIONS);
+        let error = with(MAX_DECLARATIONS + 1).unwrap_err().to_string();
+        assert!(error.contains("disjoint"), "{error}");
+        let mut config = with(1).unwrap();
+        config.resolve(Path::new("/etc/mesh"));
+        assert_eq!(config.disjoint, [Path::new("/etc/mesh/a.json")]);
     }
 
     #[test]
