@@ -372,13 +372,16 @@ fn by_domain(html: &mut String, set: &str, last: &[&Row]) {
     );
 }
 
-/// Observed shares by predicted probability.
-/// What is served and trained first; rivals after them.
+/// What is served and trained first, then the rivals, then the steps on the way.
 fn served_first(methods: &mut [Method]) {
-    methods
-        .sort_by_key(|method| (method.arm == RIVALS, !(method.method == "served" || method.method == MODEL)));
+    methods.sort_by_key(|method| match method.method.as_str() {
+        "served" | MODEL => 0,
+        _ if method.arm == RIVALS => 1,
+        _ => 2,
+    });
 }
 
+/// Observed shares by predicted probability.
 fn calibration(html: &mut String, last: &[&Row]) {
     let mut series = Vec::new();
     let mut shown = methods(last.iter().copied());
