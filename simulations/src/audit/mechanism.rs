@@ -180,7 +180,8 @@ mod tests {
         }
     }
 
-    /// What is found lies below what the loss distribution charges, that below the Rényi account, and the ledger's claim above both.
+    /// What is found lies below what the loss distribution charges, and that below the Rényi account and the ledger's claim. These
+    /// two are one formula, the first at a grid of orders, the second at the best: they differ by less than a thousandth.
     #[test]
     fn what_is_found_is_below_every_account_and_these_are_in_order() {
         let delta = Delta::new(1e-5).unwrap();
@@ -194,7 +195,10 @@ mod tests {
             let by_renyi = rdp::epsilon(&plan, Adjacency::AddRemove, delta).unwrap().get();
             let most = found.found.into_iter().fold(0.0, f64::max);
             assert!(0.0 < most && most < by_loss && by_loss < by_renyi, "{most} {by_loss} {by_renyi}");
-            assert!(by_renyi <= found.claimed * (1.0 + 1e-6), "{by_renyi} {}", found.claimed);
+            assert!(
+                by_loss < found.claimed && (by_renyi / found.claimed - 1.0).abs() < 1e-3,
+                "{by_renyi} {found:?}"
+            );
         }
     }
 }
