@@ -10,6 +10,7 @@ use tokio::net::TcpListener;
 
 use crate::config::Config;
 use crate::mesh::Clock;
+use crate::report::declaration;
 use crate::{Surroundings, Switches, open_records, run as serve};
 
 /// Serves until Ctrl-C, SIGTERM, or the closing of standard input.
@@ -19,6 +20,9 @@ pub(crate) async fn run(
     clock: Clock,
     until_stdin_closes: bool,
 ) -> miette::Result<ExitCode> {
+    // What reports will need is refused here, where an operator sees it, and not by the first report; and before anybody is told
+    // where to connect.
+    config.disjoint.iter().try_for_each(|path| declaration(path).map(drop))?;
     let listener = TcpListener::bind(&config.listen)
         .await
         .into_diagnostic()
