@@ -118,7 +118,12 @@ impl Deployment {
     /// # Errors
     /// It doesn't come up.
     pub fn restart_coordinator(&mut self) -> Result<()> {
-        std::fs::remove_file(self.layout.coordinator_address())?;
+        // One that didn't come up has written none.
+        if let Err(error) = std::fs::remove_file(self.layout.coordinator_address())
+            && error.kind() != std::io::ErrorKind::NotFound
+        {
+            return Err(error.into());
+        }
         self.coordinator = start_coordinator(&self.layout, &self.setup, &self.coordinator_address)?;
         self.coordinator.wait_for_file(&self.layout.coordinator_address(), PATIENCE)?;
         Ok(())
