@@ -169,7 +169,7 @@ pub(crate) struct PlanRefusal {
 }
 
 /// Name of that entry.
-pub(crate) const PLAN_REFUSED: &str = "plan_refused_by_policy";
+pub(crate) const PLAN_REFUSED: &str = "plan_refused";
 
 /// SHA-256 of this program's file, read once; none where the system doesn't tell which file it is.
 fn own_digest() -> Option<String> {
