@@ -16,7 +16,7 @@ mod picture;
 mod section;
 mod verify;
 
-pub use build::build;
+pub use build::{build, build_leaving_out};
 pub use disjoint::{
     DISJOINT_FORMAT, Declaration, DeclaredSource, DisjointError, MAX_DECLARATION_BYTES, MAX_DECLARATIONS,
     OwnerSignature, SignedDeclaration,

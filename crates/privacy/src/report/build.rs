@@ -2,14 +2,14 @@
 //!
 //! Building is deterministic; verification builds again and compares.
 
-use super::headline::{declared, headlines};
+use super::headline::{Declared, declared, headlines};
 use super::section::{
     ByStep, EventKind, EventLine, Granted, Odds, ProductSection, RefusalLine, Spending, WindowFigures,
 };
 use super::{
     DEPLOYMENT_MODEL, DEPLOYMENT_MODEL_BOTH, DEPLOYMENT_MODEL_SUMS, DISJOINT_STATEMENT, FORMAT,
     LOCAL_STATEMENT, LedgerRecord, Period, ProductLedger, RecordedEntry, Report, ReportError, ReportInput,
-    STATEMENTS, SUM_STATEMENTS, SignedHead, Transparency, WINDOW_STATEMENT,
+    STATEMENTS, SUM_STATEMENTS, SignedDeclaration, SignedHead, Transparency, WINDOW_STATEMENT,
 };
 use crate::budget::{Delta, Rho};
 use crate::ledger::window::{Standing, standing};
@@ -21,8 +21,21 @@ use std::collections::BTreeMap;
 /// Builds a report.
 ///
 /// # Errors
-/// [`ReportError`] when a ledger doesn't verify, a product has no grant in it, or one agent has two ledgers.
+/// [`ReportError`] when a ledger doesn't verify, a product has no grant in it, one agent has two ledgers, or a declaration doesn't
+/// count.
 pub fn build(input: ReportInput) -> Result<Report, ReportError> {
+    let (report, left_out) = build_leaving_out(input)?;
+    left_out.into_iter().next().map_or(Ok(report), |(_, error)| Err(error))
+}
+
+/// As [`build`], without declarations of disjoint sources that don't count (their losses add up), which come beside it with the
+/// reason: one whose owner has got a new key since must not keep the whole report from its readers.
+///
+/// # Errors
+/// As [`build`], but for declarations.
+pub fn build_leaving_out(
+    input: ReportInput,
+) -> Result<(Report, Vec<(SignedDeclaration, ReportError)>), ReportError> {
     let histories = histories(&input.products)?;
     let mut products: Vec<ProductSection> = Vec::with_capacity(input.products.len());
     for wanted in &input.products {
@@ -37,11 +50,11 @@ pub fn build(input: ReportInput) -> Result<Report, ReportError> {
     if products.iter().any(|section| section.granted.window.is_some()) {
         statements.push(WINDOW_STATEMENT.to_owned());
     }
-    let disjoint = declared(&input.disjoint, &histories)?;
-    if !disjoint.is_empty() {
+    let Declared { pairs, counted, left_out } = declared(input.disjoint, &histories);
+    if !pairs.is_empty() {
         statements.push(DISJOINT_STATEMENT.to_owned());
     }
-    Ok(Report {
+    let report = Report {
         format: FORMAT.to_owned(),
         deployment: input.deployment,
         period: input.period,
@@ -57,14 +70,15 @@ pub fn build(input: ReportInput) -> Result<Report, ReportError> {
         trust_model: input.trust_model,
         statements,
         reproducible: histories.values().any(|history| history.state.reproducible),
-        headlines: headlines(&histories, &disjoint),
-        disjoint: input.disjoint,
+        headlines: headlines(&histories, &pairs),
+        disjoint: counted,
         products,
         refused: input.refused,
         unprotected_facts: input.unprotected_facts,
         audit: input.audit,
         ledgers: histories.into_values().map(|history| history.record).collect(),
-    })
+    };
+    Ok((report, left_out))
 }
 
 /// A name that the same ledgers have at the same time, and no others.

@@ -18,17 +18,23 @@ type Source = (String, String, String);
 /// Pairs of sources that no unit is in both of.
 pub(super) type Disjoint = BTreeSet<(Source, Source)>;
 
+/// Declarations, by whether they count.
+#[derive(Default)]
+pub(super) struct Declared {
+    pub(super) pairs: Disjoint,
+    pub(super) counted: Vec<SignedDeclaration>,
+    /// With the reason: not both owners signed it by the keys that signed their ledgers, or it names a source that its agent's
+    /// ledger doesn't know.
+    pub(super) left_out: Vec<(SignedDeclaration, ReportError)>,
+}
+
 /// What both owners of two sources signed, by the keys that signed their ledgers.
-///
-/// # Errors
-/// [`ReportError::Disjoint`] for a declaration that doesn't count, or names a source that its agent's ledger doesn't know.
 pub(super) fn declared(
-    declarations: &[SignedDeclaration],
+    declarations: Vec<SignedDeclaration>,
     histories: &BTreeMap<String, History>,
-) -> Result<Disjoint, ReportError> {
+) -> Declared {
     let key = |agent: &str| histories.get(agent)?.record.head.as_ref().map(of_head);
-    let mut pairs = Disjoint::new();
-    for signed in declarations {
+    let pair = |signed: &SignedDeclaration| {
         let said = signed.counted(key)?;
         let namespace = said.entity_namespace;
         let [first, second] = said.sources.map(|source| (source.agent, namespace.clone(), source.lineage));
@@ -45,10 +51,20 @@ pub(super) fn declared(
                 });
             }
         }
-        pairs.insert((second.clone(), first.clone()));
-        pairs.insert((first, second));
+        Ok((first, second))
+    };
+    let mut declared = Declared::default();
+    for signed in declarations {
+        match pair(&signed) {
+            Ok((first, second)) => {
+                declared.pairs.insert((second.clone(), first.clone()));
+                declared.pairs.insert((first, second));
+                declared.counted.push(signed);
+            }
+            Err(error) => declared.left_out.push((signed, error)),
+        }
     }
-    Ok(pairs)
+    declared
 }
 
 /// One total per entity namespace.
@@ -129,7 +145,7 @@ mod tests {
     use super::super::tests::{grant, run_plan, with_a_sum};
     use super::super::{
         DISJOINT_STATEMENT, Period, ProductLedger, Report, ReportInput, Stated, VerifyError, build,
-        render_html, verify,
+        build_leaving_out, render_html, verify,
     };
     use super::*;
     use crate::ledger::{Ledger, MemoryJournal, Purpose};
@@ -157,6 +173,10 @@ mod tests {
 
     impl World {
         fn report(&self, disjoint: Vec<SignedDeclaration>) -> Result<Report, ReportError> {
+            build(self.input(disjoint))
+        }
+
+        fn input(&self, disjoint: Vec<SignedDeclaration>) -> ReportInput {
             let product =
                 |(agent, key, ledger): &(String, SigningKey, Ledger<MemoryJournal>)| ProductLedger {
                     agent: agent.clone(),
@@ -164,7 +184,7 @@ mod tests {
                     entries: ledger.entries().to_vec(),
                     head: Some(SignedHead::sign(key, agent, ledger.head().unwrap())),
                 };
-            build(ReportInput {
+            ReportInput {
                 deployment: "three".to_owned(),
                 period: Period { from_ms: 0, until_ms: 100_000 },
                 generated_at_ms: 100_000,
@@ -179,7 +199,7 @@ mod tests {
                 disjoint,
                 unprotected_facts: Vec::new(),
                 audit: None,
-            })
+            }
         }
 
         /// What agents `a` and `b` sign, or what is missing if they don't.
@@ -269,6 +289,26 @@ mod tests {
             error,
             VerifyError::Rebuild(ReportError::Disjoint(DisjointError::Signature { .. }))
         ));
+    }
+
+    /// A key that changed after the declaration: the report is there, without it, and verifies.
+    #[test]
+    fn a_report_can_leave_out_what_does_not_count() {
+        let mut world = world(false);
+        let stale = world.declared(0, 1);
+        world.agents[0].1 = fresh_key();
+        let fresh = world.declared(1, 2);
+        assert!(matches!(
+            world.report(vec![fresh.clone(), stale.clone()]),
+            Err(ReportError::Disjoint(DisjointError::Key { .. }))
+        ));
+        let (report, left_out) = build_leaving_out(world.input(vec![stale.clone(), fresh.clone()])).unwrap();
+        let [(left, ReportError::Disjoint(DisjointError::Key { agent, .. }))] = left_out.as_slice() else {
+            panic!("{left_out:?}")
+        };
+        assert_eq!((left, agent), (&stale, &world.agents[0].0));
+        assert_eq!(report, world.report(vec![fresh]).unwrap());
+        assert!(verify(report.sign(&fresh_key()).to_json().as_bytes(), None).is_ok());
     }
 
     #[test]
