@@ -9,7 +9,7 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use rand::{CryptoRng, RngCore};
 use tabmesh_agent::publication::Artefacts;
 use tabmesh_agent::train::Trainer;
@@ -27,6 +27,7 @@ use tabmesh_tfm::table::Coding;
 
 use super::DELTA;
 use super::guess::{Claim, Guesses, Subject};
+use super::inversion::{Aim, KNOWN, SUBJECTS, candidates};
 use super::setting::{LEVELS, Person, TARGET, one_row_each, schema};
 
 /// A plan's forest before its first round, with the files that an agent fetches.
@@ -63,6 +64,45 @@ pub(super) fn audit<R: RngCore + CryptoRng>(epsilon: f64, pairs: usize, rng: &mu
             above += usize::from(run(true)? > run(false)?);
         }
         all.push(Guesses::of_pairs(("which of two forests", subject), &claim, (above, pairs)));
+    }
+    Ok(all)
+}
+
+/// Attacks the first round of such a plan as [`inversion`](super::inversion) does that of an adapter: an agent has a row that the
+/// attacker doesn't know, and everything else is known. People who fall into the same leaves can't be told apart even without noise.
+///
+/// # Errors
+/// A budget that buys no usable noise; an agent whose sum isn't that of its rows.
+pub(super) fn inversion<R: RngCore + CryptoRng>(
+    epsilon: f64,
+    trials: usize,
+    rng: &mut R,
+) -> Result<Vec<Guesses>> {
+    let setting = Setting::new(epsilon, rng)?;
+    let descriptor = setting.round(0, &setting.inputs.adapter_values)?;
+    let claim = Claim { rho: descriptor.rho, delta: Delta::new(DELTA)? };
+    let known: Vec<Person> = (0..KNOWN).map(|_| Person::random(rng)).collect();
+    let targets = candidates(rng);
+    let mut sum_of = |people: &[Person]| -> Result<Vec<i64>> {
+        Ok(setting.trainer(&one_row_each(people)?)?.clipped_sum(&descriptor, rng)?)
+    };
+    let others = sum_of(&known)?;
+    let (mut vectors, mut sums) = (Vec::new(), Vec::new());
+    for target in targets {
+        let own = sum_of(&[target])?;
+        let sum = sum_of(&known.iter().chain([&target]).copied().collect::<Vec<_>>())?;
+        let same = sum.iter().zip(&others).zip(&own).all(|((sum, other), own)| *sum == other + own);
+        ensure!(same && sum.len() == own.len(), "the agent's sum isn't the sum of its rows' vectors");
+        vectors.push(own);
+        sums.push(sum);
+    }
+    let names = ["the row, of 64, by a forest's round", "the label, by a forest's round"];
+    let aim = Aim { names, claim, others, vectors, sums };
+    let squared = descriptor.sensitivity * descriptor.sensitivity;
+    let mut all = Vec::new();
+    for subject in SUBJECTS {
+        let noise = subject.spent(descriptor.rho).map(|rho| DiscreteGaussian::from_rho(squared, rho));
+        all.extend(aim.attacked(subject, noise.transpose()?.as_ref(), trials, rng));
     }
     Ok(all)
 }
@@ -206,6 +246,18 @@ mod tests {
     use rand_chacha::ChaCha20Rng;
 
     use super::*;
+
+    #[test]
+    fn a_row_is_read_from_bare_sums_and_hardly_better_than_guessed_from_noised_ones() {
+        let found = inversion(3.0, 2_000, &mut ChaCha20Rng::seed_from_u64(42)).unwrap();
+        assert_eq!(found.len(), 6);
+        for guesses in &found {
+            assert!(guesses.as_it_must(), "{guesses:?}");
+        }
+        assert!(found[0].interval[1] < 2.0 * found[0].prior, "{:?}", found[0]);
+        // Without noise the label is always read, and the row unless others share its leaves.
+        assert!(found[4].rate > 0.5 && found[5].rate > 0.95, "{:?}", &found[4..]);
+    }
 
     /// A fixed seed: the outcome is the same in every run. The attack comes near the claim, so that a break of it would show.
     #[test]

@@ -1,5 +1,7 @@
 //! Inversion of a round: can somebody's row be read from the vector that an agent with few rows sends?
 //!
+//! Here the vector is the gradient of an adapter, in [`super::forest`] the sums in the leaves of a round's trees.
+//!
 //! An agent has four rows, of which the attacker knows three, and everything published: base, context, coding, adapter. The
 //! fourth is one of 64 that are equally likely, 32 made-up people with either label. With the shipped code the attacker
 //! computes the clipped gradient of each, and guesses the row whose gradient is nearest to what is left of the vector: for
@@ -12,10 +14,10 @@
 
 use anyhow::{Result, ensure};
 use rand::{CryptoRng, RngCore};
-use tabmesh_privacy::mechanism::Noise;
+use tabmesh_privacy::mechanism::{DiscreteGaussian, Noise};
 use tabmesh_tfm::adapter::Kind;
 
-use super::guess::{Guesses, Subject};
+use super::guess::{Claim, Guesses, Subject};
 use super::round::{Round, Wanted};
 use super::setting::Person;
 
@@ -33,12 +35,7 @@ pub(super) fn audit<R: RngCore + CryptoRng>(
     let round = Round::new(wanted, rng)?;
     let claim = round.claim()?;
     let known: Vec<Person> = (0..KNOWN).map(|_| Person::random(rng)).collect();
-    let candidates: Vec<Person> = (0..PEOPLE)
-        .flat_map(|_| {
-            let person = Person::random(rng);
-            [0, 1].map(|label| Person { label, ..person })
-        })
-        .collect();
+    let candidates = candidates(rng);
     let gradients = round.gradients(&candidates)?;
     let mut others = vec![0_i64; gradients.first().map_or(0, Vec::len)];
     for gradient in round.gradients(&known)? {
@@ -52,32 +49,70 @@ pub(super) fn audit<R: RngCore + CryptoRng>(
         ensure!(same && sum.len() == gradient.len(), "the agent's sum isn't the sum of its rows' gradients");
         sums.push(sum);
     }
+    let aim = Aim { names: ["the row, of 64", "the label"], claim, others, vectors: gradients, sums };
     let mut all = Vec::new();
-    for subject in [Subject::Shipped, Subject::TenthNoise, Subject::NoNoise] {
-        let noise = round.noise(subject)?;
-        let times = if noise.is_some() { trials.div_ceil(candidates.len()) } else { 1 };
+    for subject in SUBJECTS {
+        all.extend(aim.attacked(subject, round.noise(subject)?.as_ref(), trials, rng));
+    }
+    Ok(all)
+}
+
+/// What an attacker of one vector knows, and the vectors before noise for each truth.
+pub(super) struct Aim {
+    /// The two questions.
+    pub(super) names: [&'static str; 2],
+    pub(super) claim: Claim,
+    /// What the known rows add up to.
+    pub(super) others: Vec<i64>,
+    /// What each candidate would add, the two labels of a person side by side.
+    pub(super) vectors: Vec<Vec<i64>>,
+    /// What the agent's code makes of the known rows and each candidate.
+    pub(super) sums: Vec<Vec<i64>>,
+}
+
+impl Aim {
+    /// Attacks about `trials` vectors with this noise; each once without noise.
+    pub(super) fn attacked<R: RngCore + CryptoRng>(
+        &self,
+        subject: Subject,
+        noise: Option<&DiscreteGaussian>,
+        trials: usize,
+        rng: &mut R,
+    ) -> [Guesses; 2] {
+        let candidates = self.vectors.len();
+        let times = if noise.is_some() { trials.div_ceil(candidates) } else { 1 };
         let (mut rows, mut labels) = (0, 0);
-        for (truth, sum) in sums.iter().enumerate() {
+        for (truth, sum) in self.sums.iter().enumerate() {
             for _ in 0..times {
-                let seen = match &noise {
+                let seen = match noise {
                     Some(noise) => noise.privatize(sum, rng).into_inner(),
                     None => sum.clone(),
                 };
                 let own: Vec<f64> =
-                    seen.iter().zip(&others).map(|(seen, other)| (seen - other) as f64).collect();
-                let fits: Vec<f64> = gradients.iter().map(|gradient| fit(&own, gradient)).collect();
+                    seen.iter().zip(&self.others).map(|(seen, other)| (seen - other) as f64).collect();
+                let fits: Vec<f64> = self.vectors.iter().map(|vector| fit(&own, vector)).collect();
                 rows += usize::from(best(&fits) == Some(truth));
-                // The two labels of one person lie side by side.
                 let pair = truth - truth % 2;
                 labels += usize::from(best(&fits[pair..pair + 2]) == Some(truth - pair));
             }
         }
-        let trials = times * candidates.len();
-        let prior = 1.0 / candidates.len() as f64;
-        all.push(Guesses::of_secrets(("the row, of 64", subject), &claim, (rows, trials), prior));
-        all.push(Guesses::of_secrets(("the label", subject), &claim, (labels, trials), 0.5));
+        let trials = times * candidates;
+        let [row, label] = self.names;
+        [
+            Guesses::of_secrets((row, subject), &self.claim, (rows, trials), 1.0 / candidates as f64),
+            Guesses::of_secrets((label, subject), &self.claim, (labels, trials), 0.5),
+        ]
     }
-    Ok(all)
+}
+
+/// People that a target may be, each with either label.
+pub(super) fn candidates<R: RngCore>(rng: &mut R) -> Vec<Person> {
+    (0..PEOPLE)
+        .flat_map(|_| {
+            let person = Person::random(rng);
+            [0, 1].map(|label| Person { label, ..person })
+        })
+        .collect()
 }
 
 /// How well a gradient explains a vector: minus half of the squared distance, less what all gradients share.
@@ -91,8 +126,10 @@ fn best(fits: &[f64]) -> Option<usize> {
 
 /// Rounds of the plan, as plans have them by default.
 const ROUNDS: u32 = 12;
+/// What is attacked.
+pub(super) const SUBJECTS: [Subject; 3] = [Subject::Shipped, Subject::TenthNoise, Subject::NoNoise];
 /// Rows that the attacker knows.
-const KNOWN: usize = 3;
+pub(super) const KNOWN: usize = 3;
 /// People that the target may be, each with either label.
 const PEOPLE: usize = 32;
 

@@ -130,11 +130,11 @@ pub enum Audit {
         #[arg(long, value_enum)]
         placement: Option<noninterference::Placement>,
     },
-    /// One of twelve rounds: can a row be read from the vector that an agent with few rows sends?
+    /// One round, of an adapter and of a forest: can a row be read from the vector that an agent with few rows sends?
     ///
     /// Exit code 0 if the shipped code keeps its claim and every control (a tenth of the noise, no noise) is caught; 1 otherwise.
     Inversion {
-        /// ε of the plan, at δ = 1e-5; its twelve rounds have half of the budget.
+        /// ε of the plan, at δ = 1e-5; its rounds (twelve of an adapter, twenty of a forest) have half of the budget.
         #[arg(long, default_value_t = 3.0, value_parser = plan_epsilon)]
         epsilon: f64,
         /// Vectors attacked for each row of the result.
@@ -192,7 +192,9 @@ pub fn run(audit: Audit, output: Output, record: Option<&Path>) -> anyhow::Resul
             guessed(output, "forest", &forest::audit(epsilon, trials as usize, &mut rng)?)?
         }
         Audit::Inversion { epsilon, trials } => {
-            guessed(output, "inversion", &inversion::audit(epsilon, trials as usize, &mut rng)?)?
+            let mut found = inversion::audit(epsilon, trials as usize, &mut rng)?;
+            found.extend(forest::inversion(epsilon, trials as usize, &mut rng)?);
+            guessed(output, "inversion", &found)?
         }
         Audit::Noninterference { placement } => {
             ensure!(

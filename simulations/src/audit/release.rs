@@ -98,7 +98,8 @@ impl Setting {
         let rho = budget.per_stage.last().map_or(0.0, |rho| rho.as_f64());
         let variance_each =
             second.variance * second.query.rho.as_f64() / (second.query.marginals.len() as f64 * rho);
-        let marginals = selection::marginals(&tree, &cells, total, variance_each);
+        let marginals =
+            selection::marginals(&tree, (&cells, &vec![true; tree.label()]), total, variance_each);
         let fourth = answer(release.stage_four(&finals, marginals)?)?;
         Ok(Released { stages: vec![first, second, third, fourth], tree })
     }

@@ -80,6 +80,7 @@ impl Round {
             plan: digest,
             columns: drawn.columns.iter().map(corpus_column).collect(),
             labels: drawn.labels.iter().map(|label| label.unwrap_or_default()).collect(),
+            domains: None,
         };
         let corpus = document.batch(&schema)?;
         let coding = Preprocessing::fit(&schema, &corpus)?;
