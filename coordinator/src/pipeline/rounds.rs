@@ -1,5 +1,6 @@
 //! Federated rounds: descriptor out, noised gradients in, one server step, durable at each turn.
 
+mod clip;
 mod forest;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -386,7 +387,7 @@ async fn state(
     Ok(state)
 }
 
-/// The plan's adapter as it starts, with the clip norm of the plan or a quantile of gradient norms on corpus rows.
+/// The plan's adapter as it starts, with the clip norm of the plan or the one that gradients of corpus rows ask for.
 fn initial(mesh: &Mesh, submitted: &Submitted, job: &Job) -> Result<AdapterState, CoordinatorError> {
     let rounds = &submitted.plan.rounds;
     let Some(kind) = kind_of(rounds.adapter) else { return forest::initial(mesh, submitted, job) };
@@ -394,20 +395,21 @@ fn initial(mesh: &Mesh, submitted: &Submitted, job: &Job) -> Result<AdapterState
     let (model, _) = Model::from_safetensors(&mesh.blobs.get(&stored(tuned))?)?;
     let encoded = corpus::encoded(mesh, submitted, job)?;
     let adapter = Adapter::initial(kind, &model, &encoded.column_keys)?;
-    let on_corpus = match rounds.clip_norm {
-        ClipNorm::Fixed(norm) | ClipNorm::Adaptive(AdaptiveClip { initial: Some(norm), .. }) => Err(norm),
-        ClipNorm::Adaptive(clip) => Ok(clip.quantile),
-        ClipNorm::Auto(_) => Ok(CLIP_PERCENTILE),
-    };
-    let clip_norm = match on_corpus {
-        Err(norm) => norm,
-        Ok(quantile) => {
+    let clip_norm = match rounds.clip_norm {
+        ClipNorm::Fixed(norm) | ClipNorm::Adaptive(AdaptiveClip { initial: Some(norm), .. }) => norm,
+        ClipNorm::Auto(_) | ClipNorm::Adaptive(_) => {
             let context_rows = (rounds.context_rows as usize).min(encoded.rows / 2);
             let context = Context::build(&model, &encoded.take(&(0..context_rows).collect::<Vec<_>>()))?;
             let queries: Vec<usize> = (context_rows..encoded.rows).take(CLIP_ROWS).collect();
-            let prepared = context.prepare(&encoded.take(&queries), &adapter)?;
+            let queried = encoded.take(&queries);
+            let prepared = context.prepare(&queried, &adapter)?;
             let units: Vec<UnitGroup> = (0..queries.len()).map(|row| UnitGroup { rows: vec![row] }).collect();
-            context.norm_quantile(&prepared, &adapter, &units, quantile)?.max(SMALLEST_NORM)
+            let norms = context.norms(&prepared, &adapter, &units)?;
+            let norm = match rounds.clip_norm {
+                ClipNorm::Adaptive(follows) => clip::quantile(norms, follows.quantile),
+                ClipNorm::Fixed(_) | ClipNorm::Auto(_) => clip::balanced(&norms, &queried.labels),
+            };
+            norm.max(SMALLEST_NORM)
         }
     };
     Ok(AdapterState::initial(adapter.layout().clone(), adapter.values(), clip_norm, &submitted.plan))
@@ -466,8 +468,6 @@ fn descriptor_key(id: RoundId) -> Vec<u8> {
 
 /// Corpus rows whose gradients the automatic clip norm is taken from.
 const CLIP_ROWS: usize = 512;
-/// Percentile of their norms.
-const CLIP_PERCENTILE: f64 = 0.95;
 
 #[cfg(test)]
 mod tests {

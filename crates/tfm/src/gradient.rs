@@ -216,14 +216,28 @@ impl Context {
         units: &[UnitGroup],
         quantile: f64,
     ) -> Result<f64, TfmError> {
+        let mut norms = self.norms(rows, adapter, units)?;
+        norms.sort_by(f64::total_cmp);
+        let at = (quantile.clamp(0.0, 1.0) * norms.len().saturating_sub(1) as f64).round() as usize;
+        Ok(norms.get(at).copied().unwrap_or(0.0))
+    }
+
+    /// The norm of each unit's gradient, in the order of the units' last rows.
+    ///
+    /// # Errors
+    /// As [`Self::row_gradients`].
+    pub fn norms(
+        &self,
+        rows: &PreparedRows,
+        adapter: &Adapter,
+        units: &[UnitGroup],
+    ) -> Result<Vec<f64>, TfmError> {
         let mut norms = Vec::with_capacity(units.len());
         self.for_each_unit(rows, adapter, units, &mut |gradient| {
             norms.push(square(gradient).sqrt());
             Ok(())
         })?;
-        norms.sort_by(f64::total_cmp);
-        let at = (quantile.clamp(0.0, 1.0) * norms.len().saturating_sub(1) as f64).round() as usize;
-        Ok(norms.get(at).copied().unwrap_or(0.0))
+        Ok(norms)
     }
 
     /// Calls `f` with each unit's summed gradient, in an order that depends on row indices only.
