@@ -306,7 +306,16 @@ impl Domain {
         }
         match plan.secure_sum() {
             Some(spec) => self.judge_sums(spec, announcement.cohort)?,
-            None if self.contract.privacy.domain_aggregates != DomainAggregates::Confidential => {}
+            None if self.contract.privacy.domain_aggregates != DomainAggregates::Confidential => {
+                let published = self.contract.privacy.domain_aggregates == DomainAggregates::Published;
+                if plan.release.domain_column && !published {
+                    let reason =
+                        "the plan draws a corpus with a domain column, which tells other domains what sets this \
+                         one apart; the contract doesn't say domain_aggregates: published"
+                            .to_owned();
+                    return refuse(RefusalRule::AggregatesConfidential, reason);
+                }
+            }
             None => {
                 let reason = "the contract keeps domain aggregates confidential; local noise would show them"
                     .to_owned();

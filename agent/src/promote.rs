@@ -166,14 +166,15 @@ impl SharedForest {
 }
 
 impl Loaded {
-    /// Loads a verified publication; `counted` is the gate whose training rows its release counted by label, if any.
+    /// Loads a verified publication; `counted` is the gate whose training rows its release counted by label, if any, and `product` the
+    /// name of the domain's data product, whose corpus rows come first if they are told apart.
     ///
     /// # Errors
     /// [`ArtefactError`] if an artefact is missing, damaged or doesn't fit.
     pub fn new(
         artefacts: &Artefacts,
         manifest: &Manifest,
-        own: &FeatureSchema,
+        (product, own): (&str, &FeatureSchema),
         sizes: ContextSection,
         secret: &[u8; 32],
         counted: Option<Gate>,
@@ -187,7 +188,7 @@ impl Loaded {
             adapter: manifest.adapter.map(adapter).transpose()?,
             forest: manifest.forest.map(|digest| artefacts.forest(&digest)).transpose()?,
             tuned,
-            corpus: artefacts.corpus(&manifest.corpus, &manifest.schema)?,
+            corpus: artefacts.corpus_for(&manifest.corpus, &manifest.schema, product)?,
             own: own.clone(),
             sizes,
             key: hmac::Key::new(hmac::HMAC_SHA256, secret),

@@ -174,9 +174,34 @@ impl Artefacts {
     /// # Errors
     /// [`ArtefactError`] if it is missing, damaged or doesn't fit the schema.
     pub fn corpus(&self, digest: &Digest, schema: &FeatureSchema) -> Result<TypedBatch, ArtefactError> {
+        Ok(self.corpus_document(digest)?.batch(schema)?)
+    }
+
+    /// As [`Self::corpus`], with the rows that stand for a data product first where the corpus says which they are.
+    ///
+    /// # Errors
+    /// As [`Self::corpus`].
+    pub fn corpus_for(
+        &self,
+        digest: &Digest,
+        schema: &FeatureSchema,
+        product: &str,
+    ) -> Result<TypedBatch, ArtefactError> {
+        let document = self.corpus_document(digest)?;
+        let rows = document.batch(schema)?;
+        let mut order = document.rows_of(product);
+        if order.is_empty() {
+            return Ok(rows);
+        }
+        let mut own = vec![false; rows.rows()];
+        order.iter().for_each(|&row| own[row] = true);
+        order.extend((0..rows.rows()).filter(|&row| !own[row]));
+        Ok(rows.take(&order))
+    }
+
+    fn corpus_document(&self, digest: &Digest) -> Result<CorpusDocument, ArtefactError> {
         let bytes = self.blobs.get(&named(digest))?;
-        let document: CorpusDocument = documents::read("corpus", &bytes, MAX_CORPUS_BYTES)?;
-        Ok(document.batch(schema)?)
+        Ok(documents::read("corpus", &bytes, MAX_CORPUS_BYTES)?)
     }
 
     /// An adapter that belongs to a base, given by digest and loaded.

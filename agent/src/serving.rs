@@ -172,7 +172,8 @@ impl Serving {
         let sizes = self.domain.config.context;
         let secret = self.domain.secret("context rows");
         let counted = self.domain.counted_by(&manifest.plan)?;
-        Ok(Loaded::new(&self.artefacts, manifest, &self.domain.schema, sizes, &secret, counted)?)
+        let own = (self.domain.contract.name.as_str(), &self.domain.schema);
+        Ok(Loaded::new(&self.artefacts, manifest, own, sizes, &secret, counted)?)
     }
 
     fn put(&self, served: Served, manifest: &Manifest, held: &Held) {

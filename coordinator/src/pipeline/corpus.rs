@@ -19,6 +19,7 @@ use tabmesh_synthesis::quality::{Quality, measure};
 use tabmesh_synthesis::sample::{FineHistograms, SynthColumn, decode, draw};
 use tabmesh_tfm::table::{Coding, EncodedTable, Preprocessing, Statistics};
 
+use super::domains::{DomainCard, Domains};
 use super::release::Released;
 use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, named, stored};
@@ -32,6 +33,8 @@ struct CorpusCard {
     /// Features that each feature depends on, its own parent in the tree first.
     parents: Vec<Vec<String>>,
     quality: Quality,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    domains: Option<DomainCard>,
 }
 
 /// Fits the tree model, draws the corpus, derives the coding, stores and shares both.
@@ -42,8 +45,8 @@ pub(super) async fn build(
 ) -> Result<JobEvent, CoordinatorError> {
     let released = Released::load(mesh, submitted, job)?;
     let work = {
-        let (mesh, submitted) = (Arc::clone(mesh), Arc::clone(submitted));
-        move || draw_corpus(&mesh, &submitted, &released)
+        let (mesh, submitted, job) = (Arc::clone(mesh), Arc::clone(submitted), job.clone());
+        move || draw_corpus(&mesh, &submitted, &job, &released)
     };
     let joined = tokio::task::spawn_blocking(work).await;
     let (corpus, preprocessing) =
@@ -54,14 +57,19 @@ pub(super) async fn build(
 fn draw_corpus(
     mesh: &Mesh,
     submitted: &Submitted,
+    job: &Job,
     released: &Released,
 ) -> Result<(tabmesh_federation::id::Digest, tabmesh_federation::id::Digest), CoordinatorError> {
     let features = released.schema.features();
-    let tree = released.tree(submitted)?;
+    let mut tree = released.tree(submitted)?;
     let attributes = released.stage(4)?.query.attributes.clone();
     let fine = released.stage(1)?.tables()?;
     let mut tables = released.stage(2)?.tables()?;
     tables.extend(released.stage(4)?.tables()?);
+    let domains = Domains::of(mesh, job, released, (submitted.plan.release.domain_column, &tree))?;
+    if let Some(domains) = &domains {
+        (tree, tables) = (domains.tree.clone(), domains.tables.clone());
+    }
     let model = fit(&tree, &tables)?;
 
     let mut rng = ChaCha20Rng::from_seed(*submitted.digest.0.as_bytes());
@@ -69,11 +77,19 @@ fn draw_corpus(
     let quality = measure(&rows, &tree, &tables)?;
     let asked = &released.stage(1)?.query.attributes;
     let histograms = FineHistograms { attributes: asked, tables: &fine };
+    let (rows, of_domains) = match &domains {
+        Some(domains) => {
+            let (rows, cells) = rows.split_last();
+            (rows, Some(domains.column(&cells)))
+        }
+        None => (rows, None),
+    };
     let drawn = decode(&rows, &attributes, histograms, &mut rng)?;
     let document = CorpusDocument {
         plan: submitted.digest,
         columns: drawn.columns.into_iter().map(column).collect(),
         labels: drawn.labels,
+        domains: of_domains,
     };
     document.batch(&released.schema).map_err(|error| CoordinatorError::Step(error.to_string()))?;
     let corpus = mesh.put_json(&document)?;
@@ -81,12 +97,14 @@ fn draw_corpus(
     reconcile(&mut tables)?;
     let preprocessing = preprocessing(released, &attributes, &fine, &tables)?;
     let coding = mesh.put_json(&preprocessing)?;
-    let name = |at: usize| features.get(at).map(|f| f.id.to_string());
+    let names: Vec<String> = features.iter().map(|feature| feature.id.to_string()).collect();
+    let name = |at: usize| names.get(at).cloned();
     let card = CorpusCard {
         plan: submitted.digest.to_string(),
         rows: document.labels.len(),
         parents: (0..features.len()).map(|f| tree.above(f).into_iter().filter_map(name).collect()).collect(),
         quality,
+        domains: domains.map(|domains| domains.card(&names)),
     };
     let card = mesh.put_json(&card)?;
     for digest in [&corpus, &coding, &card] {

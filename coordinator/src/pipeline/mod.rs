@@ -4,6 +4,7 @@
 //! records end, and doing a step again after a crash is harmless.
 
 pub(crate) mod corpus;
+mod domains;
 mod publish;
 mod release;
 pub(crate) mod rounds;

@@ -10,6 +10,7 @@ use tabmesh_federation::id::CollectionId;
 use tabmesh_federation::job::{Job, JobEvent};
 use tabmesh_federation::phase::abandon::AbandonReason;
 use tabmesh_federation::phase::collect::{Collection, CollectionState};
+use tabmesh_federation::plan::LabelMarginals;
 use tabmesh_federation::release_plan::{Attributes, Release, shared_max_rows};
 use tabmesh_federation::schedule::Window;
 use tabmesh_federation::secagg::document;
@@ -37,6 +38,9 @@ pub(super) struct StageSum {
     pub(super) sum: Vec<i64>,
     /// Noisy total of each agent, from the label counts of stage 1; none from a secure sum.
     pub(super) totals: BTreeMap<String, f64>,
+    /// Each agent's own noised counts, where the plan draws a corpus with a domain column.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(super) by_agent: BTreeMap<String, Vec<i64>>,
     /// Variance of each agent's noise, where it is a share.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) share: Option<SigmaSquared>,
@@ -122,7 +126,12 @@ impl Released {
         let rho = plan.budget.per_stage.last().map_or(0.0, |rho| rho.as_f64());
         let variance_each = variance * second.query.rho.as_f64() / (counted.len() as f64 * rho);
         let (tree, cells) = (self.tree(submitted)?, self.final_cells()?);
-        let marginals = selection::marginals(&tree, &cells, self.total()?.0, variance_each);
+        let with_label = match submitted.plan.release.label_marginals {
+            LabelMarginals::All => vec![true; tree.label()],
+            LabelMarginals::Signal => selection::informative(&counted, tree.label())?,
+        };
+        let wanted = (cells.as_slice(), with_label.as_slice());
+        let marginals = selection::marginals(&tree, wanted, self.total()?.0, variance_each);
         Ok(plan.stage_four(&finals, marginals)?)
     }
 
@@ -181,8 +190,8 @@ pub(super) async fn run(
         return match secure::run(mesh, submitted, &subject, (Purpose::Release, &what)).await? {
             SumEnd::Summed(summed) => {
                 let (agents, share) = (summed.survivors.len(), Some(summed.share));
-                let (sum, totals) = (summed.values, BTreeMap::new());
-                let digest = mesh.put_json(&StageSum { query, agents, sum, totals, share })?;
+                let (sum, totals, by_agent) = (summed.values, BTreeMap::new(), BTreeMap::new());
+                let digest = mesh.put_json(&StageSum { query, agents, sum, totals, by_agent, share })?;
                 Ok(JobEvent::StageReleased { stage, sum: named(digest) })
             }
             SumEnd::Abandoned(cause) => Ok(JobEvent::StageAbandoned { stage, cause }),
@@ -203,7 +212,10 @@ pub(super) async fn run(
             let sum = settled.sum().map_err(|error| CoordinatorError::Step(error.to_string()))?;
             let totals = totals(&query, &settled)?;
             let agents = settled.receipts().len();
-            let digest: Digest = mesh.put_json(&StageSum { query, agents, sum, totals, share: None })?;
+            let own = settled.values().iter().filter(|_| submitted.plan.release.domain_column);
+            let by_agent = own.map(|(agent, values)| (agent.to_string(), values.to_vec())).collect();
+            let stage_sum = StageSum { query, agents, sum, totals, by_agent, share: None };
+            let digest: Digest = mesh.put_json(&stage_sum)?;
             Ok(JobEvent::StageReleased { stage, sum: named(digest) })
         }
         CollectionState::Abandoned { cause, .. } => {

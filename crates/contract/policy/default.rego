@@ -153,7 +153,7 @@ reasons["cohort_below_minimum"] := sprintf("a cohort of %v is below %v, the mini
 	input.request.aggregation,
 ])
 
-holds contains "confidential_aggregates" if input.contract.privacy.domain_aggregates == "open"
+holds contains "confidential_aggregates" if input.contract.privacy.domain_aggregates in {"open", "published"}
 
 holds contains "confidential_aggregates" if {
 	input.contract.privacy.domain_aggregates == "confidential"

@@ -176,6 +176,8 @@ pub enum DomainAggregates {
     Open,
     /// Only sums over several domains under secure aggregation.
     Confidential,
+    /// It may, and the corpus may tell the other domains of the plan which of its rows stand for this one.
+    Published,
 }
 
 /// What may be done with the rows.
@@ -427,7 +429,7 @@ names!(Purpose {
     FederatedAdapter = "federated_adapter",
     LocalOnly = "local_only",
 });
-names!(DomainAggregates { Open = "open", Confidential = "confidential" });
+names!(DomainAggregates { Open = "open", Confidential = "confidential", Published = "published" });
 names!(SourceKind { Parquet = "parquet", Csv = "csv", Postgres = "postgres" });
 names!(LogicalType {
     String = "string",

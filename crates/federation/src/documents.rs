@@ -87,6 +87,19 @@ pub struct CorpusDocument {
     pub columns: Vec<CorpusColumn>,
     /// Class of each row.
     pub labels: Vec<u16>,
+    /// Which domain each row stands for, where the plan asked for it and domains differ.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domains: Option<DomainColumn>,
+}
+
+/// The domain that each synthetic row stands for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DomainColumn {
+    /// Data products of the cohort.
+    pub products: Vec<String>,
+    /// Place in `products` of each row's domain.
+    pub rows: Vec<u16>,
 }
 
 /// A column of synthetic values.
@@ -111,6 +124,14 @@ impl CorpusDocument {
         let rows = self.labels.len();
         if self.columns.len() != schema.features().len() {
             return mismatch("corpus columns", schema.features().len(), self.columns.len());
+        }
+        if let Some(DomainColumn { products, rows: of }) = &self.domains {
+            if of.len() != rows {
+                return mismatch("corpus rows with a domain", rows, of.len());
+            }
+            if let Some(&code) = of.iter().find(|&&code| usize::from(code) >= products.len()) {
+                return mismatch("corpus domains", products.len(), usize::from(code) + 1);
+            }
         }
         let classes = schema.target().classes.len();
         if let Some(&class) = self.labels.iter().find(|&&class| usize::from(class) >= classes) {
@@ -143,6 +164,14 @@ impl CorpusDocument {
             labels: self.labels.iter().map(|&class| Some(class)).collect(),
             units: vec![[0; 16]; rows],
         })
+    }
+
+    /// Rows that stand for a data product, in order; none without a domain column or for one that isn't in it.
+    #[must_use]
+    pub fn rows_of(&self, product: &str) -> Vec<usize> {
+        let Some(DomainColumn { products, rows }) = &self.domains else { return Vec::new() };
+        let Some(code) = products.iter().position(|known| known == product) else { return Vec::new() };
+        (0..rows.len()).filter(|&row| usize::from(rows[row]) == code).collect()
     }
 }
 
@@ -190,7 +219,24 @@ mod tests {
 
     fn corpus() -> CorpusDocument {
         let columns = vec![CorpusColumn::Numeric(vec![Some(1.5), None]), CorpusColumn::Codes(vec![1, 3])];
-        CorpusDocument { plan: PlanDigest::of(b"plan"), columns, labels: vec![0, 1] }
+        CorpusDocument { plan: PlanDigest::of(b"plan"), columns, labels: vec![0, 1], domains: None }
+    }
+
+    #[test]
+    fn a_domain_column_says_whose_rows_are_whose() {
+        let products = vec!["shop.sales".to_owned(), "bank.loans".to_owned()];
+        let with = |rows: Vec<u16>| CorpusDocument {
+            domains: Some(DomainColumn { products: products.clone(), rows }),
+            ..corpus()
+        };
+        let bytes = serde_json::to_vec(&with(vec![1, 0])).unwrap();
+        let read: CorpusDocument = read("corpus", &bytes, MAX_CORPUS_BYTES).unwrap();
+        assert!(read.batch(&schema()).is_ok());
+        assert_eq!((read.rows_of("bank.loans"), read.rows_of("shop.sales")), (vec![0], vec![1]));
+        assert!(read.rows_of("shop").is_empty() && corpus().rows_of("shop.sales").is_empty());
+        let refusal = |rows: Vec<u16>| with(rows).batch(&schema()).unwrap_err().to_string();
+        assert!(refusal(vec![1]).contains("rows with a domain"), "{}", refusal(vec![1]));
+        assert!(refusal(vec![0, 2]).contains("corpus domains: expected 2, got 3"), "{}", refusal(vec![0, 2]));
     }
 
     #[test]

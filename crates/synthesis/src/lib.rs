@@ -15,6 +15,8 @@
 //!    have made, and where a plan wants it a junction tree with more of these edges, in cliques of bounded size.
 //! 3. **Tree.** The last stage releases the counts that [`selection::marginals`] names: (feature, label) for each
 //!    feature, (feature, parent) for each edge, all three at once where that many cells bear the noise.
+//!    Where each domain's own tables are known and may be told, the domain becomes one more attribute above the features that
+//!    differ ([`domains`], [`TreeStructure::under`]).
 //! 4. **Fit.** [`fit()`] reconciles all tables by generalised least squares ([`marginal::reconcile`]), draws each pair
 //!    towards independence by as much as noise can have made of it ([`signal`]), and puts the pairs together as
 //!    P(label) · Π P(feature | parents, label), each with the largest entropy.
@@ -48,6 +50,7 @@
 #![forbid(unsafe_code)]
 
 mod clique;
+pub mod domains;
 mod error;
 pub mod fit;
 pub mod marginal;

@@ -53,6 +53,14 @@ impl CellRows {
         self.rows
     }
 
+    /// The rows without their last attribute, and that attribute's cells row by row.
+    #[must_use]
+    pub fn split_last(mut self) -> (Self, Vec<u32>) {
+        self.dims.pop();
+        let last = self.columns.pop().unwrap_or_default();
+        (self, last)
+    }
+
     /// The cells of one attribute, row by row; empty for an attribute out of range.
     #[must_use]
     pub fn column(&self, attribute: usize) -> &[u32] {

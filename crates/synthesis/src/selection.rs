@@ -7,7 +7,7 @@
 use tabmesh_privacy::release::{Attribute, MarginalSpec, MarginalTable};
 
 use crate::SynthesisError;
-use crate::marginal::recut;
+use crate::marginal::{best_marginal, marginalise, recut};
 use crate::tree::{MEAN_ABSOLUTE_NORMAL, PairScore, TreeStructure, Width, pair_scores};
 
 /// The tree of the pairs of features that noise can't have made, widened as far as `width` lets it; the label stands after
@@ -41,16 +41,40 @@ pub fn structure(
     TreeStructure::spanning(features + 1, features, &scores)?.widened(&scores, cells, width)
 }
 
-/// The marginals to measure for a tree: each feature with the label and each with its parents, or all three at once where
-/// there is one parent and that many cells bear the noise.
+/// Whether each feature's counts by label are further from independence than noise can have made them; `by_label` covers
+/// (feature, label) of every feature before `label`.
+///
+/// # Errors
+/// As [`best_marginal`] and [`pair_scores`].
+pub fn informative(by_label: &[MarginalTable], label: usize) -> Result<Vec<bool>, SynthesisError> {
+    let classes = best_marginal(by_label, &[label])?;
+    let of_feature = |feature: usize| {
+        let pair = best_marginal(by_label, &[feature, label])?;
+        let one_way = [marginalise(&pair, &[feature])?, classes.clone()];
+        Ok(pair_scores(&[pair], &one_way)?.iter().any(PairScore::is_signal))
+    };
+    (0..label).map(of_feature).collect()
+}
+
+/// The marginals to measure for a tree: each feature that `with_label` names with the label and each with its parents, or all three
+/// at once where there is one parent and that many cells bear the noise. If that is nothing, each feature with the label.
 ///
 /// `cells` has the attributes' numbers of cells, the label's among them; `total` is the number of rows; `variance_each` is
 /// what every marginal of the stage adds to the variance of a cell's noise.
 #[must_use]
-pub fn marginals(tree: &TreeStructure, cells: &[usize], total: f64, variance_each: f64) -> Vec<MarginalSpec> {
+pub fn marginals(
+    tree: &TreeStructure,
+    (cells, with_label): (&[usize], &[bool]),
+    total: f64,
+    variance_each: f64,
+) -> Vec<MarginalSpec> {
     let label = tree.label();
     let edges: usize = tree.order().iter().map(|feature| tree.above(*feature).len()).sum();
-    let sd = (variance_each * (tree.order().len() + edges) as f64).sqrt();
+    let named = |feature: usize| with_label.get(feature).is_some_and(|named| *named);
+    let some = edges > 0 || tree.order().iter().any(|feature| named(*feature));
+    let by_label = |feature: usize| named(feature) || !some;
+    let labels = tree.order().iter().filter(|feature| by_label(**feature)).count();
+    let sd = (variance_each * (labels + edges) as f64).sqrt();
     let bears = |attributes: &[usize]| {
         let cells: f64 =
             attributes.iter().map(|&at| cells.get(at).map_or(1.0, |&cells| cells as f64)).product();
@@ -59,9 +83,13 @@ pub fn marginals(tree: &TreeStructure, cells: &[usize], total: f64, variance_eac
     let mut asked = Vec::with_capacity(tree.order().len() + edges);
     for &feature in tree.order() {
         match tree.above(feature).as_slice() {
-            [parent] if bears(&[feature, *parent, label]) => asked.push(vec![feature, *parent, label]),
+            [parent] if by_label(feature) && bears(&[feature, *parent, label]) => {
+                asked.push(vec![feature, *parent, label]);
+            }
             above => {
-                asked.push(vec![feature, label]);
+                if by_label(feature) {
+                    asked.push(vec![feature, label]);
+                }
                 asked.extend(above.iter().map(|parent| vec![feature, *parent]));
             }
         }

@@ -15,6 +15,8 @@
 //! computations with probabilities on graphical structures*, 1988): sums over a clique are all that is needed of what is above.
 //! The cells of the largest clique are bounded.
 
+mod domain;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};

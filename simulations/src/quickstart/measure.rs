@@ -116,5 +116,6 @@ pub fn loaded(
     let data_dir = layout.domain(domain).join("data");
     let artefacts = Artefacts::open(&data_dir, VerifyingKey::from_bytes(key), Trust::InsecureDev)?;
     let (_, manifest) = artefacts.current()?.context("nothing was published")?;
-    Ok(Loaded::new(&artefacts, &manifest, own, ContextSection::default(), &secret, None)?)
+    // Of a domain that took part in nothing, no corpus row is known as its own.
+    Ok(Loaded::new(&artefacts, &manifest, ("", own), ContextSection::default(), &secret, None)?)
 }

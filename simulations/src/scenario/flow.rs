@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tabmesh_federation::aggregate::Aggregation;
 use tabmesh_federation::aggregate::optimiser::OptimiserSpec;
-use tabmesh_federation::plan::{AdapterSpec, ClipNorm, NoisePlacement, Plan};
+use tabmesh_federation::plan::{AdapterSpec, ClipNorm, LabelMarginals, NoisePlacement, Plan};
 
 use super::document::{Attack, Byzantine, Faulty};
 
@@ -31,6 +31,12 @@ pub struct Flow {
     /// Features that one may depend on in the corpus' model, 1 to 3, as in a plan. Default: the plan's.
     #[serde(default)]
     pub parents: Option<u32>,
+    /// Features that the last stage of the release counts by label once more, `all` or those with `signal`, as in a plan. Default: the plan's.
+    #[serde(default)]
+    pub label_marginals: Option<LabelMarginals>,
+    /// A corpus with a domain column where domains differ, as in a plan; contracts say `domain_aggregates: published` then. Default false.
+    #[serde(default)]
+    pub domain_column: bool,
     /// Rows of the synthetic corpus, 100 to 1,000,000. Default: the plan's.
     #[serde(default)]
     pub corpus_rows: Option<u32>,
@@ -170,6 +176,7 @@ impl Flow {
             .with_context(|| format!("{}: of {agents} domains {missing} are to be missing", self.name))?;
         plan.cohort.max_agents = agents;
         plan.privacy.epsilon = self.epsilon;
+        plan.release.domain_column = self.domain_column;
         // Nobody waits for a deadline in a simulation: a slow machine is no straggler.
         plan.release.deadline_s = PATIENCE_S;
         let goes_on = self.faults.goes_on_without_late(agents);
@@ -178,6 +185,7 @@ impl Flow {
             release_share,
             noise_placement,
             parents,
+            label_marginals,
             corpus_rows,
             pretrain_steps,
             rounds,
@@ -192,6 +200,7 @@ impl Flow {
         set(&mut plan.privacy.release_share, *release_share);
         set(&mut plan.privacy.noise_placement, *noise_placement);
         set(&mut plan.release.parents, *parents);
+        set(&mut plan.release.label_marginals, *label_marginals);
         set(&mut plan.corpus.rows, *corpus_rows);
         set(&mut plan.pretrain.steps, *pretrain_steps);
         set(&mut plan.rounds.count, *rounds);

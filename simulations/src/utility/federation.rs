@@ -309,7 +309,9 @@ fn write_member(
 ) -> Result<()> {
     let name = member.name();
     std::fs::create_dir_all(layout.domain(&name))?;
-    std::fs::write(layout.contract(&name), &member.contract)?;
+    let contract =
+        if plan.release.domain_column { member.published_contract()? } else { member.contract.clone() };
+    std::fs::write(layout.contract(&name), contract)?;
     deployment::write_policy(layout, &name, &member.product, epsilon)?;
     if plan.secure_sum().is_some() {
         let names: Vec<String> = all.iter().map(Member::name).collect();

@@ -13,6 +13,17 @@ use rand_chacha::ChaCha20Rng;
 
 /// Tables of some domains with a signal that a tree finds.
 pub(crate) fn write_set(folder: &Path, domains: &[&str]) {
+    write_set_of(folder, domains, |_, rng| rng.random_range(0..KINDS.len()));
+}
+
+/// Such tables, of which seven in ten rows of a domain are of a kind that the next domain has few of.
+pub(crate) fn write_set_apart(folder: &Path, domains: &[&str]) {
+    write_set_of(folder, domains, |domain, rng| {
+        if rng.random_bool(0.55) { domain % KINDS.len() } else { rng.random_range(0..KINDS.len()) }
+    });
+}
+
+fn write_set_of(folder: &Path, domains: &[&str], kind: impl Fn(usize, &mut ChaCha20Rng) -> usize) {
     let columns = r#"[{"name":"row_id","type":"int64","role":"row_id"},{"name":"label","type":"int8","role":"label"},
         {"name":"Visits","type":"int64","role":"feature"},{"name":"load","type":"double","role":"feature"},
         {"name":"kind","type":"string","role":"sensitive"},{"name":"surname","type":"string","role":"pii"}]"#;
@@ -25,11 +36,11 @@ pub(crate) fn write_set(folder: &Path, domains: &[&str]) {
     let mut rng = ChaCha20Rng::seed_from_u64(1);
     for part in ["train", "test"] {
         std::fs::create_dir_all(folder.join(part)).unwrap();
-        for domain in domains {
+        for (at, domain) in domains.iter().enumerate() {
             let visits: Vec<i64> = (0..ROWS).map(|_| rng.random_range(0..40)).collect();
             let load: Vec<Option<f64>> =
                 (0..ROWS).map(|_| rng.random_bool(0.9).then(|| rng.random_range(-1.0..1.0))).collect();
-            let kinds: Vec<&str> = (0..ROWS).map(|_| ["a", "b", "c"][rng.random_range(0..3)]).collect();
+            let kinds: Vec<&str> = (0..ROWS).map(|_| KINDS[kind(at, &mut rng)]).collect();
             let labels = visits.iter().zip(&kinds).map(|(v, kind)| {
                 let p = if *v > 20 { 0.8 } else { 0.2 } - if *kind == "a" { 0.15 } else { 0.0 };
                 i8::from(rng.random_bool(p))
@@ -52,5 +63,6 @@ pub(crate) fn write_set(folder: &Path, domains: &[&str]) {
     }
 }
 
+const KINDS: [&str; 3] = ["a", "b", "c"];
 /// Rows of each table.
 pub(crate) const ROWS: usize = 240;

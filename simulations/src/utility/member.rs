@@ -53,6 +53,17 @@ impl Member {
         Ok(self)
     }
 
+    /// Its contract, by which the other domains may be told what sets this one apart.
+    ///
+    /// # Errors
+    /// The contract has not one `privacy` in braces.
+    pub(crate) fn published_contract(&self) -> Result<String> {
+        const PRIVACY: &str = "\nprivacy: {";
+        let times = self.contract.matches(PRIVACY).count();
+        ensure!(times == 1, "{}: the contract has {times} maps of privacy", self.domain);
+        Ok(self.contract.replace(PRIVACY, &format!("{PRIVACY}domain_aggregates: published, ")))
+    }
+
     /// Reads its contract.
     ///
     /// # Errors

@@ -4,6 +4,8 @@
 //! what no agent may do is added: pooling, and scoring on test rows. [`run`] measures one folder; scenarios use the
 //! same parts.
 
+#[cfg(test)]
+mod apart;
 pub(crate) mod contracts;
 pub(crate) mod federation;
 mod liar;

@@ -94,10 +94,14 @@ impl World {
     /// The agent in a cohort of so many, once it was asked to take a plan on; `floor` is its policy for secure sums, `pace`
     /// what its grant says of the time.
     fn planned(agents: usize, retries: u32, floor: &str, pace: &str) -> Planned {
+        Self::contracted(CONTRACT, agents, retries, floor, pace)
+    }
+
+    fn contracted(contract: &str, agents: usize, retries: u32, floor: &str, pace: &str) -> Planned {
         let folder = tempfile::tempdir().unwrap();
         let write = |name: &str, bytes: &[u8]| std::fs::write(folder.path().join(name), bytes).unwrap();
         std::fs::create_dir_all(folder.path().join("keys")).unwrap();
-        write("contract.yaml", CONTRACT.as_bytes());
+        write("contract.yaml", contract.as_bytes());
         let mut table = "label,tid,amount\n".to_owned();
         (0..40).for_each(|row| writeln!(table, "{},t{row},{row}", row % 2).unwrap());
         write("sales.csv", table.as_bytes());
@@ -388,6 +392,23 @@ fn confidential_aggregates_take_secure_sums_alone() {
     assert!(matches!(world.work.release(&query, NOW_MS), Err(WorkError::NeedsSum)));
     assert_eq!(world.debits(), 0);
     assert!(world.attempt(1, &world.without(0), 0).is_ok());
+}
+
+/// What sets a domain apart is told to others if its own contract says so, and not if it lets the coordinator see its aggregates.
+#[test]
+fn a_domain_column_needs_published_aggregates() {
+    let announced = |aggregates: &str, column: &str| {
+        let contract = CONTRACT.replace("confidential", aggregates);
+        let world = World::contracted(&contract, 6, 0, "", "").unwrap();
+        let plan = format!(
+            "kind: TabmeshPlan\nname: q\ntarget: sale.fraud\ncohort: {{min_agents: 4}}\nprivacy: {{epsilon: 1}}\n{column}"
+        );
+        world.announced(plan, NOW_MS)
+    };
+    let column = "release: {domain_column: true}\n";
+    assert_eq!(announced("open", column), Err(RefusalRule::AggregatesConfidential));
+    assert_eq!(announced("published", column), Ok(()));
+    assert_eq!(announced("open", ""), Ok(()));
 }
 
 /// A domain that lets its budget be spent at a pace refuses a second plan in the same quarter, though the lifetime has room

@@ -156,6 +156,18 @@ pub struct ReleaseSpec {
     /// too and so leave each count more noise. Default 1.
     #[garde(range(min = 1, max = MAX_PARENTS))]
     pub parents: u32,
+    /// Features that stage 4 counts by label once more: `all`, or only those of `signal` in stage 2, which leaves the others' counts less
+    /// noise. Default `all`.
+    #[serde(skip_serializing_if = "LabelMarginals::is_all")]
+    #[garde(skip)]
+    pub label_marginals: LabelMarginals,
+    /// Draw the corpus with a domain column where domains differ by more than noise can have made: features then depend on the
+    /// domain as well, and each agent's context begins with rows that stand for its own. It costs no privacy and tells every domain
+    /// of the plan what sets each apart, so all contracts must say `domain_aggregates: published`; with local noise only, since a
+    /// secure sum knows no domain. Default false.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[garde(skip)]
+    pub domain_column: bool,
     /// Shares of the release's ρ.
     #[garde(dive)]
     pub shares: StageShares,
@@ -171,8 +183,27 @@ impl Default for ReleaseSpec {
             coarse_bins: 5,
             max_levels: 24,
             parents: 1,
+            label_marginals: LabelMarginals::All,
+            domain_column: false,
             shares: StageShares::default(),
         }
+    }
+}
+
+/// Features that stage 4 counts by label.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LabelMarginals {
+    /// Every one.
+    #[default]
+    All,
+    /// Those whose counts by label in stage 2 are further from independence than noise can have made them.
+    Signal,
+}
+
+impl LabelMarginals {
+    fn is_all(&self) -> bool {
+        *self == Self::All
     }
 }
 
@@ -256,7 +287,7 @@ pub struct RoundsSpec {
     /// It saves computing where tables are large; privacy is charged as if all took part. Default 1, which has the least noise.
     #[garde(custom(checks::between(SMALLEST_RATE, 1.0)))]
     pub sampling_rate: f64,
-    /// Norm one unit's gradient is clipped to: `auto` (95th percentile on the corpus; of a forest, the largest that a row has), a number in [0.0001, 10000], or a map with
+    /// Norm one unit's gradient is clipped to: `auto` (on the corpus, the 95th percentile or the median of a class, whichever is larger; of a forest, the largest that a row has), a number in [0.0001, 10000], or a map with
     /// the `quantile` of the units' norms that it follows from round to round, by noisy counts. Default `auto`.
     #[garde(custom(clip_norm_in_range))]
     pub clip_norm: ClipNorm,
@@ -330,7 +361,8 @@ impl ClipNorm {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Auto {
-    /// The 95th percentile of gradient norms on corpus rows: post-processing, costs no privacy.
+    /// The 95th percentile of gradient norms on corpus rows, or a class' median where that is larger, so that a rare class isn't
+    /// clipped away: post-processing, costs no privacy.
     Auto,
 }
 

@@ -76,6 +76,13 @@ impl Plan {
             }
             return found;
         };
+        if self.release.domain_column {
+            let message =
+                "needs each agent's own counts, and noise_placement secure_sum shows their sum alone: \
+                 leave it out or use local noise"
+                    .to_owned();
+            found.push(("release.domain_column", message));
+        }
         let rule = Rule::new(self.rounds.aggregation, self.rounds.trim);
         if rule.needs_separate_updates() {
             let message = format!(

@@ -43,14 +43,44 @@ fn edges_are_pairs_that_noise_cannot_have_made() {
 fn three_at_once_only_where_their_cells_bear_the_noise() {
     let tree = chosen(1.0);
     let asked = |variance_each: f64| -> Vec<Vec<usize>> {
-        marginals(&tree, &[3, 3, 3, 2], 300.0, variance_each).into_iter().map(|m| m.attributes).collect()
+        marginals(&tree, (&[3, 3, 3, 2], &[true; 3]), 300.0, variance_each)
+            .into_iter()
+            .map(|m| m.attributes)
+            .collect()
     };
     // 18 cells with four marginals: up to an absolute deviation of 30 over all.
     let most = (30.0 / (18.0 * MEAN_ABSOLUTE_NORMAL)).powi(2) / 4.0;
     assert_eq!(asked(0.99 * most), [vec![0, 3], vec![2, 3], vec![1, 0, 3]]);
     assert_eq!(asked(1.01 * most), [vec![0, 3], vec![2, 3], vec![1, 3], vec![1, 0]]);
-    let without_rows = marginals(&tree, &[3, 3, 3, 2], 0.0, 1.0);
+    let without_rows = marginals(&tree, (&[3, 3, 3, 2], &[true; 3]), 0.0, 1.0);
     assert_eq!(without_rows.len(), 4);
+}
+
+/// Feature 0 follows the label, 1 and 2 don't; 1 hangs on 0.
+#[test]
+fn counts_by_label_can_be_left_to_features_that_say_something_of_it() {
+    let by_label = [
+        table(&[0, 3], &[3, 2], vec![100.0, 0.0, 50.0, 50.0, 0.0, 100.0], 1.0),
+        table(&[1, 3], &[3, 2], vec![50.0; 6], 1.0),
+        table(&[2, 3], &[3, 2], vec![51.0, 49.0, 50.0, 50.0, 49.0, 51.0], 1.0),
+    ];
+    let told = informative(&by_label, 3).unwrap();
+    assert_eq!(told, [true, false, false]);
+    // With more noise nothing is known of any of them.
+    let noisy: Vec<MarginalTable> =
+        by_label.iter().map(|table| MarginalTable { variance: 1e4, ..table.clone() }).collect();
+    assert_eq!(informative(&noisy, 3).unwrap(), [false; 3]);
+    assert!(informative(&by_label[..2], 3).is_err());
+    let asked = |tree: &TreeStructure, told: &[bool]| -> Vec<Vec<usize>> {
+        let specs = marginals(tree, (&[3, 3, 3, 2], told), 300.0, 0.0);
+        specs.into_iter().map(|marginal| marginal.attributes).collect()
+    };
+    assert_eq!(asked(&chosen(1.0), &told), [vec![0, 3], vec![1, 0]]);
+    assert_eq!(asked(&chosen(1.0), &[false, true, false]), [vec![1, 0, 3]]);
+    let apart = chosen(10_000.0);
+    assert_eq!(asked(&apart, &told), [vec![0, 3]]);
+    // A stage asks for something.
+    assert_eq!(asked(&apart, &[false; 3]), [vec![0, 3], vec![1, 3], vec![2, 3]]);
 }
 
 #[test]
@@ -74,11 +104,11 @@ fn every_parent_of_a_junction_tree_is_measured() {
     let last = tree.order()[2];
     assert_eq!(tree.above(last).len(), 2);
     let mut asked: Vec<Vec<usize>> =
-        marginals(&tree, &[3, 3, 3, 2], 300.0, 1e9).into_iter().map(|m| m.attributes).collect();
+        marginals(&tree, (&[3, 3, 3, 2], &[true; 3]), 300.0, 1e9).into_iter().map(|m| m.attributes).collect();
     asked.iter_mut().for_each(|attributes| attributes.sort_unstable());
     asked.sort();
     assert_eq!(asked, [vec![0, 1], vec![0, 2], vec![0, 3], vec![1, 2], vec![1, 3], vec![2, 3]]);
     // Where cells bear the noise, the one with one parent is measured with it and the label at once.
-    let exact = marginals(&tree, &[3, 3, 3, 2], 300.0, 0.0);
+    let exact = marginals(&tree, (&[3, 3, 3, 2], &[true; 3]), 300.0, 0.0);
     assert_eq!(exact.iter().filter(|marginal| marginal.attributes.len() == 3).count(), 1);
 }
