@@ -156,6 +156,19 @@ pub struct SharedForest {
 }
 
 impl SharedForest {
+    /// It as it stood when its first trees had learnt.
+    #[must_use]
+    pub fn after(&self, trees: usize) -> Self {
+        let (shared, own) = (self.shared.clone(), self.own.clone());
+        Self { forest: self.forest.after(trees), shared, own }
+    }
+
+    /// Trees of all rounds.
+    #[must_use]
+    pub fn trees(&self) -> usize {
+        self.forest.shape().trees
+    }
+
     /// Logits of class 1 of rows in the domain's own columns.
     ///
     /// # Errors

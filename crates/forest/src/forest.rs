@@ -101,6 +101,15 @@ impl Forest {
         Ok(forest)
     }
 
+    /// The forest as it stood when its first trees had learnt and the others hadn't.
+    #[must_use]
+    pub fn after(&self, trees: usize) -> Self {
+        let mut forest = self.clone();
+        let learnt = trees.saturating_mul(self.shape().leaves());
+        forest.values.iter_mut().skip(learnt).for_each(|value| *value = 0.0);
+        forest
+    }
+
     /// Checks a forest that was read: reading alone doesn't.
     ///
     /// # Errors
@@ -210,6 +219,13 @@ mod tests {
             assert!((got - expected).abs() < 1e-6, "{logits:?}");
         }
         assert!(forest.logits(&TypedBatch::default()).unwrap().is_empty());
+        let of_first = forest.after(1).logits(&rows()).unwrap();
+        for (got, expected) in of_first.iter().zip([0.5 + 0.3, 0.5, 0.5 + 0.2]) {
+            assert!((got - expected).abs() < 1e-6, "{of_first:?}");
+        }
+        assert_eq!(forest.after(0).values(), [0.0; 8]);
+        assert_eq!(forest.after(2), forest);
+        assert_eq!(forest.after(usize::MAX), forest);
     }
 
     #[test]

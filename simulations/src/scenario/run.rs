@@ -389,7 +389,8 @@ impl Prepared {
         if let Some(learnt) = &federated.learnt {
             self.folder.store_adapter(&task.id, learnt)?;
         }
-        let scoring = Scoring { federated: &federated, members, seed: place.seed, also: &flow.also, tell };
+        let (seed, rounds, also) = (place.seed, plan.rounds.count, flow.also.as_slice());
+        let scoring = Scoring { federated: &federated, members, seed, rounds, also, tell };
         let tables = members.iter().map(Member::tables).collect::<Result<Vec<_>>>()?;
         let ours = measure::ours(&scoring, &tables)?;
         let mut there: Vec<(&Member, &Ours, &Tables)> = Vec::new();
@@ -404,6 +405,11 @@ impl Prepared {
         let mut rows = place.all(&self.scenario.metrics, &labelled(&domains));
         let mut answers = self.all_kept(place, &domains);
         for (member, ours, tables) in there {
+            for (round, said) in &ours.by_round {
+                let place = Where { round: Some(*round), ..place.clone() };
+                let wanted = &self.scenario.metrics;
+                rows.extend(place.domain(wanted, "forest", &member.domain, said, &tables.labels));
+            }
             let counts = measure::counted(&tables.labels);
             for (name, weight) in &ours.blend {
                 let metric = format!("weight of {name}");

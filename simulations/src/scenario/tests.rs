@@ -201,7 +201,9 @@ fn flows_with_faults_come_to_their_end_and_every_part_has_its_figures() {
     );
     let rows = folder.all_rows().unwrap();
     let values = |arm: &str, method: &str, metric: &str| -> Vec<f64> {
-        let of = |row: &&super::results::Row| row.arm == arm && row.method == method && row.metric == metric;
+        let of = |row: &&super::results::Row| {
+            row.arm == arm && row.method == method && row.metric == metric && row.round.is_none()
+        };
         rows.iter().filter(of).map(|row| row.value).collect()
     };
     // The liar serves nothing; who came late or had no budget serves and has spent nothing.
@@ -267,8 +269,16 @@ fn sampled_rounds_and_norms_that_follow_a_quantile_come_to_their_end() {
             "metrics: [auc]\nflows:\n  - {{name: f, epsilon: 8, corpus_rows: 300, pretrain_steps: 0, rounds: 2, {settings}}}\n"
         );
         let (root, folder) = ran_on(&["a", "b", "c", "d"], &text);
-        let methods: BTreeSet<String> =
-            folder.all_rows().unwrap().into_iter().map(|row| row.method).collect();
+        let rows = folder.all_rows().unwrap();
+        // A forest's figures come round by round as well, and the last round's are those of its end.
+        let after = |round: Option<u32>| -> Vec<f64> {
+            rows.iter().filter(|r| r.method == "forest" && r.round == round).map(|r| r.value).collect()
+        };
+        assert_eq!(after(Some(2)), after(None));
+        assert!(after(None).is_empty() || after(Some(1)) != after(Some(2)));
+        let page = std::fs::read_to_string(folder.report_path()).unwrap();
+        assert_eq!(page.contains("<h2>Learning curves</h2>"), !after(None).is_empty());
+        let methods: BTreeSet<String> = rows.into_iter().map(|row| row.method).collect();
         (std::fs::read(root.path().join(format!("out/adapters/made_up.0000.f.{ending}"))).unwrap(), methods)
     };
     let tokens = |settings: &str| {

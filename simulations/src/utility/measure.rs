@@ -11,7 +11,7 @@ use tabmesh_agent::calibrate::Calibration;
 use tabmesh_agent::choose::{Blend, Member as BlendMember, Promotion, choose};
 use tabmesh_agent::config::PromotionSection;
 use tabmesh_agent::gate::Gate;
-use tabmesh_agent::promote::{Candidate, Loaded, Rows, Tokens, Weights};
+use tabmesh_agent::promote::{Candidate, Loaded, Rows, SharedForest, Tokens, Weights};
 use tabmesh_agent::serve::Predictor;
 use tabmesh_agent::train::onto;
 use tabmesh_contract::batch::{TypedBatch, TypedColumn};
@@ -85,6 +85,8 @@ pub(crate) struct Scoring<'a> {
     pub(crate) federated: &'a Federated,
     pub(crate) members: &'a [Member],
     pub(crate) seed: u64,
+    /// Rounds of the plan.
+    pub(crate) rounds: u32,
     /// What is scored beside the steps.
     pub(crate) also: &'a [Also],
     /// Hears what is being done.
@@ -200,6 +202,8 @@ pub(crate) struct Ours {
     /// Its number among the members.
     pub(crate) member: usize,
     pub(crate) answers: Answers,
+    /// What the forest of the rounds said after some of them.
+    pub(crate) by_round: Vec<(u32, Vec<f64>)>,
     /// Weights of what is served, by member of the blend.
     pub(crate) blend: BTreeMap<String, f64>,
 }
@@ -235,8 +239,16 @@ pub(crate) fn ours(scoring: &Scoring<'_>, tables: &[Tables]) -> Result<Vec<Ours>
         if let Some(of_all) = by_corpus.as_ref().and_then(|all| all.get(at)) {
             answers.insert("corpus_logistic", of_all.clone());
         }
+        let mut by_round = Vec::new();
         if let Some(forest) = ours.forest() {
-            answers.insert("forest", forest.logits(test)?.into_iter().map(probability).collect());
+            let said = |forest: &SharedForest| -> Result<Vec<f64>> {
+                Ok(forest.logits(test)?.into_iter().map(probability).collect())
+            };
+            for round in shown_rounds(scoring.rounds) {
+                let trees = forest.trees() * round as usize / scoring.rounds as usize;
+                by_round.push((round, said(&forest.after(trees))?));
+            }
+            answers.insert("forest", said(&forest)?);
         }
         if ours.has_adapter() {
             answers.insert("rounds", as_is(Weights::Tuned, Rows::Mixed, Tokens::On)?);
@@ -271,9 +283,18 @@ pub(crate) fn ours(scoring: &Scoring<'_>, tables: &[Tables]) -> Result<Vec<Ours>
             answers.insert(also.name(), also_answers);
         }
         let blend = weights(&serving.blend().context("a member serves nothing")?);
-        all.push(Ours { member: at, answers, blend });
+        all.push(Ours { member: at, answers, by_round, blend });
     }
     Ok(all)
+}
+
+/// Rounds after which a forest is shown: each twice the one before, and the last.
+fn shown_rounds(rounds: u32) -> Vec<u32> {
+    let mut shown: Vec<u32> = std::iter::successors(Some(1_u32), |round| round.checked_mul(2))
+        .take_while(|at| *at < rounds)
+        .collect();
+    shown.extend((rounds > 0).then_some(rounds));
+    shown
 }
 
 /// Logistic regression on corpus rows alone, for the test rows of each member: it reads the release and nothing else.

@@ -303,7 +303,8 @@ fn one(
     let setting = Setting { members: &members, plan: &plan, seed, faults: &faults, tell };
     let federated: Federated = runtime.block_on(federation::run(root.path(), setting))?;
     runtime.shutdown_background();
-    let scoring = Scoring { federated: &federated, members: &members, seed, also: &[], tell };
+    let rounds = args.rounds;
+    let scoring = Scoring { federated: &federated, members: &members, seed, rounds, also: &[], tell };
     let lines = measure::members(&scoring)?;
     let newcomer = of(newcomer)?;
     Ok((lines, measure::newcomer(&scoring, &newcomer, &measure::NEWCOMER_ROWS, usize::from(args.draws))?))

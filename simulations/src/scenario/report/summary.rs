@@ -31,17 +31,29 @@ impl Method {
     }
 }
 
-/// Rows of the last round of their arm, or without a round: what a run came to.
+/// Rows without a round, and where a method has none those of the last round of its arm: what a run came to.
 pub(crate) fn last(rows: &[Row]) -> Vec<&Row> {
     let mut latest: BTreeMap<(&str, u64, &str), u32> = BTreeMap::new();
+    let mut ended: BTreeSet<(&str, u64, &str, &str)> = BTreeSet::new();
     for row in rows {
-        if let Some(round) = row.round {
-            let at = latest.entry((&row.set, row.seed, &row.arm)).or_default();
-            *at = (*at).max(round);
+        match row.round {
+            Some(round) => {
+                let at = latest.entry((&row.set, row.seed, &row.arm)).or_default();
+                *at = (*at).max(round);
+            }
+            // Figures over all domains have no round either.
+            None if row.domain != "*" => {
+                ended.insert((&row.set, row.seed, &row.arm, &row.method));
+            }
+            None => {}
         }
     }
-    let is_last =
-        |row: &&Row| row.round.is_none_or(|r| latest.get(&(&*row.set, row.seed, &*row.arm)) == Some(&r));
+    let is_last = |row: &&Row| {
+        row.round.is_none_or(|round| {
+            latest.get(&(&*row.set, row.seed, &*row.arm)) == Some(&round)
+                && !ended.contains(&(&*row.set, row.seed, &*row.arm, &*row.method))
+        })
+    };
     rows.iter().filter(is_last).collect()
 }
 
@@ -238,5 +250,10 @@ mod tests {
             [row("a", 0, "d", Some(1), 0.1), row("a", 0, "d", Some(3), 0.3), row("a", 1, "d", Some(2), 0.2)];
         let kept: Vec<f64> = last(&rows).iter().map(|row| row.value).collect();
         assert_eq!(kept, [0.3, 0.2]);
+        // A method that has figures of its end shows its rounds as a curve alone.
+        let of = |method: &str, round, value| Row { method: method.into(), ..row("a", 0, "d", round, value) };
+        let rows = [of("x", Some(1), 0.1), of("x", Some(2), 0.2), of("x", None, 0.3), of("y", Some(2), 0.4)];
+        let kept: Vec<f64> = last(&rows).iter().map(|row| row.value).collect();
+        assert_eq!(kept, [0.3, 0.4]);
     }
 }
