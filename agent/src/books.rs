@@ -56,6 +56,19 @@ pub enum BooksError {
         /// The known source alone.
         lineage: String,
     },
+    /// What was spent per row would be read as if it had been per entity, or per entity of another kind.
+    #[error(
+        "{product} was counted per {known}, the contract's unit is {now} now: what was spent says nothing about that. Keep the unit, or \
+         count another source under another name"
+    )]
+    OtherUnit {
+        /// The data product.
+        product: String,
+        /// The unit of what was spent.
+        known: String,
+        /// That of the contract.
+        now: String,
+    },
     /// A source to count on from that this ledger doesn't know.
     #[error("grant.derived_from: {got:?} is no source of this ledger; it has {known}")]
     UnknownOrigin {
@@ -189,7 +202,8 @@ impl Books {
     ///
     /// # Errors
     /// [`BooksError::OtherSource`] for another source without that, [`BooksError::UnknownOrigin`] for one that was never
-    /// granted a budget here; [`BooksError::Ledger`] if it can't be recorded.
+    /// granted a budget here; [`BooksError::OtherUnit`] for a unit that what was spent doesn't speak of; [`BooksError::Ledger`] if
+    /// it can't be recorded.
     pub fn grant(
         &mut self,
         request: GrantRequest,
@@ -221,6 +235,14 @@ impl Books {
                 now: shown(&source),
                 lineage: known.lineage.clone(),
             });
+        }
+        let account = self.ledger.state().accounts.get(&self.ledger.state().origin_of(&source));
+        let charged = account.filter(|account| account.spent > Rho::ZERO || account.reserved > Rho::ZERO);
+        let mut units =
+            charged.into_iter().flat_map(|account| account.grants.values()).map(|grant| &grant.unit);
+        if let Some(known) = units.find(|known| !still_covers(known, &request.unit)) {
+            let (known, now) = (known.clone(), request.unit);
+            return Err(BooksError::OtherUnit { product: request.product, known, now });
         }
         Ok(self.ledger.grant_at_pace(request, pace, now_ms)?)
     }
@@ -436,6 +458,16 @@ impl Books {
     }
 }
 
+/// A unit that is a row, as grants write it.
+pub const ROW_UNIT: &str = "row";
+
+/// Whether a loss that was counted for one unit holds for another, as grants write them: one unit's loss is its rows' as well, however
+/// many may count of it later; a row's isn't that of whoever has several.
+fn still_covers(spent: &str, now: &str) -> bool {
+    let kind = |unit: &str| unit.split(", at most ").next().unwrap_or_default().to_owned();
+    now == ROW_UNIT || kind(spent) == kind(now)
+}
+
 /// Reads the ledger of a folder without opening it for writing, verified from its first entry.
 ///
 /// # Errors
@@ -598,6 +630,35 @@ mod tests {
         assert_eq!(books.balance().unwrap().spent, spent);
         books.grant(of("a.parquet", "person"), None, Some("a.parquet"), 10).unwrap();
         assert_eq!(books.balance().unwrap().spent, spent);
+    }
+
+    /// What was spent per row isn't what an entity of many rows lost; the other way about it is more than a row did.
+    #[test]
+    fn a_unit_that_what_was_spent_does_not_speak_of_is_refused() {
+        let of = |unit: &str| GrantRequest {
+            product: "a.c".into(),
+            entity_namespace: "person".into(),
+            lineage: "a.parquet".into(),
+            unit: unit.into(),
+            epsilon: Epsilon::new(3.0).unwrap(),
+            delta: Delta::new(1e-5).unwrap(),
+            signer: "owner".into(),
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let mut books = granted(folder.path());
+        // Nothing is spent yet: the owner may still think better of it.
+        books.grant(of("customer, at most 5 rows"), None, None, 2).unwrap();
+        books.grant(of("row"), None, None, 3).unwrap();
+        books.reserve(PLAN, Purpose::Release, rho(0.02), vec![], 4).unwrap();
+        let entries = books.entries().len();
+        let refused = books.grant(of("customer, at most 5 rows"), None, None, 5).unwrap_err();
+        assert!(refused.to_string().contains("counted per row"), "{refused}");
+        assert_eq!(books.entries().len(), entries, "nothing was written");
+
+        assert!(still_covers("customer, at most 5 rows", "row"));
+        assert!(still_covers("customer, at most 5 rows", "customer, at most 9 rows"));
+        assert!(!still_covers("customer, at most 5 rows", "household, at most 5 rows"));
+        assert!(!still_covers("row", "customer, at most 1 rows"));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! The agent never takes anybody's word for what it may answer: features, ranges, privacy unit and budget come from files
 //! in the domain, and a plan that differs from them is refused here, whatever the coordinator admitted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ use tabmesh_privacy::signature::{SigningKey, VerifyingKey};
 use tabmesh_proto::identity::SpiffeId;
 use thiserror::Error;
 
-use crate::books::{self, BooksError};
+use crate::books::{self, BooksError, ROW_UNIT};
 use crate::config::{Config, ConfigError, LocalPolicy};
 use crate::gate::Gate;
 use crate::peers::Peers;
@@ -240,7 +240,7 @@ impl Domain {
         source::open_contract(&self.contract, folder)
     }
 
-    /// The grant of the local policy, for the ledger.
+    /// The grant of the local policy, for the ledger; the source as the contract calls it.
     #[must_use]
     pub fn grant(&self) -> GrantRequest {
         let grant = &self.policy.grant;
@@ -249,13 +249,19 @@ impl Domain {
             entity_namespace: self.contract.privacy.entity_namespace.clone(),
             lineage: self.contract.source.as_ref().map_or_else(String::new, |s| s.path.clone()),
             unit: match &self.contract.privacy.unit {
-                PrivacyUnit::Row => "row".to_owned(),
+                PrivacyUnit::Row => ROW_UNIT.to_owned(),
                 PrivacyUnit::Entity { column, max_rows } => format!("{column}, at most {max_rows} rows"),
             },
             epsilon: grant.epsilon,
             delta: grant.delta,
             signer: grant.signer.clone(),
         }
+    }
+
+    /// Where the rows physically are.
+    #[must_use]
+    pub fn places(&self) -> BTreeSet<String> {
+        self.source().map(|source| source.places()).unwrap_or_default()
     }
 
     /// How fast the local policy lets the grant be spent, for the ledger.

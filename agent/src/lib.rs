@@ -16,6 +16,7 @@ pub mod config;
 pub mod domain;
 pub mod files;
 pub mod gate;
+pub mod lineage;
 pub mod peers;
 pub mod posterior;
 pub mod promote;

@@ -30,6 +30,7 @@ use thiserror::Error;
 use crate::books::{Books, BooksError, Question};
 use crate::domain::Domain;
 use crate::gate::Gate;
+use crate::lineage::{LineageError, Lineages};
 use crate::publication::{ArtefactError, Artefacts};
 use crate::source::{MarginalError, SourceError};
 use crate::sums::{SumError, SumStore};
@@ -79,6 +80,9 @@ pub enum WorkError {
     /// The ledger refuses or is damaged.
     #[error(transparent)]
     Books(#[from] BooksError),
+    /// It can't be told which source is counted.
+    #[error(transparent)]
+    Lineage(#[from] LineageError),
     /// The table can't be read.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -160,7 +164,10 @@ impl Work {
         now_ms: i64,
     ) -> Result<Self, WorkError> {
         let derived_from = domain.policy.grant.derived_from.as_deref();
-        books.grant(domain.grant(), domain.pace(), derived_from, now_ms)?;
+        let mut request = domain.grant();
+        request.lineage =
+            Lineages::open(&domain.config.data_dir)?.named(&request.lineage, domain.places())?;
+        books.grant(request, domain.pace(), derived_from, now_ms)?;
         let gate = Gate::new(&domain.secret("gate"));
         let data_dir = &domain.config.data_dir;
         let guard = domain.config.sum_guard.clone().unwrap_or_else(|| data_dir.join("sum.guard"));

@@ -5,11 +5,14 @@
 //! anything, and never quotes a cell in an error: errors name file, column, line and types. A new kind of table
 //! is one file here and one arm of [`open`].
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use tabmesh_contract::contract::{Contract, SourceKind, SourceSpec};
 use tabmesh_contract::profile::TableProfile;
 use thiserror::Error;
+
+use crate::lineage::places_of;
 
 #[cfg(not(feature = "postgres"))]
 mod absent;
@@ -147,6 +150,11 @@ pub type Batches<'a> = Box<dyn Iterator<Item = Result<RawBatch, SourceError>> + 
 pub trait Source: Send + Sync {
     /// The file, or whatever stands for it in errors.
     fn location(&self) -> &Path;
+
+    /// Where the rows physically are, however the contract writes it: what a budget is kept for. They stay on the agent's machine.
+    fn places(&self) -> BTreeSet<String> {
+        places_of(self.location())
+    }
 
     /// Checks that every declared column is there with a fitting type and that there is at least one row.
     ///

@@ -10,6 +10,7 @@
 
 mod count;
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
@@ -24,6 +25,7 @@ use tabmesh_contract::contract::{Column, Contract};
 use super::marginals::{MarginalError, MarginalRequest};
 use super::raw::{RawBatch, RawColumn};
 use super::{BATCH_ROWS, Batches, Source, SourceError, locate};
+use crate::lineage::places_of;
 
 /// Where the server is, and which of its tables is meant.
 #[derive(Debug, Deserialize)]
@@ -159,6 +161,19 @@ impl Source for PostgresSource {
         &self.path
     }
 
+    /// The file that names the table, and the table itself by server, database and name.
+    fn places(&self) -> BTreeSet<String> {
+        let mut places = places_of(&self.path);
+        if let Ok((config, table)) = self.place() {
+            // Sockets and addresses are all of this machine: the port tells its servers apart.
+            let port = config.get_ports().first().copied().unwrap_or(POSTGRES_PORT);
+            let database = config.get_dbname().or_else(|| config.get_user()).unwrap_or_default();
+            let table = if table.contains('.') { table } else { format!("{}.{table}", quoted("public")) };
+            places.insert(format!("table {table} of {database:?} at port {port}"));
+        }
+        places
+    }
+
     fn schema_check(&self, contract: &Contract) -> Result<(), SourceError> {
         let mut session = self.session()?;
         let chosen = session.chosen(&self.path, contract)?;
@@ -276,6 +291,8 @@ fn is_text(kind: &Type) -> bool {
 /// unit's rows in one order.
 const SETTINGS: &str =
     "SET TIME ZONE 'UTC'; SET extra_float_digits = 1; SET DateStyle = 'ISO'; SET synchronize_seqscans = off";
+/// Where a server listens unless it is told otherwise.
+const POSTGRES_PORT: u16 = 5432;
 /// One state of the table, and nothing but temporary tables written.
 const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
 

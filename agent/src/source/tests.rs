@@ -392,7 +392,7 @@ fn row_units(text: &str) -> Vec<[u8; 16]> {
 fn removing_a_row_renames_no_other_row() {
     let whole = row_units("x,y\n1,0\n2,1\n2,1\n3,0\n");
     assert_eq!(whole.len(), 4);
-    assert_eq!(whole.iter().collect::<std::collections::BTreeSet<_>>().len(), 4, "equal rows stay apart");
+    assert_eq!(whole.iter().collect::<BTreeSet<_>>().len(), 4, "equal rows stay apart");
     let without_first = row_units("x,y\n2,1\n2,1\n3,0\n");
     assert_eq!(whole[1..], without_first);
     let without_a_twin = row_units("x,y\n1,0\n2,1\n3,0\n");

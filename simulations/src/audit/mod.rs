@@ -14,6 +14,7 @@ mod reconstruction;
 mod record;
 mod release;
 mod round;
+mod sampler;
 mod setting;
 mod shares;
 
@@ -52,6 +53,14 @@ pub enum Audit {
         /// Vectors with and vectors without the unit.
         #[arg(long, default_value_t = DEFAULT_TRIALS, value_parser = clap::value_parser!(u32).range(1_000..=1_000_000))]
         trials: u32,
+    },
+    /// The samplers: do draws have the distribution that costs are worked out for, at scales from 0.5 to 1234.567?
+    ///
+    /// Exit code 0 if chi-square and variance fit the exact ones and every control (continuous noise, rounded) is told; 1 otherwise.
+    Sampler {
+        /// Draws of each sampler at each scale.
+        #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u32).range(100_000..=100_000_000))]
+        draws: u32,
     },
     /// All four stages of a release: can somebody's label be solved for from the noisy counts?
     ///
@@ -196,6 +205,13 @@ pub fn run(audit: Audit, output: Output, record: Option<&Path>) -> anyhow::Resul
             found.extend(forest::inversion(epsilon, trials as usize, &mut rng)?);
             guessed(output, "inversion", &found)?
         }
+        Audit::Sampler { draws } => {
+            ensure!(record.is_none(), "a fit proves no epsilon, so there is nothing to put on record");
+            let fits = sampler::audit(draws as usize, &mut rng)?;
+            let passed = fits.iter().all(sampler::Fit::as_it_must);
+            show(output, passed, &fits, print_fits)?;
+            (passed, Vec::new())
+        }
         Audit::Noninterference { placement } => {
             ensure!(
                 record.is_none(),
@@ -337,6 +353,40 @@ fn print_comparisons(findings: &[noninterference::Finding]) {
         ]);
     }
     println!("{table}");
+}
+
+fn print_fits(fits: &[sampler::Fit]) {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header([
+        "sampler",
+        "scale",
+        "chi-square",
+        "cells - 1",
+        "p",
+        "variance, in its errors",
+        "verdict",
+    ]);
+    for fit in fits {
+        let verdict = match (fit.as_it_must(), fit.told()) {
+            (true, false) => "fits",
+            (true, true) => "caught",
+            (false, true) => "DOES NOT FIT",
+            (false, false) => "NOT CAUGHT",
+        };
+        table.add_row([
+            fit.sampler.words().to_owned(),
+            fit.scale.to_string(),
+            format!("{:.1}", fit.chi_squared),
+            fit.degrees.to_string(),
+            format!("{:.2e}", fit.p),
+            format!("{:+.2}", fit.variance_errors),
+            verdict.to_owned(),
+        ]);
+    }
+    println!("{table}");
+    let draws = fits.first().map_or(0, |fit| fit.draws);
+    println!("{draws} draws a row; a sampler as it should be fails one row in ten million");
 }
 
 fn print_runs(runs: &[Run]) {

@@ -342,17 +342,22 @@ fn ended_well(last: Option<(String, String)>) -> Result<()> {
     }
 }
 
-/// Waits until each of them has chosen what it serves.
+/// Waits until each of them has chosen what it serves: as long as it takes, while one after the other does.
 async fn chosen(layout: &Layout, members: &[&Member]) -> Result<()> {
-    for member in members {
-        let path = layout.domain(&member.name()).join("data").join("promoted.json");
-        let began = now();
-        while !path.exists() {
-            ensure!(began.elapsed() < PATIENCE, "{} promotes nothing", member.domain);
-            tokio::time::sleep(POLL).await;
+    let chose = |member: &&&Member| layout.domain(&member.name()).join("data").join("promoted.json").exists();
+    let (mut known, mut since) = (0, now());
+    loop {
+        let done = members.iter().filter(chose).count();
+        if done == members.len() {
+            return Ok(());
         }
+        if done > known {
+            (known, since) = (done, now());
+        }
+        let waiting = members.iter().find(|member| !chose(member)).map_or("nobody", |member| &member.domain);
+        ensure!(since.elapsed() < PATIENCE, "{waiting} promotes nothing");
+        tokio::time::sleep(POLL).await;
     }
-    Ok(())
 }
 
 /// What the rounds published, from the coordinator's store.
@@ -372,7 +377,7 @@ fn learnt(layout: &Layout, pki: &PkiFolder, members: &[&Member]) -> Result<Optio
     Ok(Some(Learnt { bytes: blobs.get(&Digest::from_bytes(*digest.as_bytes()))?, ending }))
 }
 
-/// How long admissions or a choice may take.
+/// How long admissions may take, or nobody chooses.
 const PATIENCE: Duration = Duration::from_secs(900);
 /// Pause between two looks.
 const POLL: Duration = Duration::from_millis(50);

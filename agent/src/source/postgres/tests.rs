@@ -134,11 +134,39 @@ fn server() -> Option<&'static Server> {
             Some(server)
         }
         Err(reason) => {
+            let required = std::env::var_os("TABMESH_REQUIRE_POSTGRES").is_some();
+            assert!(!required, "no PostgreSQL server can be started: {reason}");
             eprintln!("skipped: no PostgreSQL server can be started: {reason}");
             None
         }
     });
     started.as_ref()
+}
+
+/// A budget is kept for the table: two files that name it, one with its schema and a port, are one source.
+#[test]
+fn a_table_is_the_same_place_whatever_file_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let places = |file: &str, text: &str| {
+        let path = folder.path().join(file);
+        std::fs::write(&path, text).unwrap();
+        PostgresSource::new(path).places()
+    };
+    let first =
+        places("a.yaml", "connection: host=/run/pg dbname=shop user=agent password=x\ntable: sales\n");
+    let same = places(
+        "b.yaml",
+        "connection: host=localhost port=5432 user=owner dbname=shop\ntable: public.sales\n",
+    );
+    assert!(!first.is_disjoint(&same), "{first:?} {same:?}");
+    assert!(first.iter().all(|place| !place.contains("password")));
+    for other in [
+        "connection: host=/run/pg dbname=shop user=agent\ntable: archive.sales\n",
+        "connection: host=/run/pg dbname=other user=agent\ntable: sales\n",
+        "connection: host=/run/pg port=5433 dbname=shop user=agent\ntable: sales\n",
+    ] {
+        assert!(first.is_disjoint(&places("c.yaml", other)), "{other}");
+    }
 }
 
 fn contract(unit: &str) -> Contract {

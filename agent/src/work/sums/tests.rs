@@ -394,6 +394,34 @@ fn confidential_aggregates_take_secure_sums_alone() {
     assert!(world.attempt(1, &world.without(0), 0).is_ok());
 }
 
+/// A table under a new product name and another spelling of its path has the budget that is left of it.
+#[test]
+fn a_budget_follows_the_file_whatever_contract_and_product_call_it() {
+    let world = World::new(6, 0);
+    let reserved = |work: &Work| work.books().balance().unwrap().reserved;
+    let before = reserved(&world.work);
+    assert!(before > Rho::ZERO);
+    let folder = world.folder.path().to_owned();
+    drop(world.work);
+    std::os::unix::fs::symlink(folder.join("sales.csv"), folder.join("orders.csv")).unwrap();
+    let contract =
+        CONTRACT.replace("path: sales.csv", "path: ./orders.csv").replace("shop.sales", "shop.orders");
+    std::fs::write(folder.join("contract.yaml"), contract).unwrap();
+    let policy = std::fs::read_to_string(folder.join("policy.yaml")).unwrap();
+    std::fs::write(folder.join("policy.yaml"), policy.replace("shop.sales", "shop.orders")).unwrap();
+    let again = open(&folder).unwrap();
+    assert_eq!(reserved(&again), before);
+    drop(again);
+    // Another file is another source.
+    std::fs::copy(folder.join("sales.csv"), folder.join("other.csv")).unwrap();
+    let contract =
+        CONTRACT.replace("path: sales.csv", "path: other.csv").replace("shop.sales", "shop.others");
+    std::fs::write(folder.join("contract.yaml"), contract).unwrap();
+    let policy = std::fs::read_to_string(folder.join("policy.yaml")).unwrap();
+    std::fs::write(folder.join("policy.yaml"), policy.replace("shop.orders", "shop.others")).unwrap();
+    assert_eq!(reserved(&open(&folder).unwrap()), Rho::ZERO);
+}
+
 /// What sets a domain apart is told to others if its own contract says so, and not if it lets the coordinator see its aggregates.
 #[test]
 fn a_domain_column_needs_published_aggregates() {

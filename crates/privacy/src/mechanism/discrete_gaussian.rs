@@ -59,6 +59,16 @@ impl DiscreteGaussian {
         Self::unchecked(l2_sensitivity_squared, sigma_squared)
     }
 
+    /// So many draws at any σ: for whoever tests the sampler, also where no release may go. They noise nothing.
+    pub fn draws_at<R: RngCore + CryptoRng>(
+        sigma_squared: SigmaSquared,
+        count: usize,
+        rng: &mut R,
+    ) -> Vec<i64> {
+        let sampler = Staircase::new(Shape::Gaussian { num: sigma_squared.num(), den: sigma_squared.den() });
+        (0..count).map(|_| sampler.draw(rng)).collect()
+    }
+
     // Without the lower limit on σ: small variances are only for tests of the sampler.
     fn unchecked(l2_sensitivity_squared: u64, sigma_squared: SigmaSquared) -> Result<Self, MechanismError> {
         if l2_sensitivity_squared == 0 {
