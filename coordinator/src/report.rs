@@ -48,6 +48,11 @@ pub(crate) fn signed(mesh: &Mesh, product: Option<&str>) -> Result<Vec<u8>, Coor
     if let Some(wanted) = product.filter(|_| products.is_empty()) {
         return Err(CoordinatorError::NotFound { what: "ledger of product", id: wanted.to_owned() });
     }
+    let refused = refused(mesh, product)?;
+    let mut entries: Vec<u64> = refused.iter().map(|(index, _)| *index).collect();
+    let published = published(mesh)?;
+    entries.extend(publications(mesh, &published)?);
+    entries.sort_unstable();
     let (mut report, left_out) = build_leaving_out(ReportInput {
         deployment: mesh.config.deployment.clone(),
         period: Period { from_ms, until_ms: now_ms.saturating_add(1) },
@@ -55,14 +60,14 @@ pub(crate) fn signed(mesh: &Mesh, product: Option<&str>) -> Result<Vec<u8>, Coor
         generator: format!("tabmesh-coordinator {}", env!("CARGO_PKG_VERSION")),
         generator_digest: own_digest(),
         stated: mesh.config.stated.clone(),
-        published: published(mesh)?,
+        published,
         attacks: mesh.config.attacks.as_deref().map(attacks).transpose()?.unwrap_or_default(),
         trust_model: trust_model(&products),
         products,
-        refused: refused(mesh, product)?,
+        refused: refused.into_iter().map(|(_, request)| request).collect(),
         disjoint: disjoint(&mesh.config.disjoint, &agents)?,
         unprotected_facts: UnprotectedFact::ALL.to_vec(),
-        audit: witness::of_report(mesh, &agents)?,
+        audit: witness::of_report(mesh, &agents, &entries)?,
     })
     .map_err(|error| CoordinatorError::Step(format!("the report can't be built: {error}")))?;
     for (_, error) in left_out {
@@ -134,31 +139,56 @@ fn disjoint(files: &[PathBuf], agents: &[SpiffeId]) -> Result<Vec<SignedDeclarat
     Ok(counted)
 }
 
-/// Plans that policy refused when they were handed in, from the audit log, oldest first; of one product or of all.
-fn refused(mesh: &Mesh, product: Option<&str>) -> Result<Vec<RefusedRequest>, CoordinatorError> {
+/// Plans that policy refused when they were handed in, with their places in the audit log; of one product or of all.
+fn refused(mesh: &Mesh, product: Option<&str>) -> Result<Vec<(u64, RefusedRequest)>, CoordinatorError> {
     let mut all = Vec::new();
-    for entry in mesh.audit_log().entries() {
-        let read: AuditEntry =
-            serde_json::from_slice(&entry?.payload).map_err(CoordinatorError::stored("audit entry"))?;
-        if read.action != PLAN_REFUSED {
-            continue;
-        }
+    each_entry(mesh, PLAN_REFUSED, |index, read| {
         let facts: PlanRefusal =
             serde_json::from_value(read.facts).map_err(CoordinatorError::stored("refusal of a plan"))?;
         if product.is_none_or(|wanted| wanted == facts.product) {
             let PlanRefusal { plan_digest, product, rules, .. } = facts;
-            all.push(RefusedRequest { time_ms: read.time_ms, plan_digest, product, rules });
+            all.push((index, RefusedRequest { time_ms: read.time_ms, plan_digest, product, rules }));
+        }
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// Places of these publications in the audit log.
+fn publications(mesh: &Mesh, published: &[Published]) -> Result<Vec<u64>, CoordinatorError> {
+    let mut all = Vec::new();
+    each_entry(mesh, PUBLISHED, |index, read| {
+        let manifest = read.facts.get("manifest").and_then(|manifest| manifest.as_str());
+        if published.iter().any(|line| Some(line.manifest.as_str()) == manifest) {
+            all.push(index);
+        }
+        Ok(())
+    })?;
+    Ok(all)
+}
+
+/// Calls `f` with the place and content of each entry of an action, oldest first.
+fn each_entry(
+    mesh: &Mesh,
+    action: &str,
+    mut f: impl FnMut(u64, AuditEntry) -> Result<(), CoordinatorError>,
+) -> Result<(), CoordinatorError> {
+    for (index, entry) in (0_u64..).zip(mesh.audit_log().entries()) {
+        let read: AuditEntry =
+            serde_json::from_slice(&entry?.payload).map_err(CoordinatorError::stored("audit entry"))?;
+        if read.action == action {
+            f(index, read)?;
         }
     }
-    Ok(all)
+    Ok(())
 }
 
 /// An entry of the audit log as it is read back.
 #[derive(Deserialize)]
-struct AuditEntry {
-    time_ms: i64,
-    action: String,
-    facts: serde_json::Value,
+pub(crate) struct AuditEntry {
+    pub(crate) time_ms: i64,
+    pub(crate) action: String,
+    pub(crate) facts: serde_json::Value,
 }
 
 /// What the audit log says of a plan that policy refused.
@@ -176,6 +206,8 @@ pub(crate) struct PlanRefusal {
 
 /// Name of that entry.
 pub(crate) const PLAN_REFUSED: &str = "plan_refused";
+/// Name of the entry that a publication leaves.
+pub(crate) const PUBLISHED: &str = "publish";
 
 /// SHA-256 of this program's file, read once; none where the system doesn't tell which file it is.
 fn own_digest() -> Option<String> {

@@ -170,6 +170,9 @@ async fn budgets_are_heard_of_and_refusals_and_declarations_are_reported() {
     let report = report(&deployment).await;
     let [refused] = report.refused.as_slice() else { panic!("one refused plan: {:?}", report.refused) };
     assert!(refused.rules.iter().any(|rule| rule == "epsilon_above_limit"), "{refused:?}");
+    // Both lines stand in the audit log, which the agents cosigned at the plan's end.
+    let entries = &report.audit.as_ref().unwrap().entries;
+    assert_eq!((report.published.len(), entries.len()), (1, 2), "{entries:?}");
     let [declared] = report.disjoint.as_slice() else { panic!("one declaration") };
     assert_eq!(declared.said().unwrap().reason, REASON);
     let [headline] = report.headlines.as_slice() else { panic!("one namespace: {:?}", report.headlines) };

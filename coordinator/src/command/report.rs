@@ -93,6 +93,13 @@ fn print_log(log: &Witnessed, report: &Report) {
         log.cosigned.len(),
         log.proven.len()
     );
+    let (refused, published) = (report.refused.len(), report.published.len());
+    if refused + published > 0 {
+        println!(
+            "  it holds {} of {refused} refused plans and {} of {published} publications; others came after the checkpoint",
+            log.refused, log.published
+        );
+    }
     for ledger in &report.ledgers {
         let proven = log.proven.get(&ledger.agent).copied().unwrap_or_default();
         let later = (ledger.entries.len() as u64).saturating_sub(proven);
@@ -115,7 +122,8 @@ fn summary(outcome: &Whole) -> serde_json::Value {
             "reproducible": verified.report.reproducible,
             "audit_log": witnessed.as_ref().map(|log| serde_json::json!({
                 "entries": log.size, "root": log.root.to_string(), "cosigned": log.cosigned,
-                "proven_entries": log.proven, "without_ledger": log.without_ledger,
+                "proven_entries": log.proven, "proven_refusals": log.refused, "proven_publications": log.published,
+                "without_ledger": log.without_ledger,
             })),
         }),
         Err(error) => serde_json::json!({ "verified": false, "error": error.to_string() }),

@@ -16,6 +16,7 @@ use super::{assignment_id, schema_of};
 use crate::error::CoordinatorError;
 use crate::mesh::{Mesh, named, stored};
 use crate::plans::Submitted;
+use crate::report::PUBLISHED;
 
 /// Signs and stores the manifest, registers the adapter, tells every agent with the plan's target.
 pub(super) fn run(mesh: &Arc<Mesh>, submitted: &Submitted, job: &Job) -> Result<JobEvent, CoordinatorError> {
@@ -84,7 +85,7 @@ pub(super) fn run(mesh: &Arc<Mesh>, submitted: &Submitted, job: &Job) -> Result<
         .collect();
     let id = assignment_id(mesh, job.latest_collection())?;
     mesh.outbox.assign(&receivers, &id, AssignmentKind::Publish, &document)?;
-    mesh.audit(&submitted.by, "publish", serde_json::json!({ "manifest": digest.to_string() }))?;
+    mesh.audit(&submitted.by, PUBLISHED, serde_json::json!({ "manifest": digest.to_string() }))?;
     Ok(JobEvent::Published { manifest: named(digest) })
 }
 

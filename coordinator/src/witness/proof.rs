@@ -1,10 +1,12 @@
 //! What the audit log proves of a report's ledgers: collected for a report here, and checked offline here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tabmesh_federation::id::AgentId;
 use tabmesh_federation::witness::LedgerHead;
-use tabmesh_privacy::report::{AuditProof, LedgerRecord, ProvenHead, Report};
+use tabmesh_privacy::report::{
+    AuditProof, LedgerRecord, ProvenEntry, ProvenHead, Published, RefusedRequest, Report,
+};
 use tabmesh_privacy::signature::VerifyingKey;
 use tabmesh_proto::identity::SpiffeId;
 use tabmesh_store::Digest;
@@ -15,12 +17,17 @@ use thiserror::Error;
 use super::{failed, first, latest, logged, proven};
 use crate::error::CoordinatorError;
 use crate::mesh::Mesh;
+use crate::report::{AuditEntry, PLAN_REFUSED, PUBLISHED, PlanRefusal};
 
-/// The latest checkpoint with its cosignatures, and where in the log the heads of these agents' ledgers are.
+/// The latest checkpoint with its cosignatures, and where in the log the heads of these agents' ledgers and these entries are.
 ///
 /// # Errors
 /// [`CoordinatorError`] if log or records can't be read.
-pub(crate) fn of_report(mesh: &Mesh, agents: &[SpiffeId]) -> Result<Option<AuditProof>, CoordinatorError> {
+pub(crate) fn of_report(
+    mesh: &Mesh,
+    agents: &[SpiffeId],
+    places: &[u64],
+) -> Result<Option<AuditProof>, CoordinatorError> {
     let Some(note) = latest(mesh)? else { return Ok(None) };
     let tree = first(mesh, Checkpoint::parse(note.text()).map_err(failed)?.size)?;
     let mut heads = Vec::new();
@@ -35,7 +42,13 @@ pub(crate) fn of_report(mesh: &Mesh, agents: &[SpiffeId]) -> Result<Option<Audit
             inclusion: leaf.inclusion.iter().map(ToString::to_string).collect(),
         });
     }
-    Ok(Some(AuditProof { note: note.to_string(), heads }))
+    let mut entries = Vec::new();
+    for place in places {
+        let Some(leaf) = proven(mesh, &tree, *place)? else { continue };
+        let inclusion = leaf.inclusion.iter().map(ToString::to_string).collect();
+        entries.push(ProvenEntry { index: leaf.index, payload: leaf.payload, inclusion });
+    }
+    Ok(Some(AuditProof { note: note.to_string(), heads, entries }))
 }
 
 /// Whom an auditor believes without asking the coordinator.
@@ -58,6 +71,10 @@ pub struct Witnessed {
     pub cosigned: Vec<String>,
     /// Ledger entries proven to be in the log, by agent, of those in the report.
     pub proven: BTreeMap<String, u64>,
+    /// Refused plans of the report that are proven to be in the log; others came after the checkpoint.
+    pub refused: usize,
+    /// Publications of the report that are.
+    pub published: usize,
     /// Trusted agents without a ledger in the report: they released nothing, or were left out.
     pub without_ledger: Vec<String>,
 }
@@ -101,6 +118,14 @@ pub enum AuditProofError {
         got: usize,
         /// Who didn't.
         missing: String,
+    },
+    /// An entry of the log doesn't belong to the report, or isn't in the log.
+    #[error("entry {index} of the audit log: {reason}")]
+    Entry {
+        /// Its place.
+        index: u64,
+        /// What doesn't fit.
+        reason: String,
     },
     /// A head isn't the one of the report's ledger.
     #[error("ledger head of {agent}: {reason}")]
@@ -156,6 +181,14 @@ pub fn verify(
         let entries = included(head, ledger, &checkpoint)?;
         proven.insert(head.agent.clone(), entries);
     }
+    let (mut refused, mut published) = (BTreeSet::new(), BTreeSet::new());
+    for entry in &audit.entries {
+        match listed(entry, report, &checkpoint)? {
+            Listed::Refused(at) => refused.insert(at),
+            Listed::Published(at) => published.insert(at),
+        };
+    }
+    let (refused, published) = (refused.len(), published.len());
     let mut without_ledger = Vec::new();
     if let Some(trust) = trust {
         trust.enough(&cosigned)?;
@@ -169,7 +202,44 @@ pub fn verify(
         let without = trust.agents.keys().map(AgentId::as_str).filter(|agent| !has_ledger(agent));
         without_ledger.extend(without.map(str::to_owned));
     }
-    Ok(Some(Witnessed { size: checkpoint.size, root: checkpoint.root, cosigned, proven, without_ledger }))
+    let (size, root) = (checkpoint.size, checkpoint.root);
+    Ok(Some(Witnessed { size, root, cosigned, proven, refused, published, without_ledger }))
+}
+
+/// Which line of a report an entry of the log is about.
+enum Listed {
+    Refused(usize),
+    Published(usize),
+}
+
+/// The line of the report that an entry proves, once it is found in the log.
+fn listed(entry: &ProvenEntry, report: &Report, checkpoint: &Checkpoint) -> Result<Listed, AuditProofError> {
+    let refused = |reason: String| AuditProofError::Entry { index: entry.index, reason };
+    let proof: Option<Vec<Digest>> = entry.inclusion.iter().map(|hash| hash.parse().ok()).collect();
+    let proof = proof.ok_or_else(|| refused("the proof holds something that isn't a hash".to_owned()))?;
+    let leaf = leaf_hash(entry.payload.as_bytes());
+    verify_inclusion(&leaf, entry.index, checkpoint.size, &proof, &checkpoint.root)
+        .map_err(|error| refused(error.to_string()))?;
+    let read: AuditEntry =
+        serde_json::from_str(&entry.payload).map_err(|error| refused(error.to_string()))?;
+    let at = match read.action.as_str() {
+        PLAN_REFUSED => {
+            let facts: PlanRefusal =
+                serde_json::from_value(read.facts).map_err(|error| refused(error.to_string()))?;
+            let same = |line: &RefusedRequest| {
+                (line.time_ms, &line.plan_digest, &line.product, &line.rules)
+                    == (read.time_ms, &facts.plan_digest, &facts.product, &facts.rules)
+            };
+            report.refused.iter().position(same).map(Listed::Refused)
+        }
+        PUBLISHED => {
+            let manifest = read.facts.get("manifest").and_then(|manifest| manifest.as_str());
+            let same = |line: &Published| Some(line.manifest.as_str()) == manifest;
+            report.published.iter().position(same).map(Listed::Published)
+        }
+        other => return Err(refused(format!("a report lists no entries of {other:?}"))),
+    };
+    at.ok_or_else(|| refused("the report has no such line: it was left out or changed".to_owned()))
 }
 
 impl Trust {
@@ -259,7 +329,7 @@ mod tests {
 
     /// A report with a ledger of three entries, whose head stands in a log of five; cosigned by the agent.
     fn report() -> Report {
-        let entries: Vec<RecordedEntry> = (0..3)
+        let ledger: Vec<RecordedEntry> = (0..3)
             .map(|i| RecordedEntry { seq: i, prev: [0; 32], hash: [i as u8; 32], payload: String::new() })
             .collect();
         let head = SignedHead { signature: Signature::from_bytes([0; 64]), public_key: key(2) };
@@ -270,8 +340,24 @@ mod tests {
             hash: NamedDigest::from_bytes([2; 32]),
         };
         let payload = serde_json::json!({ "action": LEDGER_HEAD_ACTION, "facts": recorded }).to_string();
+        let line = RefusedRequest {
+            time_ms: 7,
+            plan_digest: "ab".repeat(32),
+            product: "a.orders".to_owned(),
+            rules: vec!["epsilon_above_limit".to_owned()],
+        };
+        let facts = PlanRefusal {
+            plan_digest: line.plan_digest.clone(),
+            product: line.product.clone(),
+            rules: line.rules.clone(),
+            decision: serde_json::Value::Null,
+        };
+        let refusal = serde_json::json!({ "time_ms": 7, "by": "o", "action": PLAN_REFUSED, "facts": facts });
+        let manifest = "cd".repeat(32);
+        let published = serde_json::json!({ "time_ms": 8, "by": "o", "action": PUBLISHED, "facts": { "manifest": manifest } });
+        let (refusal, published) = (refusal.to_string(), published.to_string());
         let mut tree = MerkleTree::new();
-        for leaf in ["a", "b", &payload, "d", "e"] {
+        for leaf in ["a", &refusal, &payload, &published, "e"] {
             tree.push(leaf.as_bytes());
         }
         let origin = "mesh/tabmesh/coordinator/audit".to_owned();
@@ -282,6 +368,11 @@ mod tests {
         let mut note = Note::sign(&checkpoint, &owner).unwrap();
         note.cosign(&witness, 9).unwrap();
         let inclusion = tree.inclusion_proof(2, 5).unwrap().iter().map(ToString::to_string).collect();
+        let entry = |index: u64, payload: String| {
+            let inclusion = tree.inclusion_proof(index, 5).unwrap().iter().map(ToString::to_string).collect();
+            ProvenEntry { index, payload, inclusion }
+        };
+        let entries = vec![entry(1, refusal), entry(3, published)];
         let heads = vec![ProvenHead { agent: AGENT.to_owned(), index: 2, payload, inclusion }];
         let mut report = build(ReportInput {
             deployment: "d".to_owned(),
@@ -290,17 +381,17 @@ mod tests {
             generator: "test".to_owned(),
             generator_digest: None,
             stated: Stated::default(),
-            published: Vec::new(),
+            published: vec![Published { manifest, plan_digest: "ef".repeat(32), created_at_ms: 8 }],
             attacks: Vec::new(),
             trust_model: Vec::new(),
             products: Vec::new(),
-            refused: Vec::new(),
+            refused: vec![line],
             disjoint: Vec::new(),
             unprotected_facts: Vec::new(),
-            audit: Some(AuditProof { note: note.to_string(), heads }),
+            audit: Some(AuditProof { note: note.to_string(), heads, entries }),
         })
         .unwrap();
-        report.ledgers = vec![LedgerRecord { agent: AGENT.to_owned(), entries, head: Some(head) }];
+        report.ledgers = vec![LedgerRecord { agent: AGENT.to_owned(), entries: ledger, head: Some(head) }];
         report
     }
 
@@ -309,6 +400,11 @@ mod tests {
         let witnessed = verify(&report(), &key(1), None).unwrap().unwrap();
         assert_eq!((witnessed.size, witnessed.cosigned), (5, vec![AGENT.to_owned()]));
         assert_eq!(witnessed.proven, BTreeMap::from([(AGENT.to_owned(), 3)]));
+        assert_eq!((witnessed.refused, witnessed.published), (1, 1));
+        let mut later = report();
+        audit(&mut later).entries.clear();
+        let later = verify(&later, &key(1), None).unwrap().unwrap();
+        assert_eq!((later.refused, later.published), (0, 0), "after the checkpoint");
         let mut without = report();
         without.audit = None;
         assert_eq!(verify(&without, &key(1), None), Ok(None));
@@ -325,6 +421,14 @@ mod tests {
         refused(|r| r.ledgers[0].entries.truncate(2), "was cut");
         refused(|r| r.ledgers[0].entries[2].hash = [7; 32], "rewritten");
         refused(|r| r.ledgers.clear(), "no ledger");
+        refused(|r| r.refused.clear(), "entry 1 of the audit log: the report has no such line");
+        refused(|r| r.refused[0].rules.clear(), "entry 1 of the audit log: the report has no such line");
+        refused(
+            |r| r.published[0].manifest = "00".repeat(32),
+            "entry 3 of the audit log: the report has no such line",
+        );
+        refused(|r| audit(r).entries[0].payload = "{}".to_owned(), "root");
+        refused(|r| audit(r).entries[1].inclusion[0] = "zz".to_owned(), "isn't a hash");
         refused(|r| audit(r).heads[0].index = 3, "root");
         refused(|r| audit(r).heads[0].payload = "d".to_owned(), "root");
         refused(|r| audit(r).heads[0].agent.push('x'), "another agent");

@@ -228,6 +228,21 @@ pub struct AuditProof {
     pub note: String,
     /// Heads, in order of agent.
     pub heads: Vec<ProvenHead>,
+    /// Audit entries of refused plans and of publications that the report lists, in order of the log.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub entries: Vec<ProvenEntry>,
+}
+
+/// An entry of the audit log with its place in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProvenEntry {
+    /// Place of the entry in the log.
+    pub index: u64,
+    /// The entry, byte for byte.
+    pub payload: String,
+    /// Hashes from the entry to the checkpoint's root, lowest first, in hexadecimal.
+    pub inclusion: Vec<String>,
 }
 
 /// A ledger's head as the audit log has it; it covers all entries before it by their chain.
