@@ -4,6 +4,7 @@
 //! finds the commit by the digest of what was asked and resends the stored bytes; a payload that was stored but never
 //! committed is an orphan and is deleted when the books are opened.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use rand_chacha::ChaCha20Rng;
@@ -13,14 +14,20 @@ use tabmesh_federation::secagg::descriptor::SumDescriptor;
 use tabmesh_privacy::budget::Rho;
 use tabmesh_privacy::ledger::window::{Standing, standing};
 use tabmesh_privacy::ledger::{
-    AccountKey, Balance, ChainedEntry, CommitRequest, DebitReceipt, Entry, GrantRequest, Journal,
-    JournalError, Ledger, LedgerError, Pace, PlanRequest, Purpose, RefusalRule, Reservation, State, replay,
+    Account, AccountKey, Balance, ChainedEntry, CommitRequest, Committed, DebitReceipt, Entry, GrantRequest,
+    Journal, JournalError, Ledger, LedgerError, Pace, PlanRequest, Purpose, RefusalRule, Reservation, State,
+    replay,
 };
-use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, MechanismEvent, Noise};
+use tabmesh_privacy::mechanism::threshold::{LEAST_DELTA, MOST_THRESHOLDS};
+use tabmesh_privacy::mechanism::{
+    DiscreteGaussian, EventShape, MechanismEvent, MechanismKind, Noise, ThresholdHistogram,
+};
 use tabmesh_privacy::noise::{NoEntropy, NoiseSource, Purpose as NoisePurpose};
-use tabmesh_privacy::private::{Digest, Private};
+use tabmesh_privacy::private::{Digest, Private, sha256};
 use tabmesh_store::{BlobStore, Log, LogEntry, StoreError};
 use thiserror::Error;
+
+use crate::source::SourceError;
 
 /// Why the books can't be kept.
 #[derive(Debug, Error)]
@@ -69,6 +76,22 @@ pub enum BooksError {
         /// That of the contract.
         now: String,
     },
+    /// No more thresholds can be paid for, or the grant's δ is too small for those there are.
+    #[error(
+        "{product} was asked for undeclared levels {used} times, at a delta of {delta}; thresholds are paid up to {MOST_THRESHOLDS} \
+         times and from a delta of {LEAST_DELTA}"
+    )]
+    Thresholds {
+        /// The data product.
+        product: String,
+        /// Times so far.
+        used: usize,
+        /// The grant's δ.
+        delta: f64,
+    },
+    /// The table can't be read.
+    #[error(transparent)]
+    Source(#[from] SourceError),
     /// A source to count on from that this ledger doesn't know.
     #[error("grant.derived_from: {got:?} is no source of this ledger; it has {known}")]
     UnknownOrigin {
@@ -236,6 +259,11 @@ impl Books {
                 lineage: known.lineage.clone(),
             });
         }
+        let used = self.thresholds(&self.ledger.state().origin_of(&source));
+        if used > 0 && request.delta.get() < LEAST_DELTA {
+            let (product, delta) = (request.product, request.delta.get());
+            return Err(BooksError::Thresholds { product, used, delta });
+        }
         let account = self.ledger.state().accounts.get(&self.ledger.state().origin_of(&source));
         let charged = account.filter(|account| account.spent > Rho::ZERO || account.reserved > Rho::ZERO);
         let mut units =
@@ -245,6 +273,64 @@ impl Books {
             return Err(BooksError::OtherUnit { product: request.product, known, now });
         }
         Ok(self.ledger.grant_at_pace(request, pace, now_ms)?)
+    }
+
+    /// Finds the levels of a column by a threshold histogram: a [`FoundLevels`](tabmesh_privacy::mechanism::FoundLevels) as JSON, debited
+    /// before it is given. The same question again gets the stored answer; `counts` isn't asked then.
+    ///
+    /// # Errors
+    /// [`BooksError`]; what is reserved and not spent is given back.
+    pub fn levels(
+        &mut self,
+        column: &str,
+        histogram: &ThresholdHistogram,
+        counts: impl FnOnce() -> Result<BTreeMap<String, i64>, SourceError>,
+        now_ms: i64,
+    ) -> Result<Vec<u8>, BooksError> {
+        let asked = format!("tabmesh levels v1\n{}\n{column}\n{:?}", self.product, histogram.event());
+        let query_digest = sha256(asked.as_bytes());
+        if let Some((stored, _)) = self.answered(&query_digest)? {
+            return Ok(stored.into_inner());
+        }
+        let granted = self.ledger.state().account_of(&self.product);
+        let used = granted.map_or(0, |(account, _)| self.thresholds(account));
+        let grant = granted.and_then(|(_, account)| account.grants.get(&self.product));
+        let delta = grant.map_or(0.0, |grant| grant.delta.get());
+        if used >= MOST_THRESHOLDS || delta < LEAST_DELTA {
+            return Err(BooksError::Thresholds { product: self.product.clone(), used, delta });
+        }
+        // Read before anything is reserved: a table that can't be read costs nothing.
+        let counts = counts()?;
+        let plan = tabmesh_store::Digest::from_bytes(query_digest).to_string();
+        let reservation = match self.reserved(&plan, Purpose::Release) {
+            Ok(open) => open,
+            Err(_) => self.reserve(&plan, Purpose::Release, histogram.rho(), Vec::new(), now_ms)?,
+        };
+        let (_, mut stream) = self.next_noise(Purpose::Release)?;
+        let payload = histogram.release(&counts, &mut stream);
+        let request = CommitRequest { event: histogram.event(), step: 0, query_digest };
+        let (payload, _) = self.store_and_commit(&reservation, request, payload, now_ms)?;
+        self.close(&plan, now_ms)?;
+        Ok(payload.into_inner())
+    }
+
+    /// Threshold histograms that an account paid for.
+    fn thresholds(&self, account: &AccountKey) -> usize {
+        let state = self.ledger.state();
+        let of = |committed: &&Committed| {
+            committed.entry.event.kind == MechanismKind::ThresholdHistogram
+                && state.charged_to(committed) == Some(account)
+        };
+        state.commits.values().filter(of).count()
+    }
+
+    /// The namespace in which rows of a source are counted, if they are.
+    pub(crate) fn row_namespace(&self, lineage: &str) -> Option<&str> {
+        let of_rows = |(key, account): &(&AccountKey, &Account)| {
+            key.lineage == lineage && account.grants.values().any(|grant| grant.unit == ROW_UNIT)
+        };
+        let (key, _) = self.ledger.state().accounts.iter().find(of_rows)?;
+        Some(&key.entity_namespace)
     }
 
     /// Reserves a plan's budget for one purpose, all or nothing.
@@ -659,6 +745,42 @@ mod tests {
         assert!(still_covers("customer, at most 5 rows", "customer, at most 9 rows"));
         assert!(!still_covers("customer, at most 5 rows", "household, at most 5 rows"));
         assert!(!still_covers("row", "customer, at most 1 rows"));
+    }
+
+    #[test]
+    fn levels_are_debited_once_and_told_again_for_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut books = granted(folder.path());
+        let histogram = ThresholdHistogram::from_rho(1, rho(0.02)).unwrap();
+        let counts = || Ok(BTreeMap::from([("berlin".to_owned(), 500), ("one".to_owned(), 1)]));
+        let first = books.levels("city", &histogram, counts, 2).unwrap();
+        let found: tabmesh_privacy::mechanism::FoundLevels = serde_json::from_slice(&first).unwrap();
+        assert_eq!(found.levels.iter().map(|(level, _)| level.as_str()).collect::<Vec<_>>(), ["berlin"]);
+        let balance = books.balance().unwrap();
+        assert_eq!((balance.spent, balance.reserved), (histogram.rho(), Rho::ZERO));
+        drop(books);
+        let mut books = reopened(folder.path());
+        let again = books.levels("city", &histogram, || panic!("the table isn't read again"), 3).unwrap();
+        assert_eq!((again, books.balance().unwrap().spent), (first, histogram.rho()));
+        // A table that can't be read costs nothing, nor does a question beyond the budget.
+        let unread =
+            books.levels("town", &histogram, || Err(SourceError::Undeclared { contract: "a".into() }), 4);
+        assert!(matches!(unread, Err(BooksError::Source(_))));
+        let dear = ThresholdHistogram::from_rho(1, rho(0.5)).unwrap();
+        let counts = || Ok(BTreeMap::new());
+        assert!(matches!(books.levels("town", &dear, counts, 5), Err(BooksError::Ledger(_))));
+        assert_eq!(books.balance().unwrap().spent, histogram.rho());
+        // What a threshold takes of delta isn't there in a much smaller one.
+        let request = GrantRequest {
+            product: "a.b".into(),
+            entity_namespace: "person".into(),
+            lineage: "a.parquet".into(),
+            unit: "row".into(),
+            epsilon: Epsilon::new(3.0).unwrap(),
+            delta: Delta::new(1e-10).unwrap(),
+            signer: "owner".into(),
+        };
+        assert!(matches!(books.grant(request, None, None, 6), Err(BooksError::Thresholds { used: 1, .. })));
     }
 
     #[test]

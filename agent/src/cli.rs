@@ -123,6 +123,29 @@ enum Command {
         #[command(flatten)]
         dev: Development,
     },
+    /// Finds the common levels of a column that nobody declared, by a private threshold histogram paid from the budget.
+    ///
+    /// Without --spend it says what that costs, and how many rows a level must have to be told. The agent must not be running: it has
+    /// the ledger. The same question again gets the same answer, free of charge. Nothing is sent.
+    Levels {
+        /// Configuration file.
+        #[arg(long, short)]
+        config: PathBuf,
+        /// Column of the contract; `role: unused` until its levels are declared.
+        #[arg(long)]
+        column: String,
+        /// ε that the question may cost by itself, at the grant's δ.
+        #[arg(long, default_value_t = 0.1)]
+        epsilon: f64,
+        /// Ask, and debit the budget.
+        #[arg(long)]
+        spend: bool,
+        /// Form of the answer.
+        #[arg(long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+        #[command(flatten)]
+        dev: Development,
+    },
     /// Shows the privacy budget: granted, spent, left; or writes the signed report of this domain.
     Budget {
         /// Configuration file.
@@ -218,6 +241,13 @@ struct Development {
 }
 
 impl Development {
+    fn noise(self) -> NoiseSource {
+        match self.reproducible_noise {
+            Some(seed) => NoiseSource::Seeded { seed },
+            None => NoiseSource::os(SystemRandom::new()),
+        }
+    }
+
     fn switches(self) -> Switches {
         Switches { insecure_dev: self.insecure_dev, reproducible_noise: self.reproducible_noise }
     }
@@ -236,6 +266,7 @@ const EXAMPLES: &str = "\
 Examples:
   tabmesh-agent config example > agent.yaml
   tabmesh-agent check contract.yaml --policy policy.yaml
+  tabmesh-agent levels --config agent.yaml --column city --epsilon 0.1
   tabmesh-agent convert contract.yaml --output contract.odcs.yaml
   tabmesh-agent run --config agent.yaml
   tabmesh-agent predict --config agent.yaml --input rows.parquet --output out.parquet
@@ -292,6 +323,10 @@ fn dispatch(command: Command) -> miette::Result<ExitCode> {
             let fitting = Fitting { hidden, epochs, seed };
             command::distill::run(&local(&config, dev)?, fitting, output, now_ms())
         }
+        Command::Levels { config, column, epsilon, spend, output, dev } => {
+            let asked = command::levels::Asked { column: &column, epsilon, spend };
+            command::levels::run(&local(&config, dev)?, &asked, dev.noise(), output, now_ms())
+        }
         Command::Budget { config, html, json, output } => {
             let config = Config::load(&config)?;
             command::budget::run(&config, html.as_deref(), json.as_deref(), output, now_ms())
@@ -322,10 +357,7 @@ fn local(config: &std::path::Path, dev: Development) -> miette::Result<Local> {
 fn open(config: &std::path::Path, dev: Development) -> miette::Result<Agent> {
     let config = Config::load(config)?;
     let switches = dev.switches();
-    let noise = match dev.reproducible_noise {
-        Some(seed) => NoiseSource::Seeded { seed },
-        None => NoiseSource::os(SystemRandom::new()),
-    };
+    let noise = dev.noise();
     if noise.reproducible() {
         tracing::warn!("noise comes from a fixed seed: REPRODUCIBLE, NOT PRIVATE");
     }

@@ -235,6 +235,16 @@ impl Domain {
         Ok(all)
     }
 
+    /// Rows of each value of a column, whatever the contract declares of it; at most k of each unit.
+    ///
+    /// # Errors
+    /// [`SourceError`] if the table can't be read.
+    pub fn level_counts(&self, column: &str) -> Result<BTreeMap<String, i64>, SourceError> {
+        let source = self.source()?;
+        let key = DomainKey::new(&self.secret("units"));
+        View::new(&*source, &self.contract, &self.schema, key)?.level_counts(column)
+    }
+
     fn source(&self) -> Result<Box<dyn Source>, SourceError> {
         let folder = self.config.contract.parent().unwrap_or_else(|| Path::new("."));
         source::open_contract(&self.contract, folder)

@@ -9,6 +9,7 @@ mod sums;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tabmesh_contract::contract::default_row_namespace;
 use tabmesh_contract::schema::FeatureSchema;
 use tabmesh_federation::descriptor::{DescriptorError, RoundDescriptor};
 use tabmesh_federation::documents::{self, DocumentError, MAX_DOCUMENT_BYTES, PlanAnnouncement, PlanClosing};
@@ -139,6 +140,21 @@ pub struct Answer {
     pub debit: DebitReceipt,
 }
 
+/// Records the grant of the local policy for the physical source of the rows.
+pub(crate) fn record_grant(domain: &Domain, books: &mut Books, now_ms: i64) -> Result<(), WorkError> {
+    let derived_from = domain.policy.grant.derived_from.as_deref();
+    let mut request = domain.grant();
+    request.lineage = Lineages::open(&domain.config.data_dir)?.named(&request.lineage, domain.places())?;
+    // Rows without a declared namespace are those of their source, whatever product they were first counted for.
+    if request.entity_namespace == default_row_namespace(&domain.contract.name)
+        && let Some(known) = books.row_namespace(&request.lineage)
+    {
+        request.entity_namespace = known.to_owned();
+    }
+    books.grant(request, domain.pace(), derived_from, now_ms)?;
+    Ok(())
+}
+
 /// The agent's state for answering.
 pub struct Work {
     /// The domain's facts.
@@ -163,11 +179,7 @@ impl Work {
         mut books: Books,
         now_ms: i64,
     ) -> Result<Self, WorkError> {
-        let derived_from = domain.policy.grant.derived_from.as_deref();
-        let mut request = domain.grant();
-        request.lineage =
-            Lineages::open(&domain.config.data_dir)?.named(&request.lineage, domain.places())?;
-        books.grant(request, domain.pace(), derived_from, now_ms)?;
+        record_grant(&domain, &mut books, now_ms)?;
         let gate = Gate::new(&domain.secret("gate"));
         let data_dir = &domain.config.data_dir;
         let guard = domain.config.sum_guard.clone().unwrap_or_else(|| data_dir.join("sum.guard"));

@@ -6,5 +6,6 @@ pub(crate) mod convert;
 pub(crate) mod corpus;
 pub(crate) mod disjoint;
 pub(crate) mod distill;
+pub(crate) mod levels;
 pub(crate) mod predict;
 pub(crate) mod promotion;

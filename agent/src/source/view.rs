@@ -179,6 +179,39 @@ impl<'a> View<'a> {
         Ok(rows)
     }
 
+    /// Rows of each value of a column as text, at most `k` of each privacy unit; a cell without a value counts nowhere.
+    ///
+    /// # Errors
+    /// See [`Source::batches`]; [`SourceError::MissingColumn`] for one that the contract doesn't declare.
+    pub fn level_counts(&self, column: &str) -> Result<BTreeMap<String, i64>, SourceError> {
+        let at = self.contract.columns.iter().position(|declared| declared.name == column);
+        let at = at.ok_or_else(|| SourceError::MissingColumn {
+            file: self.source.location().to_owned(),
+            column: column.to_owned(),
+            found: self.contract.columns.iter().map(|declared| declared.name.clone()).collect(),
+        })?;
+        let mut filter = self.cap()?;
+        let (mut namer, mut counts) = (Namer::default(), BTreeMap::new());
+        for raw in self.source.batches(self.contract)? {
+            let raw = raw?;
+            let units = self.units(&raw, &mut namer);
+            let kept = match &mut filter {
+                Some(filter) => units.kept(filter),
+                None => (0..raw.rows()).collect(),
+            };
+            for row in kept {
+                let cell = raw.columns().get(at).map_or(Cell::Null, |values| values.cell(row));
+                let text = match cell {
+                    Cell::Null | Cell::Unreadable => continue,
+                    Cell::Text(text) => text.to_owned(),
+                    other => level_text(other),
+                };
+                *counts.entry(text).or_insert(0) += 1;
+            }
+        }
+        Ok(counts)
+    }
+
     /// What keeps units from having more than `k` rows; none where each row is a unit of its own.
     pub(super) fn cap(&self) -> Result<Option<UnitFilter>, SourceError> {
         let column = match self.unit {

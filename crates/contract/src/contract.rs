@@ -180,6 +180,12 @@ pub enum DomainAggregates {
     Published,
 }
 
+/// The entity namespace of a product whose units are rows, where its contract declares none.
+#[must_use]
+pub fn default_row_namespace(product: &str) -> String {
+    format!("{product}/row")
+}
+
 /// What may be done with the rows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Privacy {

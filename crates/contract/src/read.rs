@@ -12,6 +12,7 @@ use serde_saphyr::{Location, Spanned};
 use crate::contract::{
     Column, Contract, DomainAggregates, FeatureType, LogicalType, MAX_COLUMNS, MAX_NAME_BYTES,
     MAX_ROWS_PER_UNIT, Marks, Privacy, Purpose, Role, Sensitivity, Slo, SourceKind, SourceSpec,
+    default_row_namespace,
 };
 use crate::error::{ContractError, Document, Warning};
 use crate::odcs::{CustomProperty, Odcs, Property, QualityEntry, Server, SlaProperty};
@@ -387,7 +388,7 @@ impl Reader<'_> {
                 self.check_name("entity_namespace", &text)?.to_owned()
             }
             (None, PrivacyUnit::Entity { column, .. }) => format!("{domain}/{column}"),
-            (None, PrivacyUnit::Row) => format!("{product}/row"),
+            (None, PrivacyUnit::Row) => default_row_namespace(product),
         };
         let aggregates =
             self.one_of(custom("tfmDomainAggregates"), DomainAggregates::from_name, DomainAggregates::NAMES)?;

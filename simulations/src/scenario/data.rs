@@ -4,7 +4,7 @@
 //! privacy claim (see [`Declared`]); tables by contract declare for themselves. A partition is written as Parquet files, so
 //! flows, rivals and rounds of small models read the same tables in the same way.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,7 +12,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use arrow_array::cast::AsArray;
 use arrow_array::types::Int8Type;
-use arrow_array::{RecordBatch, UInt32Array};
+use arrow_array::{Array, RecordBatch, UInt32Array};
+use arrow_cast::cast;
+use arrow_schema::DataType;
 use arrow_select::concat::concat_batches;
 use arrow_select::take::take_record_batch;
 use parquet::arrow::ArrowWriter;
@@ -255,9 +257,12 @@ fn members_of(
         (Partition::Dirichlet { domains, alpha }, Some(folder)) => {
             let (domains, alpha) = (*domains as usize, *alpha);
             let shares = Shares::draw(domains, alpha, &mut rng);
+            // A person whose rows lay in several domains would be promised each domain's ε alone.
+            let entity = set.columns.iter().find(|column| set.by_entity && column.role == "entity_id");
+            let mut placed = entity.map(|column| Placed { column: &column.name, domains: HashMap::new() });
             for (part, path) in [("train", Set::train as PathOf), ("test", Set::test as PathOf)] {
                 let paths: Vec<PathBuf> = set.domains.iter().map(|domain| path(set, domain)).collect();
-                deal(&paths, &folder.path().join(part), &shares, &mut rng)?;
+                deal(&paths, &folder.path().join(part), &shares, placed.as_mut(), &mut rng)?;
             }
             let of = |i: usize| {
                 let domain = format!("part-{i:05}");
@@ -375,8 +380,61 @@ fn log_gamma_draw(alpha: f64, rng: &mut ChaCha20Rng) -> f64 {
     }
 }
 
-/// Deals the rows of tables out to one file a domain.
-fn deal(tables: &[PathBuf], folder: &Path, shares: &Shares, rng: &mut ChaCha20Rng) -> Result<()> {
+/// Where entities are, by the text of their column: each with all its rows, of training and test tables, in one domain.
+struct Placed<'a> {
+    column: &'a str,
+    domains: HashMap<String, usize>,
+}
+
+impl Placed<'_> {
+    /// Domain of each row: that of its entity, which is dealt out by the class of its first row; rows without one go each alone.
+    fn assign(
+        &mut self,
+        rows: &RecordBatch,
+        labels: &[u8],
+        shares: &Shares,
+        rng: &mut ChaCha20Rng,
+    ) -> Result<Vec<usize>> {
+        let column =
+            rows.column_by_name(self.column).with_context(|| format!("no column {}", self.column))?;
+        let text = cast(column, &DataType::Utf8)?;
+        let text = text.as_string::<i32>();
+        let mut first: Vec<usize> = Vec::new();
+        let mut group: Vec<Result<usize, usize>> = Vec::with_capacity(labels.len());
+        let mut fresh: HashMap<&str, usize> = HashMap::new();
+        for row in 0..labels.len() {
+            let name = (!text.is_null(row)).then(|| text.value(row));
+            if let Some(domain) = name.and_then(|name| self.domains.get(name)) {
+                group.push(Err(*domain));
+                continue;
+            }
+            let number = first.len();
+            let number = match name {
+                Some(name) => *fresh.entry(name).or_insert(number),
+                None => number,
+            };
+            if number == first.len() {
+                first.push(row);
+            }
+            group.push(Ok(number));
+        }
+        let classes: Vec<u8> =
+            first.iter().map(|row| labels.get(*row).copied().unwrap_or_default()).collect();
+        let dealt = shares.assign(&classes, rng);
+        let domain_of = |number: usize| dealt.get(number).copied().unwrap_or_default();
+        self.domains.extend(fresh.into_iter().map(|(name, number)| (name.to_owned(), domain_of(number))));
+        Ok(group.into_iter().map(|of| of.map_or_else(|domain| domain, domain_of)).collect())
+    }
+}
+
+/// Deals the rows of tables out to one file a domain; those of an entity together, where units are entities.
+fn deal(
+    tables: &[PathBuf],
+    folder: &Path,
+    shares: &Shares,
+    placed: Option<&mut Placed<'_>>,
+    rng: &mut ChaCha20Rng,
+) -> Result<()> {
     std::fs::create_dir_all(folder)?;
     let mut batches: Vec<RecordBatch> = Vec::new();
     for table in tables {
@@ -391,7 +449,11 @@ fn deal(tables: &[PathBuf], folder: &Path, shares: &Shares, rng: &mut ChaCha20Rn
     let labels = labels.as_primitive_opt::<Int8Type>().context("labels are not 8-bit numbers")?;
     let labels: Vec<u8> = labels.iter().map(|label| u8::from(label == Some(1))).collect();
     let mut rows: Vec<Vec<u32>> = vec![Vec::new(); shares.0[0].len()];
-    for (row, domain) in (0_u32..).zip(shares.assign(&labels, rng)) {
+    let domains = match placed {
+        Some(placed) => placed.assign(&all, &labels, shares, rng)?,
+        None => shares.assign(&labels, rng),
+    };
+    for (row, domain) in (0_u32..).zip(domains) {
         if let Some(rows) = rows.get_mut(domain) {
             rows.push(row);
         }
@@ -523,6 +585,38 @@ mod tests {
             let error = ((fourth - variance * variance) / n).sqrt();
             assert!((variance - expected).abs() < 5.0 * error, "{alpha}: {variance} {expected}");
         }
+    }
+
+    /// 60 people of five rows each, and rows without one; in the test table half of the people are new.
+    #[test]
+    fn all_rows_of_an_entity_go_to_one_domain_in_training_and_test() {
+        use arrow_array::{ArrayRef, StringArray};
+        let rows = |from: usize| {
+            let of = |row: usize| (row % 61 != 60).then(|| format!("p{}", from + row % 61));
+            let people: StringArray = (0..305).map(of).collect();
+            let labels: Vec<u8> = (0..305).map(|row| u8::from(row % 61 % 3 == 0)).collect();
+            (RecordBatch::try_from_iter([("person", Arc::new(people) as ArrayRef)]).unwrap(), labels)
+        };
+        let shares = Shares([vec![0.5, 0.5, 0.0], vec![0.0, 0.25, 0.75]]);
+        let mut placed = Placed { column: "person", domains: HashMap::new() };
+        let mut rng = ChaCha20Rng::seed_from_u64(5);
+        let mut seen: HashMap<String, BTreeSet<usize>> = HashMap::new();
+        for from in [0, 30] {
+            let (batch, labels) = rows(from);
+            let domains = placed.assign(&batch, &labels, &shares, &mut rng).unwrap();
+            assert_eq!(domains.len(), labels.len());
+            let people = batch.column(0).as_string::<i32>();
+            for (row, domain) in domains.iter().enumerate().filter(|(row, _)| !people.is_null(*row)) {
+                seen.entry(people.value(row).to_owned()).or_default().insert(*domain);
+            }
+            // The third domain has entities of class 1 alone.
+            assert!(
+                domains.iter().zip(&labels).all(|(domain, label)| from > 0 || *domain < 2 || *label == 1)
+            );
+        }
+        assert_eq!(seen.len(), 90);
+        assert!(seen.values().all(|domains| domains.len() == 1), "{seen:?}");
+        assert_eq!(seen.values().flatten().collect::<BTreeSet<_>>().len(), 3);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::document::{Attack, Byzantine, Faulty};
 /// The product's own flow: release, corpus, pre-training, rounds, publication, each domain's choice.
 ///
 /// Every step has figures of its own in the results: `base` (own rows in context, coded by the release), `base_mixed` (corpus
-/// rows beside them), `corpus` (weights tuned on the corpus), `rounds` (with the adapter), `served`. Rivals that use the
+/// rows beside them), `corpus` (weights tuned on the corpus), `rounds` (with the adapter, or the forest in equal parts), `served`. Rivals that use the
 /// release: `local_trees_corpus` (trees on own and corpus rows), `corpus_logistic` (logistic regression on corpus rows alone).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

@@ -1,11 +1,11 @@
 //! `run`: a scenario's tasks, done once each, on all cores, taken up where a killed run stopped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -139,6 +139,9 @@ pub(crate) fn prepare(
             "--real runs flows in which nothing goes wrong: flow {} has faults; run it without --real",
             flow.name
         );
+    }
+    if how.real && scenario.flows.is_empty() {
+        bail!("--real runs flows as processes, and {} has none; run it without --real", scenario.name);
     }
     let shard = how.shard.unwrap_or(Shard::WHOLE);
     let all = tasks(&scenario, data.sets());
@@ -404,16 +407,24 @@ impl Prepared {
             .collect();
         let mut rows = place.all(&self.scenario.metrics, &labelled(&domains));
         let mut answers = self.all_kept(place, &domains);
-        for (member, ours, tables) in there {
+        // A member of some blends has the weight 0 in the others: means are over all domains.
+        let served: BTreeSet<&String> = there.iter().flat_map(|(_, ours, _)| ours.blend.keys()).collect();
+        for (member, ours, tables) in &there {
             for (round, said) in &ours.by_round {
                 let place = Where { round: Some(*round), ..place.clone() };
                 let wanted = &self.scenario.metrics;
                 rows.extend(place.domain(wanted, "forest", &member.domain, said, &tables.labels));
             }
             let counts = measure::counted(&tables.labels);
-            for (name, weight) in &ours.blend {
-                let metric = format!("weight of {name}");
-                rows.extend(place.row("served", &member.domain, counts, &metric, Some(*weight)));
+            for name in &served {
+                let weight = ours.blend.get(*name).copied().unwrap_or_default();
+                rows.extend(place.row(
+                    "served",
+                    &member.domain,
+                    counts,
+                    &format!("weight of {name}"),
+                    Some(weight),
+                ));
             }
             let books = federated.layout.domain(&member.name()).join("data").join("books");
             let spent = balance_of(&replay(&read_entries(&books)?)?, &member.product)
@@ -540,6 +551,8 @@ struct State {
     /// Tasks left, and seconds and number of those done here, by arm.
     left: BTreeMap<String, usize>,
     took: BTreeMap<String, (f64, usize)>,
+    /// When a line was last told.
+    told: Instant,
 }
 
 impl Progress {
@@ -548,7 +561,7 @@ impl Progress {
         queue.for_each(|task| *left.entry(task.arm.name().to_owned()).or_default() += 1);
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::new(total as u64);
-            if let Ok(style) = ProgressStyle::with_template("[{pos}/{len}] {bar:30} {msg}") {
+            if let Ok(style) = ProgressStyle::with_template("[{pos}/{len}] {bar:30} {prefix} {msg}") {
                 bar.set_style(style);
             }
             bar.set_position(done as u64);
@@ -558,12 +571,22 @@ impl Progress {
         if done > 0 {
             say(&format!("{done} of {total} tasks are done already"));
         }
-        Self { bar, state: Mutex::new(State { done, left, took: BTreeMap::new() }), jobs, total }
+        let state = State { done, left, took: BTreeMap::new(), told: now() };
+        Self { bar, state: Mutex::new(state), jobs, total }
     }
 
     fn tell(&self, task: &Task, what: &str) {
-        if let Some(bar) = &self.bar {
-            bar.set_message(format!("{}: {what}", task.id));
+        let line = format!("{}: {what}", task.id);
+        match &self.bar {
+            Some(bar) => bar.set_message(line),
+            // Where nobody watches a bar, a word now and then says that it goes on.
+            None => {
+                let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                if state.told.elapsed() >= SILENCE {
+                    state.told = now();
+                    say(&format!("[{}/{}] {line}", state.done, self.total));
+                }
+            }
         }
     }
 
@@ -576,13 +599,16 @@ impl Progress {
         }
         let entry = state.took.entry(arm).or_default();
         *entry = (entry.0 + took.as_secs_f64(), entry.1 + 1);
-        let line = format!("{} took {:.1} s; {}", task.id, took.as_secs_f64(), state.rest(self.jobs));
+        let rest = state.rest(self.jobs);
+        state.told = now();
+        let line = format!("{} took {:.1} s", task.id, took.as_secs_f64());
         match &self.bar {
             Some(bar) => {
                 bar.set_position(state.done as u64);
+                bar.set_prefix(rest);
                 bar.set_message(line);
             }
-            None => say(&format!("[{}/{}] {line}", state.done, self.total)),
+            None => say(&format!("[{}/{}] {line}; {rest}", state.done, self.total)),
         }
     }
 
@@ -614,6 +640,8 @@ impl State {
     }
 }
 
+/// After so long without a line, where there is no bar, one says what is being done.
+const SILENCE: Duration = Duration::from_secs(60);
 /// Name of the arm of methods without a federation.
 pub(crate) const RIVALS: &str = "rivals";
 /// Name of the arm that counts rows that are there twice.
@@ -631,6 +659,7 @@ mod tests {
             done: 2,
             left: BTreeMap::from([("a".to_owned(), 3), ("b".to_owned(), 1)]),
             took: BTreeMap::from([("a".to_owned(), (20.0, 2))]),
+            told: now(),
         };
         // Three of 10 s, one unseen of the mean 10 s, on two cores.
         assert_eq!(state.rest(2), "about 20 s left");

@@ -246,6 +246,45 @@ fn flows_with_faults_come_to_their_end_and_every_part_has_its_figures() {
     assert!(page.contains("<h2>Targets</h2>") && page.contains("<h2>Duplicates</h2>"));
 }
 
+/// An adversary's domain is scored and counts nowhere; one that stands there twice counts twice.
+#[test]
+fn domains_of_an_adversary_are_left_out_of_means() {
+    let (_root, folder) = ran_on(
+        &["a", "b", "c", "d", "e", "f", "g", "h"],
+        "metrics: [auc]\nrivals: [local_trees]\n\
+         tampering: [{share: 0.25, kind: {kind: flipped_labels}}, {share: 0.13, kind: {kind: duplicated}}]\n\
+         federations:\n  - {name: f, strategy: {kind: median}, rounds: 2, local_rate: 2, evaluate_every: 2}\n",
+    );
+    let rows = folder.all_rows().unwrap();
+    for arm in ["f", "rivals"] {
+        let own = |counted: bool| -> Vec<f64> {
+            let of = |row: &&super::results::Row| row.arm == arm && row.metric == "auc" && row.domain != "*";
+            rows.iter().filter(of).filter(|row| row.counted == counted).map(|row| row.value).collect()
+        };
+        assert_eq!((own(true).len(), own(false).len()), (6, 2), "{arm}");
+        if arm == "rivals" {
+            // Trees on flipped labels say the opposite on test rows that nobody touched.
+            assert!(own(false).iter().all(|auc| *auc < 0.5), "{:?}", own(false));
+        }
+    }
+}
+
+/// Who leaves for good serves nothing; the others' rounds and choices go on.
+#[test]
+fn a_domain_that_leaves_within_the_rounds_keeps_nobody_from_the_end() {
+    let (root, folder) = ran_on(
+        &["a", "b", "c", "d", "e"],
+        "metrics: [auc]\nflows:\n  - name: f\n    corpus_rows: 300\n    pretrain_steps: 0\n    rounds: 2\n\
+         \x20   faults: {leaving: {domains: 1, after_rounds: 1}}\n",
+    );
+    let rows = folder.all_rows().unwrap();
+    let served = rows.iter().filter(|row| row.method == "served" && row.metric == "auc");
+    assert_eq!(served.count(), 4);
+    // Both rounds took place.
+    assert!(rows.iter().any(|row| row.method == "forest" && row.round == Some(2)));
+    assert!(root.path().join("out/adapters/made_up.0000.f.json").is_file());
+}
+
 /// A liar who says the truth can't be told from an honest agent: the same bytes are published. One who doesn't changes them.
 #[test]
 fn a_liar_keeps_to_the_protocol_and_changes_nothing_but_values() {

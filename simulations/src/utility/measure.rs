@@ -248,7 +248,16 @@ pub(crate) fn ours(scoring: &Scoring<'_>, tables: &[Tables]) -> Result<Vec<Ours>
                 let trees = forest.trees() * round as usize / scoring.rounds as usize;
                 by_round.push((round, said(&forest.after(trees))?));
             }
-            answers.insert("forest", said(&forest)?);
+            let forest = said(&forest)?;
+            // The rounds' step by itself, before any choice: the tuned model beside the forest, as a domain without a word of its own
+            // is served.
+            if let Some(model) = answers.get("corpus") {
+                let half =
+                    |(model, forest): (&f64, &f64)| probability((logit(*model) + logit(*forest)) / 2.0);
+                let both = model.iter().zip(&forest).map(half).collect();
+                answers.insert("rounds", both);
+            }
+            answers.insert("forest", forest);
         }
         if ours.has_adapter() {
             answers.insert("rounds", as_is(Weights::Tuned, Rows::Mixed, Tokens::On)?);
@@ -489,6 +498,12 @@ fn weights(blend: &Blend) -> BTreeMap<String, f64> {
     blend.shares.iter().map(|share| (share.member.to_string(), share.weight)).collect()
 }
 
+/// Its inverse, of probabilities that no rounding has made certain.
+fn logit(probability: f64) -> f64 {
+    let p = probability.clamp(LEAST_PROBABILITY, 1.0 - LEAST_PROBABILITY);
+    (p / (1.0 - p)).ln()
+}
+
 fn probability(logit: f64) -> f64 {
     1.0 / (1.0 + (-logit).exp())
 }
@@ -505,6 +520,8 @@ fn add(sums: &mut Figures, figures: &Figures) {
     figures.iter().for_each(|(name, figure)| *sums.entry(name).or_default() += figure);
 }
 
+/// Bound on probabilities whose logits are mixed.
+const LEAST_PROBABILITY: f64 = 1e-7;
 /// The column that tells a pooled rival whose row it is.
 const DOMAIN_FEATURE: &str = "bench.domain";
 /// Every method that uses no federation.

@@ -467,7 +467,7 @@ fn a_plan_beyond_the_budget_window_waits_for_another_time() {
 
 /// A table under another path is another source to the agent, until its policy says where the rows came from.
 #[test]
-fn an_agent_does_not_start_on_a_moved_table_until_its_policy_says_so() {
+fn an_agent_does_not_start_on_a_copied_table_until_its_policy_says_so() {
     let World { work, folder, .. } = World::new(6, 0);
     let reserved = work.books().balance().unwrap().reserved;
     drop(work);
@@ -477,10 +477,10 @@ fn an_agent_does_not_start_on_a_moved_table_until_its_policy_says_so() {
         assert!(text.contains(from), "{text}");
         std::fs::write(path, text.replace(from, to)).unwrap();
     };
-    edit("contract.yaml", "path: sales.csv", "path: moved.csv");
-    std::fs::rename(folder.path().join("sales.csv"), folder.path().join("moved.csv")).unwrap();
+    edit("contract.yaml", "path: sales.csv", "path: copied.csv");
+    std::fs::copy(folder.path().join("sales.csv"), folder.path().join("copied.csv")).unwrap();
     let refused = open(folder.path()).err().unwrap().to_string();
-    assert!(refused.contains("moved.csv") && refused.contains("derived_from: \"sales.csv\""), "{refused}");
+    assert!(refused.contains("copied.csv") && refused.contains("derived_from: \"sales.csv\""), "{refused}");
     edit("policy.yaml", "signer: owner@example.com", "signer: owner@example.com, derived_from: sales.csv");
     let work = open(folder.path()).unwrap();
     assert_eq!(work.books().balance().unwrap().reserved, reserved, "what it was charged with stays");

@@ -71,7 +71,9 @@ pub fn opendp_epsilon(sigma: f64, l2_sensitivity: f64, delta: Delta) -> Result<f
 pub fn second_opinion(event: &MechanismEvent) -> Result<(), CrossCheckError> {
     let (scale, l2) = (event.sigma_squared.sigma(), (event.l2_sensitivity_squared as f64).sqrt());
     let theirs = match event.kind {
-        MechanismKind::DiscreteGaussian | MechanismKind::GaussianShares => opendp_rho(scale, l2)?,
+        MechanismKind::DiscreteGaussian
+        | MechanismKind::GaussianShares
+        | MechanismKind::ThresholdHistogram => opendp_rho(scale, l2)?,
         MechanismKind::DiscreteLaplace => {
             // Pure ε is ε²/2 of zero-concentrated.
             opendp_laplace_epsilon(scale, l2 * f64::from(event.dimension).sqrt())?.powi(2) / 2.0

@@ -20,6 +20,9 @@ pub enum MechanismKind {
     GaussianShares,
     /// Exact discrete Laplace, unsampled; see [`super::VectorLaplace`].
     DiscreteLaplace,
+    /// Exact discrete Gaussian on the counts of undeclared levels, of which those above a threshold are released; see
+    /// [`super::threshold`].
+    ThresholdHistogram,
 }
 
 impl MechanismKind {
@@ -28,6 +31,7 @@ impl MechanismKind {
     pub fn label(self) -> &'static str {
         match self {
             Self::DiscreteGaussian | Self::GaussianShares => "discrete Gaussian",
+            Self::ThresholdHistogram => "discrete Gaussian above a threshold",
             Self::DiscreteLaplace => "discrete Laplace",
         }
     }
@@ -36,7 +40,7 @@ impl MechanismKind {
     #[must_use]
     pub fn parameter(self) -> &'static str {
         match self {
-            Self::DiscreteGaussian | Self::GaussianShares => "σ",
+            Self::DiscreteGaussian | Self::GaussianShares | Self::ThresholdHistogram => "σ",
             Self::DiscreteLaplace => "t",
         }
     }
@@ -57,9 +61,9 @@ pub struct MechanismEvent {
     pub rows_per_unit: u32,
     /// Marginals measured together; zero for a gradient.
     pub marginals: u32,
-    /// Coordinates of the vector.
+    /// Coordinates of the vector; zero where their number is no public figure.
     pub dimension: u32,
-    /// Cost: ⌈Δ²/(2σ²) · 2⁴⁰⌉ units; of shares, what [`NoiseShares::cost`] says; of Laplace noise, times the dimension.
+    /// Cost: ⌈Δ²/(2σ²) · 2⁴⁰⌉ units, of a threshold histogram its surcharge more; of shares, what [`NoiseShares::cost`] says; of Laplace noise, times the dimension.
     pub rho: Rho,
     /// How the noise is divided, where it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -80,6 +84,7 @@ impl MechanismEvent {
         let (sigma_squared, sensitivity) = (self.sigma_squared, self.l2_sensitivity_squared);
         let computed = match (self.kind, &self.shares) {
             (MechanismKind::DiscreteGaussian, None) => sigma_squared.cost(sensitivity),
+            (MechanismKind::ThresholdHistogram, None) => super::threshold::cost(sigma_squared, sensitivity),
             (MechanismKind::DiscreteLaplace, None) => {
                 super::vector_laplace::cost(sigma_squared, (sensitivity, self.dimension))
             }

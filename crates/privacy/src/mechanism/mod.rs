@@ -12,6 +12,7 @@ mod event;
 mod exponential;
 pub mod shares;
 mod staircase;
+pub mod threshold;
 #[cfg(test)]
 mod twin;
 mod vector_laplace;
@@ -20,6 +21,7 @@ pub use discrete_gaussian::DiscreteGaussian;
 pub use discrete_laplace::DiscreteLaplace;
 pub use event::{MechanismEvent, MechanismKind, SigmaSquared};
 pub use shares::NoiseShares;
+pub use threshold::{FoundLevels, ThresholdHistogram};
 pub use vector_laplace::VectorLaplace;
 
 use crate::budget::Rho;

@@ -213,13 +213,14 @@ fn newcomers(html: &mut String, last: &[&Row]) {
     let mut sizes: Vec<u32> = own.iter().filter_map(|row| row.rows).collect();
     sizes.sort_unstable();
     sizes.dedup();
-    html.push_str("<section><h2>Newcomers</h2><p>Left-out domains, AUC and log loss, means over draws of so many own rows, then over sets and seeds.</p><div class=\"wide\"><table><thead><tr><th>method</th>");
+    html.push_str("<section><h2>Newcomers</h2><p>Left-out domains, AUC and log loss, means over draws of so many own rows, then over sets and seeds.</p><div class=\"wide\"><table><thead><tr><th>method</th><th>noise</th>");
     for size in &sizes {
         let _ = write!(html, "<th>{size} rows, AUC</th><th>{size} rows, log loss</th>");
     }
     html.push_str("</tr></thead><tbody>");
     for method in methods(own.iter().copied()) {
-        let _ = write!(html, "<tr><th>{}</th>", escape(&method.shown()));
+        let noise = of(&own, &method).next().map_or("", |row| row.noise.shown());
+        let _ = write!(html, "<tr><th>{}</th><td>{noise}</td>", escape(&method.shown()));
         for size in &sizes {
             for metric in ["auc", "log_loss"] {
                 let rows = of(&own, &method).filter(|row| row.rows == Some(*size));
@@ -314,7 +315,7 @@ fn privacy(html: &mut String, last: &[&Row]) {
     if !pictures.is_empty() {
         let _ = write!(
             html,
-            "<section><h2>Privacy and utility</h2><p>The largest ε that any domain's ledger has spent, against what came of it; dashed lines have no noise.</p><div class=\"pair\">{pictures}</div></section>"
+            "<section><h2>Privacy and utility</h2><p>The ε that domains' ledgers have spent, in the mean, against what came of it; dashed lines have no noise.</p><div class=\"pair\">{pictures}</div></section>"
         );
     }
 }
@@ -430,7 +431,7 @@ fn blends(html: &mut String, last: &[&Row]) {
     for row in &weights {
         let member = row.metric.trim_start_matches("weight of ");
         let entry = seen.entry((&row.arm, member)).or_default();
-        *entry = (entry.0 + 1, entry.1 + row.value);
+        *entry = (entry.0 + usize::from(row.value > 0.0), entry.1 + row.value);
         blends.entry(&row.arm).or_default().insert((&row.set, row.seed, &row.domain));
     }
     for ((arm, member), (times, weight)) in seen {

@@ -277,10 +277,15 @@ fn budgets_run_out_and_the_others_go_on() {
 
 #[test]
 fn domains_that_come_and_go_are_asked_while_they_are_there() {
-    let ran = ran("strategy: {kind: fedavg}, rounds: 10, faults: {late: 0.3, leaving: 0.2}");
-    // Five rounds without three, five without two.
-    assert_eq!(ran.counts.accepted, 5 * 7 + 5 * 8);
-    assert!(ran.auc > 0.8, "{}", ran.auc);
+    let accepted = |faults: &str| {
+        let ran = ran(&format!("strategy: {{kind: fedavg}}, rounds: 10, faults: {{{faults}}}"));
+        assert!(ran.auc > 0.8, "{faults}: {}", ran.auc);
+        ran.counts.accepted
+    };
+    // Five rounds without three and five with all; five with all and five without two; and both.
+    assert_eq!(accepted("late: 0.3"), 5 * 7 + 5 * 10);
+    assert_eq!(accepted("leaving: 0.2"), 5 * 10 + 5 * 8);
+    assert_eq!(accepted("late: 0.3, leaving: 0.2"), 5 * 7 + 5 * 8);
 }
 
 #[test]
