@@ -309,9 +309,10 @@ impl Books {
         let (_, mut stream) = self.next_noise(Purpose::Release)?;
         let payload = histogram.release(&counts, &mut stream);
         let request = CommitRequest { event: histogram.event(), step: 0, query_digest };
-        let (payload, _) = self.store_and_commit(&reservation, request, payload, now_ms)?;
+        let committed = self.store_and_commit(&reservation, request, payload, now_ms);
+        // Whatever came of it, nothing more is asked under this reservation.
         self.close(&plan, now_ms)?;
-        Ok(payload.into_inner())
+        Ok(committed?.0.into_inner())
     }
 
     /// Threshold histograms that an account paid for.

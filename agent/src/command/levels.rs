@@ -13,7 +13,7 @@ use serde_json::json;
 use tabmesh_contract::contract::Role;
 use tabmesh_privacy::accountant::zcdp;
 use tabmesh_privacy::budget::Epsilon;
-use tabmesh_privacy::mechanism::threshold::{LEAST_DELTA, THRESHOLD_DELTA};
+use tabmesh_privacy::mechanism::threshold::{LEAST_DELTA, SURCHARGE, THRESHOLD_DELTA};
 use tabmesh_privacy::mechanism::{FoundLevels, ThresholdHistogram};
 use tabmesh_privacy::noise::NoiseSource;
 
@@ -58,6 +58,10 @@ pub(crate) fn run(
         ));
     }
     let rho = zcdp::rho_for(Epsilon::new(asked.epsilon).into_diagnostic()?, delta);
+    if rho <= SURCHARGE {
+        let least = zcdp::epsilon(SURCHARGE, delta).get();
+        return Err(miette!("--epsilon {}: a threshold alone costs {least:.3}, give more", asked.epsilon));
+    }
     let histogram = ThresholdHistogram::from_rho(domain.max_rows(), rho).into_diagnostic()?;
     let alone = zcdp::epsilon(histogram.rho(), delta).get();
     let facts = json!({

@@ -26,7 +26,7 @@ pub use state::{Account, AccountKey, Committed, OpenReservation, State, epsilon_
 use crate::accountant::crosscheck::second_opinion;
 use crate::accountant::zcdp;
 use crate::budget::{Delta, Epsilon, Rho};
-use crate::mechanism::MechanismEvent;
+use crate::mechanism::{MechanismEvent, MechanismKind};
 use crate::private::{Digest, Private};
 
 /// A budget as a domain's policy grants it.
@@ -402,7 +402,9 @@ impl<J: Journal> Ledger<J> {
         time_ms: i64,
     ) -> Result<DebitReceipt, LedgerError> {
         let expected = request.event.dimension as usize * 8;
-        if payload.as_bytes().len() != expected {
+        // How long a list of found levels is, is part of the answer.
+        let has_size = request.event.kind != MechanismKind::ThresholdHistogram;
+        if has_size && payload.as_bytes().len() != expected {
             return Err(LedgerError::PayloadSize { expected, got: payload.as_bytes().len() });
         }
         self.check_own(reservation)?;

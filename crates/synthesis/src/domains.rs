@@ -2,12 +2,13 @@
 //!
 //! Owns what is particular to that attribute: tables of several domains become one with the domain as its first axis, which
 //! sums to the table over all of them, and a feature counts as different where its pair with the domain is further from
-//! independence than noise can have made it ([`PairScore::is_signal`]). Post-processing of released numbers.
+//! independence than noise and the drawing of as many rows from one population can have made it ([`PairScore::is_signal`]).
+//! Post-processing of released numbers.
 
 use tabmesh_privacy::release::MarginalTable;
 
 use crate::SynthesisError;
-use crate::marginal::{best_marginal, cell_count, marginalise};
+use crate::marginal::{best_marginal, cell_count, marginalise, probabilities};
 use crate::tree::{PairScore, pair_scores};
 
 /// Tables of the same attributes from each domain as tables over all, with the attribute `domain` as first axis and the domains
@@ -46,7 +47,8 @@ pub fn stacked(
     (0..first.len()).map(stack).collect()
 }
 
-/// Attributes whose distribution differs from domain to domain by more than noise can have made, in the order of `attributes`.
+/// Attributes whose distribution differs from domain to domain by more than noise and chance can have made, in the order of
+/// `attributes`.
 ///
 /// `tables` have the attribute `domain` as an axis ([`stacked`]) and cover each attribute.
 ///
@@ -60,13 +62,23 @@ pub fn differing(
     let alone = best_marginal(tables, &[domain])?;
     let mut found = Vec::new();
     for &attribute in attributes {
-        let pair = best_marginal(tables, &[domain, attribute])?;
+        let mut pair = best_marginal(tables, &[domain, attribute])?;
         let one_way = [marginalise(&pair, &[attribute])?, alone.clone()];
+        pair.variance += drawn(&one_way[0], &alone);
         if pair_scores(&[pair], &one_way)?.iter().any(PairScore::is_signal) {
             found.push(attribute);
         }
     }
     Ok(found)
+}
+
+/// Variance that the drawing of rows alone gives a cell of an independent pair, n·p(1 − p)·q(1 − q), in the mean over cells.
+fn drawn(attribute: &MarginalTable, domain: &MarginalTable) -> f64 {
+    let spread = |table: &MarginalTable| {
+        let shares = probabilities(&table.values, &[], 0.0);
+        shares.iter().map(|p| p * (1.0 - p)).sum::<f64>() / shares.len().max(1) as f64
+    };
+    domain.values.iter().sum::<f64>().max(0.0) * spread(attribute) * spread(domain)
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 use rand::{CryptoRng, RngCore};
 use serde::{Deserialize, Serialize};
 
+use super::discrete_gaussian::MIN_SIGMA;
 use super::{DiscreteGaussian, EventShape, MechanismError, MechanismEvent, MechanismKind, Noise};
 use crate::budget::Rho;
 use crate::private::Private;
@@ -37,14 +38,18 @@ pub struct ThresholdHistogram {
 }
 
 impl ThresholdHistogram {
-    /// The least noise that costs at most `rho`, the threshold's share of δ included, where a unit has at most so many rows.
+    /// The least noise that costs at most `rho`, the threshold's share of δ included, where a unit has at most so many rows; no less
+    /// than the mechanism's smallest, whatever `rho` buys.
     ///
     /// # Errors
     /// [`MechanismError::ZeroRho`] for no more than [`SURCHARGE`]; as [`DiscreteGaussian::from_rho`].
     pub fn from_rho(rows_per_unit: u32, rho: Rho) -> Result<Self, MechanismError> {
-        let for_noise = rho.saturating_sub(SURCHARGE);
         let k = u64::from(rows_per_unit);
-        let noise = DiscreteGaussian::from_rho(k.saturating_mul(k), for_noise)?;
+        let squared = k.saturating_mul(k);
+        // ρ = Δ²/(2σ²) in units of 2⁻⁴⁰, at the smallest σ.
+        let most = (u128::from(squared) << 39) / u128::from(MIN_SIGMA * MIN_SIGMA);
+        let most = Rho::from_units(u64::try_from(most).unwrap_or(u64::MAX));
+        let noise = DiscreteGaussian::from_rho(squared, rho.saturating_sub(SURCHARGE).min(most))?;
         let tail =
             noise.sigma_squared().sigma() * (2.0 * (f64::from(rows_per_unit) / THRESHOLD_DELTA).ln()).sqrt();
         // σ is at most 2²⁸ and the root below 13: no cast overflows.
@@ -199,6 +204,9 @@ mod tests {
         cheaper.rho = cheaper.rho.saturating_sub(SURCHARGE);
         assert!(matches!(cheaper.check(), Err(MechanismError::Cost { .. })));
         assert!(matches!(ThresholdHistogram::from_rho(1, SURCHARGE), Err(MechanismError::ZeroRho)));
+        let rich = ThresholdHistogram::from_rho(3, Rho::from_f64_round_down(5.0).unwrap()).unwrap();
+        assert!((rich.sigma() - 5.0).abs() < 1e-9 && rich.rho().as_f64() < 0.19, "{rich:?}");
+        rich.event().check().unwrap();
         assert!(matches!(ThresholdHistogram::from_rho(0, rho), Err(MechanismError::ZeroSensitivity)));
     }
 }
