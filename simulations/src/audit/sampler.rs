@@ -226,7 +226,7 @@ mod tests {
             [(7.815, 3, 0.05), (18.307, 10, 0.05), (29.588, 10, 0.001), (149.449, 100, 0.001)]
         {
             let got = upper_tail(x, degrees);
-            assert!((got / p - 1.0).abs() < 0.06, "{x} {degrees}: {got}");
+            assert!((got / p - 1.0).abs() < 0.08, "{x} {degrees}: {got}");
         }
     }
 }

@@ -51,6 +51,11 @@ fn corpus(federated: &Federated, member: &Member, product: &str) -> (TypedBatch,
     (artefacts.corpus_for(&manifest.corpus, &manifest.schema, product).unwrap(), kind.unwrap())
 }
 
+/// Rows as text, in which missing numbers are alike.
+fn shown(rows: &TypedBatch) -> String {
+    format!("{:?} {:?}", rows.columns, rows.labels)
+}
+
 /// Share of level `code` among the first rows of the column `kind`.
 fn share(rows: &TypedBatch, kind: usize, code: u32) -> f64 {
     let TypedColumn::Categorical(codes) = &rows.columns[kind] else { panic!("kind is a category") };
@@ -78,7 +83,7 @@ fn where_domains_differ_each_finds_its_own_rows_first() {
         assert_eq!(own.rows(), all.rows());
         // It is what the agent's own context begins with.
         let serving = federated.ends[at].serving.as_ref().unwrap();
-        assert_eq!(serving.published().unwrap().unwrap().corpus(), &own);
+        assert_eq!(shown(serving.published().unwrap().unwrap().corpus()), shown(&own));
     }
 }
 
@@ -88,6 +93,6 @@ fn domains_that_are_alike_are_not_told_apart() {
     let (_folder, members, federated) = federated(write_set);
     let (all, _) = corpus(&federated, &members[0], "");
     for member in &members {
-        assert_eq!(corpus(&federated, member, &member.product).0, all);
+        assert_eq!(shown(&corpus(&federated, member, &member.product).0), shown(&all));
     }
 }
