@@ -2,14 +2,12 @@
 //!
 //! Owns what is particular to that attribute: tables of several domains become one with the domain as its first axis, which
 //! sums to the table over all of them, and a feature counts as different where its pair with the domain is further from
-//! independence than noise and the drawing of as many rows from one population can have made it ([`PairScore::is_signal`]).
-//! Post-processing of released numbers.
+//! independence than noise and the drawing of as many rows from one population can have made it. Post-processing of released numbers.
 
 use tabmesh_privacy::release::MarginalTable;
 
 use crate::SynthesisError;
 use crate::marginal::{best_marginal, cell_count, marginalise, probabilities};
-use crate::tree::{PairScore, pair_scores};
 
 /// Tables of the same attributes from each domain as tables over all, with the attribute `domain` as first axis and the domains
 /// in order as its cells. The variance is the largest of the domains'.
@@ -53,33 +51,49 @@ pub fn stacked(
 /// `tables` have the attribute `domain` as an axis ([`stacked`]) and cover each attribute.
 ///
 /// # Errors
-/// As [`best_marginal`] and [`pair_scores`].
+/// As [`best_marginal`].
 pub fn differing(
     tables: &[MarginalTable],
     domain: usize,
     attributes: &[usize],
 ) -> Result<Vec<usize>, SynthesisError> {
-    let alone = best_marginal(tables, &[domain])?;
     let mut found = Vec::new();
     for &attribute in attributes {
-        let mut pair = best_marginal(tables, &[domain, attribute])?;
-        let one_way = [marginalise(&pair, &[attribute])?, alone.clone()];
-        pair.variance += drawn(&one_way[0], &alone);
-        if pair_scores(&[pair], &one_way)?.iter().any(PairScore::is_signal) {
+        let pair = best_marginal(tables, &[domain, attribute])?;
+        if depends(&pair)? {
             found.push(attribute);
         }
     }
     Ok(found)
 }
 
-/// Variance that the drawing of rows alone gives a cell of an independent pair, n·p(1 − p)·q(1 − q), in the mean over cells.
-fn drawn(attribute: &MarginalTable, domain: &MarginalTable) -> f64 {
-    let spread = |table: &MarginalTable| {
-        let shares = probabilities(&table.values, &[], 0.0);
-        shares.iter().map(|p| p * (1.0 - p)).sum::<f64>() / shares.len().max(1) as f64
+/// Whether a pair's cells lie further from the product of its sums than noise of its variance and the drawing of its rows can
+/// have made them.
+///
+/// The squared distance is compared with what both make of it, Σ(σ² + n·p·q)(1 − p)(1 − q), as a chi-square of (rows − 1)·(columns − 1)
+/// degrees (Pearson 1900), whose upper tail is Wilson and Hilferty's (1931).
+fn depends(pair: &MarginalTable) -> Result<bool, SynthesisError> {
+    let (&[first, second], &[rows, columns]) = (pair.attributes.as_slice(), pair.dims.as_slice()) else {
+        return Err(SynthesisError::BadAxes { attributes: pair.attributes.clone(), dims: pair.dims.clone() });
     };
-    domain.values.iter().sum::<f64>().max(0.0) * spread(attribute) * spread(domain)
+    let share = |attribute: usize| -> Result<Vec<f64>, SynthesisError> {
+        Ok(probabilities(&marginalise(pair, &[attribute])?.values, &[], 0.0))
+    };
+    let (of_rows, of_columns) = (share(first)?, share(second)?);
+    let total = pair.values.iter().sum::<f64>().max(0.0);
+    let (mut distance, mut chance) = (0.0, 0.0);
+    for (cell, count) in pair.values.iter().enumerate() {
+        let (p, q) = (of_rows[cell / columns], of_columns[cell % columns]);
+        distance += (count - total * p * q).powi(2);
+        chance += (pair.variance + total * p * q) * (1.0 - p) * (1.0 - q);
+    }
+    let degrees = (rows.saturating_sub(1) * columns.saturating_sub(1)) as f64;
+    let ninth = 2.0 / (9.0 * degrees);
+    Ok(degrees > 0.0 && distance > chance * (1.0 - ninth + SIGNAL_SDS * ninth.sqrt()).powi(3))
 }
+
+/// Standard deviations beyond chance from which a pair counts: about one in 700 pairs that don't depend does.
+const SIGNAL_SDS: f64 = 3.0;
 
 #[cfg(test)]
 mod tests;

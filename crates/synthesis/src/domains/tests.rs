@@ -97,11 +97,13 @@ fn what_differs_between_domains_is_found_and_noise_is_not() {
         differing(&tables, DOMAIN, &[0, 1, 2, LABEL]).unwrap()
     };
     for seed in 0..10 {
-        // Feature 1 differs through feature 0.
-        assert_eq!(found(0.5, seed), [0, 1]);
-        // One false alarm in about 700 pairs is expected.
-        assert_eq!(found(0.0, seed), [0; 0], "{seed}");
+        // Feature 1 differs through feature 0. Others may by chance, once in about 700 times.
+        assert!(found(0.5, seed).starts_with(&[0, 1]));
     }
+    // 600 pairs of attributes and domains that don't depend: one false alarm is expected, five are in less than one of a
+    // hundred draws of seeds, which are fixed.
+    let alarms: usize = (0..150).map(|seed| found(0.0, seed).len()).sum();
+    assert!(alarms < 5, "{alarms}");
 }
 
 #[test]
