@@ -18,13 +18,14 @@ use tabmesh_privacy::ledger::{
     Account, AccountKey, Balance, ChainedEntry, CommitRequest, DebitReceipt, Entry, GrantRequest, Journal,
     JournalError, Ledger, LedgerError, Pace, PlanRequest, Purpose, RefusalRule, Reservation, State, replay,
 };
-use tabmesh_privacy::mechanism::threshold::{LEAST_DELTA, MOST_THRESHOLDS};
+use tabmesh_privacy::mechanism::threshold::{LEAST_DELTA, MOST_EPSILON, MOST_THRESHOLDS};
 use tabmesh_privacy::mechanism::{DiscreteGaussian, EventShape, MechanismEvent, Noise};
 use tabmesh_privacy::noise::{NoEntropy, NoiseSource, Purpose as NoisePurpose};
 use tabmesh_privacy::private::{Digest, Private};
 use tabmesh_store::{BlobStore, Log, LogEntry, StoreError};
 use thiserror::Error;
 
+use self::levels::pays_thresholds;
 use crate::source::SourceError;
 
 /// Why the books can't be kept.
@@ -74,16 +75,18 @@ pub enum BooksError {
         /// That of the contract.
         now: String,
     },
-    /// No more thresholds can be paid for, or the grant's δ is too small for those there are.
+    /// No more thresholds can be paid for, or a grant isn't one that they are paid from.
     #[error(
-        "{product} was asked for undeclared levels {used} times, at a delta of {delta}; thresholds are paid up to {MOST_THRESHOLDS} \
-         times and from a delta of {LEAST_DELTA}"
+        "{product} was asked for undeclared levels {used} times, under a grant of epsilon {epsilon} at delta {delta}; thresholds are paid \
+         up to {MOST_THRESHOLDS} times, from grants up to epsilon {MOST_EPSILON} and from a delta of {LEAST_DELTA}"
     )]
     Thresholds {
         /// The data product.
         product: String,
         /// Times so far.
         used: usize,
+        /// The grant's ε.
+        epsilon: f64,
         /// The grant's δ.
         delta: f64,
     },
@@ -258,9 +261,9 @@ impl Books {
             });
         }
         let used = self.thresholds(&self.ledger.state().origin_of(&source));
-        if used > 0 && request.delta.get() < LEAST_DELTA {
-            let (product, delta) = (request.product, request.delta.get());
-            return Err(BooksError::Thresholds { product, used, delta });
+        let (epsilon, delta) = (request.epsilon.get(), request.delta.get());
+        if used > 0 && !pays_thresholds(epsilon, delta) {
+            return Err(BooksError::Thresholds { product: request.product, used, epsilon, delta });
         }
         let account = self.ledger.state().accounts.get(&self.ledger.state().origin_of(&source));
         let charged = account.filter(|account| account.spent > Rho::ZERO || account.reserved > Rho::ZERO);

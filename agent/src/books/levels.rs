@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use tabmesh_privacy::ledger::{AccountKey, CommitRequest, Committed, Purpose};
-use tabmesh_privacy::mechanism::threshold::{LEAST_DELTA, MOST_THRESHOLDS};
+use tabmesh_privacy::mechanism::threshold::{LEAST_DELTA, MOST_EPSILON, MOST_THRESHOLDS};
 use tabmesh_privacy::mechanism::{MechanismKind, ThresholdHistogram};
 use tabmesh_privacy::private::sha256;
 
@@ -30,10 +30,13 @@ impl Books {
         }
         let granted = self.ledger.state().account_of(&self.product);
         let used = granted.map_or(0, |(account, _)| self.thresholds(account));
-        let grant = granted.and_then(|(_, account)| account.grants.get(&self.product));
-        let delta = grant.map_or(0.0, |grant| grant.delta.get());
-        if used >= MOST_THRESHOLDS || delta < LEAST_DELTA {
-            return Err(BooksError::Thresholds { product: self.product.clone(), used, delta });
+        // Whatever is claimed of the account is claimed of what thresholds took as well, so every grant has to bear it.
+        let grants = granted.into_iter().flat_map(|(_, account)| account.grants.values());
+        for grant in grants {
+            let (epsilon, delta) = (grant.epsilon.get(), grant.delta.get());
+            if used >= MOST_THRESHOLDS || !pays_thresholds(epsilon, delta) {
+                return Err(BooksError::Thresholds { product: grant.product.clone(), used, epsilon, delta });
+            }
         }
         // Read before anything is reserved: a table that can't be read costs nothing.
         let counts = counts()?;
@@ -60,4 +63,9 @@ impl Books {
         };
         state.commits.values().filter(of).count()
     }
+}
+
+/// Whether the surcharge of thresholds covers what they take of such a grant.
+pub(super) fn pays_thresholds(epsilon: f64, delta: f64) -> bool {
+    epsilon <= MOST_EPSILON && delta >= LEAST_DELTA
 }

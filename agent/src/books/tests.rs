@@ -25,7 +25,12 @@ fn reopened(folder: &Path) -> Books {
 
 fn granted(folder: &Path) -> Books {
     let mut books = books(folder);
-    let request = GrantRequest {
+    books.grant(request(), None, None, 1).unwrap();
+    books
+}
+
+fn request() -> GrantRequest {
+    GrantRequest {
         product: "a.b".into(),
         entity_namespace: "person".into(),
         lineage: "a.parquet".into(),
@@ -33,9 +38,7 @@ fn granted(folder: &Path) -> Books {
         epsilon: Epsilon::new(3.0).unwrap(),
         delta: Delta::new(1e-5).unwrap(),
         signer: "owner".into(),
-    };
-    books.grant(request, None, None, 1).unwrap();
-    books
+    }
 }
 
 fn rho(value: f64) -> Rho {
@@ -95,13 +98,9 @@ fn a_budget_follows_its_source_and_not_its_name() {
     books.answer(&ask(&mechanism, 1), &[1, 2, 3], 3).unwrap();
     let spent = books.balance().unwrap().spent;
     let of = |lineage: &str, namespace: &str| GrantRequest {
-        product: "a.b".into(),
         entity_namespace: namespace.into(),
         lineage: lineage.into(),
-        unit: "row".into(),
-        epsilon: Epsilon::new(3.0).unwrap(),
-        delta: Delta::new(1e-5).unwrap(),
-        signer: "owner".into(),
+        ..request()
     };
     let entries = books.entries().len();
     let refused = books.grant(of("b.parquet", "person"), None, None, 4).unwrap_err();
@@ -128,15 +127,7 @@ fn a_budget_follows_its_source_and_not_its_name() {
 /// What was spent per row isn't what an entity of many rows lost; the other way about it is more than a row did.
 #[test]
 fn a_unit_that_what_was_spent_does_not_speak_of_is_refused() {
-    let of = |unit: &str| GrantRequest {
-        product: "a.c".into(),
-        entity_namespace: "person".into(),
-        lineage: "a.parquet".into(),
-        unit: unit.into(),
-        epsilon: Epsilon::new(3.0).unwrap(),
-        delta: Delta::new(1e-5).unwrap(),
-        signer: "owner".into(),
-    };
+    let of = |unit: &str| GrantRequest { product: "a.c".into(), unit: unit.into(), ..request() };
     let folder = tempfile::tempdir().unwrap();
     let mut books = granted(folder.path());
     // Nothing is spent yet: the owner may still think better of it.
@@ -178,17 +169,22 @@ fn levels_are_debited_once_and_told_again_for_nothing() {
     let counts = || Ok(BTreeMap::new());
     assert!(matches!(books.levels("town", &dear, counts, 5), Err(BooksError::Ledger(_))));
     assert_eq!(books.balance().unwrap().spent, histogram.rho());
-    // What a threshold takes of delta isn't there in a much smaller one.
-    let request = GrantRequest {
-        product: "a.b".into(),
-        entity_namespace: "person".into(),
-        lineage: "a.parquet".into(),
-        unit: "row".into(),
-        epsilon: Epsilon::new(3.0).unwrap(),
-        delta: Delta::new(1e-10).unwrap(),
-        signer: "owner".into(),
-    };
-    assert!(matches!(books.grant(request, None, None, 6), Err(BooksError::Thresholds { used: 1, .. })));
+    // What a threshold takes isn't there in a much smaller delta, nor paid for under a larger epsilon.
+    for (epsilon, delta) in [(3.0, 1e-10), (21.0, 1e-5)] {
+        let (epsilon, delta) = (Epsilon::new(epsilon).unwrap(), Delta::new(delta).unwrap());
+        let refused = books.grant(GrantRequest { epsilon, delta, ..request() }, None, None, 6);
+        assert!(matches!(refused, Err(BooksError::Thresholds { used: 1, .. })), "{refused:?}");
+    }
+    // Every grant of the account has to bear it, another product's too.
+    let rich = GrantRequest { product: "a.c".into(), epsilon: Epsilon::new(21.0).unwrap(), ..request() };
+    let other = tempfile::tempdir().unwrap();
+    let mut books = granted(other.path());
+    books.grant(rich, None, None, 7).unwrap();
+    let refused = books.levels("city", &histogram, counts, 8);
+    assert!(
+        matches!(&refused, Err(BooksError::Thresholds { product, .. }) if product == "a.c"),
+        "{refused:?}"
+    );
 }
 
 #[test]

@@ -13,7 +13,7 @@ use serde_json::json;
 use tabmesh_contract::contract::Role;
 use tabmesh_privacy::accountant::zcdp;
 use tabmesh_privacy::budget::Epsilon;
-use tabmesh_privacy::mechanism::threshold::{LEAST_DELTA, SURCHARGE, THRESHOLD_DELTA};
+use tabmesh_privacy::mechanism::threshold::{LEAST_DELTA, MOST_EPSILON, SURCHARGE, THRESHOLD_DELTA};
 use tabmesh_privacy::mechanism::{FoundLevels, ThresholdHistogram};
 use tabmesh_privacy::noise::NoiseSource;
 
@@ -50,10 +50,11 @@ pub(crate) fn run(
             "--column {name}: it identifies somebody or is the target; only columns that could become a feature are asked about"
         ));
     }
-    let delta = domain.policy.grant.delta;
-    if delta.get() < LEAST_DELTA {
+    let (granted, delta) = (domain.policy.grant.epsilon.get(), domain.policy.grant.delta);
+    if granted > MOST_EPSILON || delta.get() < LEAST_DELTA {
         return Err(miette!(
-            "the grant's delta is {}, a threshold needs {LEAST_DELTA} at least: declare the levels from a code book",
+            "the grant is of epsilon {granted} at delta {}; a threshold is paid from epsilon {MOST_EPSILON} at most and delta \
+             {LEAST_DELTA} at least: declare the levels from a code book",
             delta.get()
         ));
     }

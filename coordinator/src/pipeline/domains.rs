@@ -31,7 +31,7 @@ pub(super) struct Domains {
 #[derive(Serialize)]
 pub(super) struct DomainCard {
     products: Vec<String>,
-    /// Features whose distribution differs between domains by more than noise can have made.
+    /// Features whose distribution differs between domains by more than noise and chance can have made.
     differing: Vec<String>,
     /// Whether the label's rate does.
     label_differs: bool,

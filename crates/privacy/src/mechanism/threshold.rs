@@ -8,7 +8,7 @@
 //! Wilkins, Kifer, Zhang and Karrer, arXiv 2202.01100), add/remove one unit; who draws is trusted.
 //!
 //! A ledger counts ρ and states ε at one δ. What a threshold takes of δ, it therefore pays in ρ: [`SURCHARGE`] is at least what a
-//! grant of any ε up to 20 shrinks by when its δ, not below [`LEAST_DELTA`], gives away [`THRESHOLD_DELTA`] once more, up to
+//! grant of any ε up to [`MOST_EPSILON`] shrinks by when its δ, not below [`LEAST_DELTA`], gives away [`THRESHOLD_DELTA`] once more, up to
 //! [`MOST_THRESHOLDS`] times.
 
 use std::collections::BTreeMap;
@@ -108,6 +108,8 @@ pub(super) fn cost(sigma_squared: super::SigmaSquared, l2_sensitivity_squared: u
 pub const THRESHOLD_DELTA: f64 = 1e-12;
 /// Smallest δ of a grant that thresholds can be paid from.
 pub const LEAST_DELTA: f64 = 1e-9;
+/// Largest ε of such a grant.
+pub const MOST_EPSILON: f64 = 20.0;
 /// Uses within one account.
 pub const MOST_THRESHOLDS: usize = 100;
 /// What one use costs beside its noise: 2⁻¹², a thousandth of what ε = 3 at δ = 1e-5 buys.
@@ -151,7 +153,7 @@ mod tests {
     #[test]
     fn the_surcharge_pays_for_the_thresholds_share_of_delta() {
         for delta in [LEAST_DELTA, 1e-8, 1e-6, 1e-5, 1e-3] {
-            for epsilon in [0.01, 0.1, 0.5, 1.0, 3.0, 8.0, 20.0] {
+            for epsilon in [0.01, 0.1, 0.5, 1.0, 3.0, 8.0, MOST_EPSILON] {
                 let epsilon = Epsilon::new(epsilon).unwrap();
                 let granted = rho_for(epsilon, Delta::new(delta).unwrap());
                 for uses in [1, 2, 10, MOST_THRESHOLDS] {
@@ -163,7 +165,7 @@ mod tests {
             }
         }
         // Where δ is smaller it wouldn't.
-        let epsilon = Epsilon::new(20.0).unwrap();
+        let epsilon = Epsilon::new(MOST_EPSILON).unwrap();
         let granted = |delta: f64| rho_for(epsilon, Delta::new(delta).unwrap());
         assert!(granted(1e-11).saturating_sub(granted(1e-11 - THRESHOLD_DELTA)) > SURCHARGE);
     }
