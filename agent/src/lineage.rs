@@ -148,6 +148,11 @@ mod tests {
         assert_eq!(called("sales.csv"), "orders.csv");
         std::fs::hard_link(at("orders.csv"), at("hard.csv")).unwrap();
         assert_eq!(called("hard.csv"), "orders.csv");
+        // By the link alone: the file behind it is a new one.
+        std::fs::write(at("beside.csv"), "4").unwrap();
+        std::fs::rename(at("beside.csv"), at("orders.csv")).unwrap();
+        std::os::unix::fs::symlink(at("orders.csv"), at("again.csv")).unwrap();
+        assert_eq!(called("again.csv"), "orders.csv");
         // Another table is another source.
         assert_eq!(called("people.csv"), "people.csv");
         // Written anew at its place, and renamed afterwards.
